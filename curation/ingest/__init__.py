@@ -1,0 +1,1 @@
+"""From a clip reference to a verified video file on this machine."""

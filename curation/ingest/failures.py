@@ -1,0 +1,104 @@
+"""The taxonomy of failures: what went wrong with one clip, whether trying again can help, and what a user does next.
+
+A failure is not a verdict: a clip that could not be fetched or decoded is never "rejected".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class FailureCode(StrEnum):
+    """A typed reason why a clip has no result; the value is what the catalog stores."""
+
+    # the platform will not give this video, and asking again does not change that
+    REMOVED = "removed"
+    PRIVATE = "private"
+    GEO = "geo"
+    AGE = "age"
+    MEMBERS = "members"
+    DRM = "drm"
+    LIVE = "live"
+    NO_FORMAT = "no_format"
+    UNSUPPORTED = "unsupported"
+    # asking later may work
+    BOT_CHECK = "bot_check"
+    RATE_LIMITED = "rate_limited"
+    HTTP_5XX = "http_5xx"
+    NETWORK = "network"
+    TIMEOUT = "timeout"
+    # this machine or this file
+    DISK_FULL = "disk_full"
+    CORRUPT = "corrupt"
+    NO_VIDEO = "no_video"
+    SPAN_OUT_OF_RANGE = "span_out_of_range"
+    MISSING_DEPTH = "missing_depth"
+    # somebody said no
+    REFUSED = "refused"
+    FORGOTTEN = "forgotten"
+    # a defect in this program, or a worker that died
+    INTERNAL = "internal"
+
+    @property
+    def transient(self) -> bool:
+        """True where another attempt, without anyone doing anything, may succeed."""
+        return self in _TRANSIENT
+
+    @property
+    def advice(self) -> str:
+        """One sentence that tells the user what to do."""
+        return _ADVICE[self]
+
+
+_TRANSIENT = frozenset(
+    {
+        FailureCode.BOT_CHECK,
+        FailureCode.RATE_LIMITED,
+        FailureCode.HTTP_5XX,
+        FailureCode.NETWORK,
+        FailureCode.TIMEOUT,
+        FailureCode.DISK_FULL,
+        FailureCode.INTERNAL,
+    }
+)
+
+_ADVICE = {
+    FailureCode.REMOVED: "The video is gone from its platform; drop the row from the manifest.",
+    FailureCode.PRIVATE: "The owner made the video private; drop the row from the manifest.",
+    FailureCode.GEO: "The video is blocked in this region; run a worker in a region where it is shown, or drop the row.",
+    FailureCode.AGE: "The platform wants a signed-in adult account; give a cookies file you may use, or drop the row.",
+    FailureCode.MEMBERS: "The video is for paying members; drop the row unless your account may use it.",
+    FailureCode.DRM: "The video is protected by DRM and cannot be used; drop the row.",
+    FailureCode.LIVE: "The video is a live stream; run again when it is over.",
+    FailureCode.NO_FORMAT: "No format fits the height cap; raise --max-height or drop the row.",
+    FailureCode.UNSUPPORTED: "yt-dlp cannot read this page; update yt-dlp, or drop the row.",
+    FailureCode.BOT_CHECK: "The platform asks for proof of a human; wait some hours before running again, and go slower.",
+    FailureCode.RATE_LIMITED: "The platform asks to slow down; run again later, with fewer parallel downloads.",
+    FailureCode.HTTP_5XX: "The server had an error; run again later.",
+    FailureCode.NETWORK: "The connection failed; check the network and run again.",
+    FailureCode.TIMEOUT: "The server did not answer in time; run again later.",
+    FailureCode.DISK_FULL: "The disk is full; free some space or choose another --out, and run again.",
+    FailureCode.CORRUPT: "The file is damaged or incomplete; delete it at its source or fetch it anew with --retry corrupt.",
+    FailureCode.NO_VIDEO: "The file has no moving picture (audio, or cover art only); drop the row.",
+    FailureCode.SPAN_OUT_OF_RANGE: "The asked times lie outside the video; correct start_s and end_s in the manifest.",
+    FailureCode.MISSING_DEPTH: "The depth folder has no complete entry for this clip; compute it, or choose another teacher.",
+    FailureCode.REFUSED: "The address or path is not allowed; allow its host or folder explicitly if you trust it.",
+    FailureCode.FORGOTTEN: "Removal of this video was requested; drop the row.",
+    FailureCode.INTERNAL: "Unexpected error or a worker that died; run again, and report it with the logged trace if it stays.",
+}
+
+
+@dataclass(frozen=True)
+class StageError(Exception):
+    """An expected failure of one clip. `message` is safe to store: no title, name, path or URL of the video."""
+
+    code: FailureCode
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.code.value}: {self.message}"
+
+
+class UsageError(Exception):
+    """The user's input or set-up is wrong; the text is one sentence that says what to do. Shown without a traceback."""

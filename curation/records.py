@@ -1,0 +1,106 @@
+"""What travels between the stages: one frozen dataclass each, no behaviour.
+
+ClipRef -> VideoFile -> Observations -> Verdict -> ClipSample -> shard.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Outcome = Literal["pass", "fail", "unknown"]
+Decision = Literal["accept", "reject", "unknown"]
+
+
+@dataclass(frozen=True, slots=True)
+class VideoFile:
+    """A verified video on this machine. Width and height are as displayed: rotation and pixel aspect applied."""
+
+    path: Path
+    sha256: str
+    size_bytes: int
+    codec: str
+    width: int
+    height: int
+    frames: int
+    duration_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class CriterionResult:
+    """One criterion's outcome with every reason, each a short sentence with the measured figure."""
+
+    criterion: str
+    outcome: Outcome
+    reasons: tuple[str, ...] = ()
+    measured: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a policy says of one clip's observations: accept only if every criterion passes, reject if any fails."""
+
+    clip_id: str
+    policy_name: str
+    policy_hash: str
+    decision: Decision
+    criteria: tuple[CriterionResult, ...]
+
+    @property
+    def first_reason(self) -> str | None:
+        """The first failing criterion, or the first unknown one, in the policy's order; None for an accepted clip."""
+        for outcome in ("fail", "unknown"):
+            for result in self.criteria:
+                if result.outcome == outcome:
+                    return result.criterion
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Frames:
+    """Sampled frames of one clip on the training grid (6 fps, longer side 518, sides multiples of 14 by default).
+
+    times_s: (N,) float64 presentation times relative to the video's first frame.
+    jpeg: N encoded RGB frames of height x width. What trains and what the teacher sees are these same bytes, decoded.
+    """
+
+    width: int
+    height: int
+    times_s: NDArray[np.float64]
+    jpeg: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherDepth:
+    """A teacher's answer on the training grid.
+
+    depth_m: (N, H, W) float32 metres along the optical axis, 0 where invalid.
+    valid: (N, H, W) bool.
+    intrinsics: (N, 3, 3) float32, pixels of the training grid, OpenCV camera frame (x right, y down, z forward).
+    """
+
+    depth_m: NDArray[np.float32]
+    valid: NDArray[np.bool_]
+    intrinsics: NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class ClipSample:
+    """One accepted clip, ready for a shard.
+
+    boxes: (N, 4) float32 xyxy pixels of the training grid, the person's box; NaN where not detected in that frame.
+    box_confidence: (N,) float32, NaN where not detected.
+    depth: None if no teacher ran; provenance says which teacher, detector, policy and parameters made the sample.
+    """
+
+    clip_id: str
+    split: str | None
+    frames: Frames
+    boxes: NDArray[np.float32]
+    box_confidence: NDArray[np.float32]
+    depth: TeacherDepth | None
+    provenance: dict[str, Any]

@@ -1,0 +1,70 @@
+"""Everything a curation run is configured by, as one frozen object that travels to every worker."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+POLICIES = Path(__file__).parent / "policies"
+
+
+class DownloadSettings(BaseModel):
+    """How videos are fetched."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_height: int = Field(1080, ge=144, description="No stream taller than this is chosen.")
+    http_hosts: tuple[str, ...] = Field((), description="Hosts (host or host:port) allowed for platform `http`.")
+    local_root: Path | None = Field(None, description="Folder below which platform `local` may read files.")
+    allow_loopback: bool = Field(False, description="Permit loopback addresses; for tests and demonstrations only.")
+    timeout_s: float = Field(30.0, gt=0, description="Seconds without an answer before a request is given up.")
+    retries: int = Field(3, ge=0, description="Further tries after a transient failure.")
+
+
+class ObserveSettings(BaseModel):
+    """What is measured on a clip; part of an observation's provenance."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    detector: str | None = Field(None, description="ultralytics weights; None takes the policy's.")
+    sample_fps: float = Field(6.0, gt=0, description="Rate of detector samples and of training frames.")
+    detector_long_side: int = Field(640, ge=64, multiple_of=32)
+    detector_confidence: float = Field(0.10, gt=0, lt=1, description="Boxes below this are not stored.")
+    frame_long_side: int = Field(518, ge=14, multiple_of=14, description="Longer side of training frames.")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
+
+
+class TeacherSettings(BaseModel):
+    """Which depth teacher runs on accepted clips."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["moge", "folder", "none"] = "moge"
+    model: str = Field("Ruicheng/moge-2-vitl-normal", description="Hugging Face id, local file, or depth folder.")
+    name: str | None = Field(None, description="Name recorded for a folder teacher, such as megasam.")
+    num_tokens: int = Field(1800, ge=1, description="MoGe-2 tokens per frame; 777 is the native grid of 518x294.")
+    batch_size: int = Field(8, ge=1, description="Frames per forward pass.")
+    device: str = "auto"
+
+
+class Settings(BaseModel):
+    """One run: where, under which policy, with which models."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    out: Path
+    policy: Path = POLICIES / "default.yaml"
+    download: DownloadSettings = DownloadSettings()
+    observe: ObserveSettings = ObserveSettings()
+    teacher: TeacherSettings = TeacherSettings()
+    batch_clips: int = Field(32, ge=1, description="Clips per batch: the unit of a task and of a shard.")
+    workers: int | None = Field(None, ge=1, description="Observing processes; None is one per core.")
+    shard_mb: int = Field(512, ge=1, description="A shard file is closed before it grows beyond this.")
+    catalog_url: str | None = Field(None, description="SQLAlchemy URL; None is SQLite in the output folder.")
+
+    @property
+    def database(self) -> str:
+        """The catalog's SQLAlchemy URL."""
+        return self.catalog_url or f"sqlite:///{(self.out / 'catalog.sqlite').absolute()}"
