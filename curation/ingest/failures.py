@@ -89,7 +89,7 @@ _ADVICE = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # not frozen: Python itself sets __traceback__ and notes on a raised exception
 class StageError(Exception):
     """An expected failure of one clip. `message` is safe to store: no title, name, path or URL of the video."""
 
