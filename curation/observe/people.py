@@ -53,7 +53,7 @@ class Detector:
         _quiet_ultralytics()
         self.weights = weights
         self.sha256 = sha256_file(weights)
-        self._long_side = long_side
+        self.long_side = long_side
         self._confidence = confidence
         self._cuda = device if device.startswith("cuda") else None
         if device == "auto":
@@ -65,9 +65,10 @@ class Detector:
             self._forward, self.names = _torch_backend(weights, self._cuda)
         else:
             self._forward, self.names = _openvino_backend(weights, self.sha256)
-        self.person = next((i for i, name in self.names.items() if name == PERSON), None)
-        if self.person is None:
+        people = [number for number, name in self.names.items() if name == PERSON]
+        if not people:
             raise UsageError(f"{weights.name} has no class named 'person'; give a detector that has one.")
+        self.person = people[0]
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -78,7 +79,7 @@ class Detector:
             "weights": self.weights.name,
             "sha256": self.sha256,
             "backend": "torch-fp16" if self._cuda else "openvino-fp32",
-            "long_side": self._long_side,
+            "long_side": self.long_side,
             "confidence": self._confidence,
             "nms_iou": _NMS_IOU,
             "ultralytics": ultralytics.__version__,
@@ -95,7 +96,7 @@ class Detector:
         from ultralytics.utils.nms import non_max_suppression
 
         height, width = images[0].shape[:2]
-        scale = self._long_side / max(height, width)
+        scale = self.long_side / max(height, width)
         inner = (max(1, round(width * scale)), max(1, round(height * scale)))
         outer = tuple(-(-side // _STRIDE) * _STRIDE for side in inner)
         left, top = (outer[0] - inner[0]) // 2, (outer[1] - inner[1]) // 2
@@ -104,7 +105,8 @@ class Detector:
             slot[top : top + inner[1], left : left + inner[0]] = cv2.resize(
                 image, inner, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
             )
-        batch = np.ascontiguousarray(canvas.transpose(0, 3, 1, 2)).astype(np.float32) / 255
+        batch = np.ascontiguousarray(canvas.transpose(0, 3, 1, 2), np.float32)
+        batch /= 255
         raw = self._forward(batch)
         raw = raw if isinstance(raw, torch.Tensor) else torch.from_numpy(raw)
         # No time limit: a loaded machine must not change what is found.
@@ -192,7 +194,7 @@ def _fetch(name: str, target: Path) -> None:
                 "copy the file to this machine and pass --detector PATH."
             ) from error
         if (Path(folder) / name).is_file():
-            os.replace(Path(folder) / name, target)
+            (Path(folder) / name).replace(target)
 
 
 def _cache() -> Path:
@@ -275,7 +277,7 @@ def _exported(weights: Path, sha256: str) -> Path:
         shutil.copyfile(weights, copy)
         exported = _load_model(copy).export(format="openvino", dynamic=True, verbose=False)
         try:
-            os.replace(exported, final)
+            Path(exported).rename(final)
         except OSError:
             if not final.is_dir():  # another process was first: its export is as good
                 raise

@@ -117,10 +117,12 @@ class ShotMeter:
         if np.abs(a - b).mean() < 0.2:  # nothing to dissolve between
             self._rows["dissolve"].append(0.0)
             return
-        basis = np.stack([a, b], axis=1)
-        weights, *_ = np.linalg.lstsq(basis, middle, rcond=None)
-        mixed = float(weights.min()) > 0.15
-        error = np.abs(basis @ weights - middle).mean()
+        # Least squares of the frame on its two neighbours, by the normal equations of two unknowns.
+        aa, bb, ab, am, bm = a @ a, b @ b, a @ b, a @ middle, b @ middle
+        determinant = max(float(aa * bb - ab * ab), 1e-6)
+        share_a, share_b = float(bb * am - ab * bm) / determinant, float(aa * bm - ab * am) / determinant
+        mixed = min(share_a, share_b) > 0.15
+        error = np.abs(share_a * a + share_b * b - middle).mean()
         alone = min(np.abs(a - middle).mean(), np.abs(b - middle).mean())
         self._rows["dissolve"].append(float(np.clip(1 - error / max(alone, 1e-6), 0, 1)) if mixed else 0.0)
 

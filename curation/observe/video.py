@@ -8,7 +8,6 @@ This module never judges a video; it raises CORRUPT or NO_VIDEO for files that a
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -256,10 +255,10 @@ def _seek(container: Any, stream: Any, index: VideoIndex, first: int) -> None:
     container.seek(target, stream=stream, backward=True, any_frame=False)
 
 
-def decode_key_frames(index: VideoIndex, limit: int | None = None) -> Iterator[tuple[int, Any]]:
-    """Decode key frames only (about a thirteenth of a full decode); at most `limit`, spread evenly over the video."""
-    keys = np.flatnonzero(index.key)
-    if limit is not None and len(keys) > limit:
+def decode_key_frames(index: VideoIndex, first: int, last: int, *, limit: int) -> Iterator[tuple[int, Any]]:
+    """Decode key frames of [first, last) only (about a thirteenth of a full decode); at most `limit`, evenly spread."""
+    keys = first + np.flatnonzero(index.key[first:last])
+    if len(keys) > limit:
         keys = keys[np.linspace(0, len(keys) - 1, limit).round().astype(int)]
     wanted = set(keys.tolist())
     try:
@@ -291,12 +290,12 @@ def verify(path: Path) -> VideoFile:
     Raises StageError CORRUPT or NO_VIDEO.
     """
     index = index_video(path)
-    if not any(True for _ in decode_key_frames(index, _VERIFY_KEY_FRAMES)):
+    if not any(True for _ in decode_key_frames(index, 0, len(index.times_s), limit=_VERIFY_KEY_FRAMES)):
         raise StageError(FailureCode.CORRUPT, "no key frame can be decoded")
     return VideoFile(
         path=path,
         sha256=sha256_file(path),
-        size_bytes=os.path.getsize(path),
+        size_bytes=path.stat().st_size,
         codec=index.codec,
         width=index.width,
         height=index.height,
