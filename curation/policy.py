@@ -208,9 +208,8 @@ class _Subjects:
             # Large and certain: a small confident face in the background is not the subject.
             weight = _area(xyxy[clear]) * confidence[clear]
             subject = int(clear[np.argmax(weight)])
-            rest = [
-                box for box in boxes.tolist() if box != subject and not _same_person(xyxy, confidence, subject, box, rule)
-            ]
+            rest = [box for box in boxes.tolist() if box != subject]
+            rest = [box for box in rest if not _same_person(xyxy, confidence, subject, box, rule)]
             self.subject.append(subject)
             self.others.append([box for box in rest if confidence[box] >= rule.other_confidence])
             self.faint.append(any(confidence[box] >= rule.faint_confidence for box in rest))

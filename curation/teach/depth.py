@@ -76,6 +76,25 @@ def load_teacher(settings: TeacherSettings) -> Teacher:
     return NoTeacher()
 
 
+def teacher_identity(settings: TeacherSettings) -> dict[str, Any]:
+    """What tells one data set's teacher from another's, without loading it: its weights and parameters.
+
+    Number format and versions are left to the provenance of each clip, so that unlike machines may share the work, and
+    so is the content of a depth folder, which may still grow. Raises UsageError where the weights are not here.
+    """
+    if settings.kind == "moge":
+        local = _local_weights(settings.model)
+        return {
+            "kind": "moge",
+            "name": settings.name or "moge-2",
+            "sha256": sha256_file(local or _hub_weights(settings.model)),
+            "num_tokens": settings.num_tokens,
+        }
+    if settings.kind == "folder":
+        return {"kind": "folder", "name": settings.name or Path(settings.model).name}
+    return {"kind": "none", "name": "none"}
+
+
 class NoTeacher:
     """Shards without depth, and a provenance that says so."""
 
