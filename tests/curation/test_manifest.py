@@ -528,6 +528,15 @@ def test_nothing_is_written_that_could_not_be_read(tmp_path, ref):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_example_in_the_repository_is_a_good_one():
+    example = Path(__file__).parents[2] / "manifests" / "example.csv"
+    assert [(ref.platform, ref.split) for ref in read_manifest(example)] == [
+        ("local", "train"),
+        ("local", "train"),
+        ("local", "val"),
+    ]
+
+
 # --- junk
 
 _VALUES = st.one_of(
