@@ -52,8 +52,9 @@ class ShotRule(_Part):
     cut_content: float = Field(ge=0)
     cut_gap: float = Field(ge=0)
     ratio_window_s: float = Field(gt=0)
+    flash_luma: float = Field(ge=0)
+    flash_gap: float = Field(ge=0)
     edge_frames: int = Field(ge=0)
-    edge_flash_luma: float = Field(ge=0)
     fade_contrast: float = _Share
     fade_s: float = Field(gt=0)
     dissolve: float = _Share
@@ -268,7 +269,7 @@ def _shot(observations: Observations, policy: Policy, people: _Subjects) -> Crit
     jump = _crosses(observations.person_gap, person_ratio, rule.person_edits) & ~edit
     cut = (observations.content >= rule.cut_content) & (observations.gap >= rule.cut_gap)
     cut[0] = False
-    flash = _edge_flashes(observations, rule)
+    flash = _flashes(observations, rule)
     reasons = [f"cut at {times[n]:.2f} s" for n in np.flatnonzero((cut | edit) & ~flash)]
     reasons += [f"jump of the person at {times[n]:.2f} s" for n in np.flatnonzero(jump & ~flash & ~cut)]
     reasons += [f"fade from {times[a]:.2f} to {times[b]:.2f} s" for a, b in _fades(observations, rule)]
@@ -315,15 +316,15 @@ def _crosses(change: NDArray[np.float32], ratio: NDArray[np.float64], lines: tup
     return crossed
 
 
-def _edge_flashes(observations: Observations, rule: ShotRule) -> NDArray[np.bool_]:
-    """Moments so near to either end that a flash there could not be bridged, where the brightness jumps."""
+def _flashes(observations: Observations, rule: ShotRule) -> NDArray[np.bool_]:
+    """Moments where the light changes and explains what is seen: small changes anywhere, all changes at the ends."""
     count = len(observations.luma)
     near = np.zeros(count, bool)
     if rule.edge_frames:
         near[: rule.edge_frames + 1] = True
         near[count - rule.edge_frames :] = True
     jump = np.abs(np.diff(observations.luma, prepend=observations.luma[0]))
-    return near & (jump >= rule.edge_flash_luma)
+    return (jump >= rule.flash_luma) & (near | (observations.gap < rule.flash_gap))
 
 
 def _fades(observations: Observations, rule: ShotRule) -> list[tuple[int, int]]:
