@@ -125,14 +125,15 @@ class Policy(_Part):
         return sha256_json(self.model_dump(mode="json", exclude={"detector", "name"}))[:16]
 
 
-def load_policy(path: Path) -> Policy:
-    """Read a policy file. Raises UsageError that names the file, the field and what is wrong with it."""
-    if (
-        not path.exists()
-        and path.suffix == ""
-        and (built_in := Path(__file__).parent / f"policies/{path}.yaml").exists()
-    ):
-        path = built_in
+def find_policy(policy: Path) -> Path:
+    """A policy file's absolute path; a bare name such as `default` that is no file here means a built-in policy."""
+    built_in = Path(__file__).parent / "policies" / f"{policy}.yaml"
+    return built_in if policy.suffix == "" and not policy.exists() and built_in.is_file() else policy.absolute()
+
+
+def load_policy(policy: Path) -> Policy:
+    """Read a policy by path or built-in name. Raises UsageError with the file, the field and what is wrong with it."""
+    path = find_policy(policy)
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
