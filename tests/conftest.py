@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,14 @@ from curation.ffmpeg import ffmpeg_exe
 from curation.settings import POLICIES
 
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Exported detectors go to a place of this session, not into the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("UNISH_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 def _shared_part(name: str, variable: str) -> Path:
