@@ -132,8 +132,24 @@ def find_policy(policy: Path) -> Path:
 
 
 def load_policy(policy: Path) -> Policy:
-    """Read a policy by path or built-in name. Raises UsageError with the file, the field and what is wrong with it."""
+    """Read a policy by path or built-in name; `extends: default` in it takes what it does not say from there.
+
+    Raises UsageError with the file, the field and what is wrong with it.
+    """
     path = find_policy(policy)
+    values = _read(path)
+    if (base := values.pop("extends", None)) is not None:
+        parent = find_policy(path.parent / str(base) if Path(str(base)).suffix else Path(str(base)))
+        values = _merged(_read(parent), values)
+    try:
+        return Policy.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise UsageError(f"The policy {path.name} is wrong at {where}: {first['msg']}.") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -142,12 +158,14 @@ def load_policy(policy: Path) -> Policy:
         raise UsageError(f"The policy {path.name} is not valid YAML: {' '.join(str(error).split())[:200]}.") from error
     if not isinstance(values, dict):
         raise UsageError(f"The policy {path.name} must be a mapping; see policies/default.yaml.")
-    try:
-        return Policy.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise UsageError(f"The policy {path.name} is wrong at {where}: {first['msg']}.") from error
+    return values
+
+
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Changes over a base, one level down: a part that is changed keeps its other fields."""
+    both = {name: (base[name], value) for name, value in changes.items() if name in base}
+    parts = {n: old | new if isinstance(old, dict) and isinstance(new, dict) else new for n, (old, new) in both.items()}
+    return base | changes | parts
 
 
 def judge(observations: Observations, policy: Policy) -> Verdict:
