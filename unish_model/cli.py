@@ -52,6 +52,46 @@ def selfcheck(
         raise typer.Exit(1)
 
 
+@app.command()
+def init(
+    pi3: Annotated[str, typer.Option(help="Pi3 checkpoint: a file or a Hugging Face id")],
+    camerahmr: Annotated[str, typer.Option(help="CameraHMR checkpoint: a file or a Hugging Face id with :file")],
+    out: Annotated[Path, typer.Option(help="the .safetensors file to write")],
+    config: Annotated[str, typer.Option(help="released, paper or tiny")] = "released",
+    seed: Annotated[int, typer.Option(help="of AlignNet's fresh weights")] = 42,
+    ignore: Annotated[list[str] | None, typer.Option(help="more CameraHMR name prefixes to leave behind")] = None,
+) -> None:
+    """Compose Pi3, CameraHMR and a fresh AlignNet into a checkpoint to start training from."""
+    from unish_model.network.checkpoint import CAMERAHMR_IGNORED, CheckpointError, compose, save_unish
+    from unish_model.network.config import UniSHConfig
+
+    try:
+        ignored = CAMERAHMR_IGNORED + tuple(ignore or ())
+        network = compose(pi3, camerahmr, UniSHConfig.named(config), seed=seed, ignored=ignored)
+        save_unish(network, out)
+    except (CheckpointError, ValueError, OSError) as error:
+        raise _stop(error) from error
+    console.print(f"{out}: {len(network.state_dict())} tensors", highlight=False)
+
+
+@app.command()
+def info(checkpoint: Annotated[str, typer.Argument(help="a file or a Hugging Face id")]) -> None:
+    """Tell what a checkpoint is by its names and shapes, without reading its values."""
+    from unish_model.network.checkpoint import CheckpointError, open_tensors, resolve, summarise
+
+    try:
+        file = open_tensors(resolve(checkpoint))
+        summary = summarise(file)
+    except CheckpointError as error:
+        raise _stop(error) from error
+    console.print(f"{summary.kind}: {summary.tensors} tensors, {summary.parameters:,} numbers, fits {summary.fits}")
+    table = Table("part", "tensors", "numbers")
+    for part, (count, size) in sorted(summary.parts.items()):
+        table.add_row(part, str(count), f"{size:,}")
+    console.print(table)
+    console.print(f"types: {', '.join(summary.dtypes)}")
+
+
 def main() -> None:
     """Entry point."""
     app()

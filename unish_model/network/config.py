@@ -65,7 +65,9 @@ class SceneConfig:
         if self.readout.head_dim != self.decoder.head_dim:
             raise ValueError("the decoders share one table of rotary angles, so their head widths must be equal")
         if self.decoder.head_dim % 4:
-            raise ValueError(f"two-axis rotary embedding needs a head width divisible by 4, not {self.decoder.head_dim}")
+            raise ValueError(
+                f"two-axis rotary embedding needs a head width divisible by 4, not {self.decoder.head_dim}"
+            )
 
 
 @dataclass(frozen=True)

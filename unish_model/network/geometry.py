@@ -157,7 +157,8 @@ def pixel_grid(height: int, width: int, device: torch.device | None = None) -> T
 
 def unproject(depth: Tensor, intrinsics: Tensor) -> Tensor:
     """Depth (..., H, W) and pixel intrinsics (..., 3, 3) to camera points (..., H, W, 3); z is the depth."""
-    grid = pixel_grid(*depth.shape[-2:], device=depth.device)
+    height, width = depth.shape[-2:]
+    grid = pixel_grid(height, width, depth.device)
     focal = torch.stack((intrinsics[..., 0, 0], intrinsics[..., 1, 1]), -1)[..., None, None, :]
     rays = (grid - intrinsics[..., None, None, :2, 2]) / focal
     return torch.cat((rays * depth[..., None], depth[..., None]), -1)

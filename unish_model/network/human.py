@@ -173,7 +173,7 @@ class HumanHead(nn.Module):
 
 
 def register_mean_body(module: nn.Module, config: HumanConfig) -> None:
-    """The buffers `init_body_pose`, `init_betas`, `init_cam`: an upright mean body until a checkpoint says otherwise."""
+    """Buffers `init_body_pose`, `init_betas`, `init_cam`: an upright mean body until a checkpoint says otherwise."""
     module.register_buffer("init_body_pose", torch.tensor([1.0, 0, 0, 0, 1, 0]).repeat(config.joints)[None])
     module.register_buffer("init_betas", torch.zeros(1, config.betas))
     module.register_buffer("init_cam", torch.tensor([[0.9, 0.0, 0.0]]))

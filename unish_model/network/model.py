@@ -136,14 +136,19 @@ class UniSH(nn.Module):
         """Everything that always computes in float32: the read-outs, the SMPL decoder and AlignNet."""
         return *self.pi3.float32_parts(), self.human_head, self.alignnet
 
+    def trunk_names(self) -> frozenset[str]:
+        """Names of the parameters outside `float32_parts`."""
+        exact = {id(parameter) for part in self.float32_parts() for parameter in part.parameters()}
+        return frozenset(name for name, parameter in self.named_parameters() if id(parameter) not in exact)
+
     def cast_trunks(self, dtype: torch.dtype, *, released_rounding: bool = False) -> UniSH:
         """Keep the big transformers' weights in `dtype`; buffers and `float32_parts` stay float32.
 
         released_rounding: also round the float32 parts' weights through `dtype`, as the released loader does.
         """
-        exact = {id(parameter) for part in self.float32_parts() for parameter in part.parameters()}
-        for parameter in self.parameters():
-            if id(parameter) not in exact:
+        trunk = self.trunk_names()
+        for name, parameter in self.named_parameters():
+            if name in trunk:
                 parameter.data = parameter.data.to(dtype)
             elif released_rounding:
                 parameter.data = parameter.data.to(dtype).float()

@@ -20,7 +20,9 @@ def network_size(height: int, width: int, longer_side: int = 518, patch: int = 1
         raise ValueError(f"the longer side must be a multiple of {patch}, not {longer_side}")
 
     def fit(side: int) -> int:
-        return longer_side if side == max(height, width) else max(1, round(side * longer_side / max_side / patch)) * patch
+        return (
+            longer_side if side == max(height, width) else max(1, round(side * longer_side / max_side / patch)) * patch
+        )
 
     max_side = max(height, width)
     return fit(height), fit(width)
@@ -29,7 +31,8 @@ def network_size(height: int, width: int, longer_side: int = 518, patch: int = 1
 def resize_frames(frames: np.ndarray, longer_side: int = 518, patch: int = 14) -> Tensor:
     """uint8 RGB (S, H, W, 3) to float32 (S, 3, h, w) in [0, 1]: bilinear without antialiasing, as in training."""
     images = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float() / 255
-    size = network_size(*frames.shape[1:3], longer_side, patch)
+    height, width = frames.shape[1:3]
+    size = network_size(height, width, longer_side, patch)
     return F.interpolate(images, size=size, mode="bilinear", align_corners=False)
 
 

@@ -53,5 +53,3 @@ def mistaken_root(rotations: Tensor, c2w: Tensor) -> Tensor:
     turned = axis_angle(c2w[..., :3, :3] @ rotation_from_axis_angle(rotations[..., 0, 0, :]))
     root = torch.cat((turned[..., None, :], rotations[..., 0, 1:, :]), -2)
     return torch.cat((root[..., None, :, :], rotations[..., 1:, :, :]), -3)
-
-

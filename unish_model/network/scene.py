@@ -6,7 +6,6 @@ Only `first_camera_frame` singles out a frame. Nothing here knows metres: length
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -238,15 +237,15 @@ class Scene(Branch):
             positions = self.encoder.positions(rows, columns)
         weights = self.encoder.patch_embed.proj.weight.dtype
         normalised = ((images.float() - self.image_mean) / self.image_std).to(weights).flatten(0, 1)
-        tokens = by_frames(partial(self.encoder, positions=positions), normalised, frame_step)
+        tokens = by_frames(lambda part: self.encoder(part, positions), normalised, frame_step)
         device = images.device
         autocast = torch.is_autocast_enabled(device.type)
         compute = torch.get_autocast_dtype(device.type) if autocast else weights
         rotary = self.rotary(rows, columns, device, compute, round_angles)
         hidden = self.mix(tokens.unflatten(0, (batch, frames)), rotary)
 
-        def read(decoder: Readout) -> Tensor:
-            x = by_frames(partial(decoder, rotary=rotary), hidden.flatten(0, 1), frame_step)
+        def read(decoder: nn.Module) -> Tensor:
+            x = by_frames(lambda part: decoder(part, rotary), hidden.flatten(0, 1), frame_step)
             return x[:, self.config.registers :].float()
 
         points, conf, camera = read(self.point_decoder), read(self.conf_decoder), read(self.camera_decoder)
