@@ -79,7 +79,9 @@ def resolve(source: str | Path) -> Path:
     if path.is_file():
         return path
     repository, _, file = str(source).partition(":")
-    looks_like_id = repository.count("/") == 1 and not repository.startswith((".", "/", "~")) and not path.suffix
+    weights = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+    local = repository.startswith((".", "/", "~")) or repository.endswith(weights)
+    looks_like_id = repository.count("/") == 1 and not local
     if not looks_like_id:
         raise CheckpointError(f"no checkpoint at {source}: give a file, or a Hugging Face id as owner/name:file")
     file = file or HUB_FILES.get(repository, "")
