@@ -155,6 +155,7 @@ def test_the_scene_branch_exports_at_a_fixed_size(scene: Scene) -> None:
             assert gap(value, getattr(expected, name)) < 1e-6, name
 
 
+@pytest.mark.slow
 def test_onnx_runtime_gets_the_same_numbers(scene: Scene, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript", reason="writing ONNX needs onnxscript")
     runtime = pytest.importorskip("onnxruntime", reason="running ONNX needs onnxruntime")

@@ -69,7 +69,7 @@ def nearest_rotation(m: Tensor) -> Tensor:
         # lifted by at least the nuclear norm, so that the largest eigenvalue is the largest in magnitude
         lift = math.sqrt(3.0) * wide.square().sum((-1, -2), keepdim=True).sqrt()
         power = horn + lift * torch.eye(4, dtype=wide.dtype, device=m.device)
-        for _ in range(26):
+        for _ in range(20):
             power = power / power.square().sum((-1, -2), keepdim=True).sqrt().clamp_min(1e-300)
             power = power @ power
         best = power.diagonal(dim1=-2, dim2=-1).argmax(-1)
@@ -236,8 +236,10 @@ def levenberg_marquardt(residual: Callable[[Tensor], Tensor], start: Tensor, fto
         upper = torch.where(upper == 0, tiny / radius.clamp_max(0.1), upper)
         trial = damping.maximum(lower).minimum(upper)
         trial = torch.where(trial == 0, gradient / length.clamp_min(tiny), trial)
-        settled = inside
+        settled = inside | done
         for _ in range(10):
+            if bool(settled.all()):
+                break
             trial = torch.where(trial == 0, (0.001 * upper).clamp_min(tiny), trial)
             stiffness = safe.square() + trial * scale.square()
             length = scale * (slope / stiffness).abs()
@@ -358,7 +360,8 @@ def recover_focal_shift(
         farthest = torch.where(keep, sampled[..., 2], -float("inf")).amax(-1).double()
         start = torch.where(nearest > 0, start, 0.1 * (farthest - nearest) - nearest)
         start = torch.where(enough, start, 0)
-    shift = levenberg_marquardt(residual, start, ftol=1e-12 if guarded else 1e-3).float()
+    # unlike a network's forward pass this may ask the device how far it is: a fit takes a handful of steps
+    shift = levenberg_marquardt(residual, start, *((1e-10, 30) if guarded else (1e-3, 100))).float()
     if known is None:
         found = _best_focal(sampled[..., :2] / (sampled[..., 2:] + shift[:, None, None]), uv, keep[..., None].float())
     else:

@@ -25,9 +25,16 @@ class Rotary(NamedTuple):
     sin: Tensor
 
 
+def autocast_type(device: torch.device) -> torch.dtype | None:
+    """The type autocast computes in on a device, or None where it is off."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
 def full_precision(device: torch.device) -> AbstractContextManager:
     """Switch autocast off for a float32 part, whatever device autocast was switched on for."""
-    if torch.is_autocast_enabled(device.type):
+    if autocast_type(device) is not None:
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from unish_model.network.config import SceneConfig, TransformerConfig
 from unish_model.network.geometry import inverse_se3, nearest_rotation, se3, transform_points
-from unish_model.network.layers import Block, Branch, Rotary, by_frames, full_precision, grid_rotary
+from unish_model.network.layers import Block, Branch, Rotary, autocast_type, by_frames, full_precision, grid_rotary
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
@@ -239,9 +239,7 @@ class Scene(Branch):
         normalised = ((images.float() - self.image_mean) / self.image_std).to(weights).flatten(0, 1)
         tokens = by_frames(lambda part: self.encoder(part, positions), normalised, frame_step)
         device = images.device
-        autocast = torch.is_autocast_enabled(device.type)
-        compute = torch.get_autocast_dtype(device.type) if autocast else weights
-        rotary = self.rotary(rows, columns, device, compute, round_angles)
+        rotary = self.rotary(rows, columns, device, autocast_type(device) or weights, round_angles)
         hidden = self.mix(tokens.unflatten(0, (batch, frames)), rotary)
 
         def read(decoder: nn.Module) -> Tensor:
