@@ -191,7 +191,7 @@ def smpl_arrays() -> dict[str, np.ndarray]:
     return {
         "v_template": rng.random((6890, 3)),
         "shapedirs": rng.random((6890, 3, 10)),
-        "posedirs": rng.random((6890, 3, 207)),
+        "posedirs": np.zeros((6890, 3, 207), np.float32),
         "J_regressor": rng.random((24, 6890)),
         "weights": rng.random((6890, 24)),
         "kintree_table": np.stack([np.arange(-1, 23), np.arange(24)]),

@@ -183,6 +183,16 @@ def test_bfloat16_stays_within_bounds(tiny: UniSH, clip: Clip, way: str) -> None
     assert rounded["scene.local_points"].dtype == rounded["align.scale"].dtype == torch.float32
 
 
+def test_cameras_and_bodies_stay_exact_under_autocast(tiny: UniSH, clip: Clip) -> None:
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        out = tiny(*clip.inputs)
+        world = out.scene.world_points
+    turn = out.scene.first_camera_frame[..., :3, :3]
+    assert world.dtype == turn.dtype == torch.float32
+    assert gap(turn @ turn.mT, torch.eye(3).expand_as(turn)) < 1e-5
+    assert gap(out.world_rotations[..., 0, :, :], turn @ out.human.rotations[..., 0, :, :]) < 1e-5
+
+
 def test_casting_leaves_buffers_and_read_outs_exact(tiny: UniSH) -> None:
     before = {name: value.clone() for name, value in tiny.state_dict().items()}
     tiny.cast_trunks(torch.bfloat16)

@@ -114,15 +114,27 @@ def se3(rotation: Tensor, translation: Tensor) -> Tensor:
     return torch.cat((top, F.pad(torch.zeros_like(top[..., :1, :3]), (0, 1), value=1.0)), -2)
 
 
+def compose(a: Tensor, b: Tensor) -> Tensor:
+    """The product of small matrices (..., n, n), by elements: autocast would round an ordinary product."""
+    return (a[..., :, :, None] * b[..., None, :, :]).sum(-2)
+
+
+def rotate_points(rotation: Tensor, points: Tensor) -> Tensor:
+    """Apply (..., 3, 3) to (..., 3); leading dimensions broadcast without a copy of the matrix for every point."""
+    first, second, third = rotation.unbind(-1)
+    x, y, z = points[..., :1], points[..., 1:2], points[..., 2:]
+    return first * x + second * y + third * z
+
+
 def inverse_se3(transform: Tensor) -> Tensor:
     """Inverse of rigid (..., 4, 4) transforms, in closed form."""
     rotation = transform[..., :3, :3].mT
-    return se3(rotation, -(rotation @ transform[..., :3, 3:])[..., 0])
+    return se3(rotation, -rotate_points(rotation, transform[..., :3, 3]))
 
 
 def transform_points(transform: Tensor, points: Tensor) -> Tensor:
     """Apply (..., 4, 4) to (..., 3); leading dimensions broadcast."""
-    return (transform[..., :3, :3] @ points[..., None])[..., 0] + transform[..., :3, 3]
+    return rotate_points(transform[..., :3, :3], points) + transform[..., :3, 3]
 
 
 def scale_translation(transform: Tensor, scale: Tensor) -> Tensor:
@@ -140,7 +152,7 @@ def body_to_world(
     t_w = R (J0 + t) + T - J0; without it t_w = R t + T, the released formula, off by (R - 1) J0.
     """
     turn = c2w[..., :3, :3]
-    root = (turn @ rotations[..., 0, :, :])[..., None, :, :]
+    root = compose(turn, rotations[..., 0, :, :])[..., None, :, :]
     moved = transform_points(c2w, translation if pelvis is None else translation + pelvis)
     return torch.cat((root, rotations[..., 1:, :, :]), -3), moved if pelvis is None else moved - pelvis
 
@@ -166,7 +178,7 @@ def unproject(depth: Tensor, intrinsics: Tensor) -> Tensor:
 
 def project(points: Tensor, intrinsics: Tensor) -> Tensor:
     """Camera points (..., N, 3) to pixels (..., N, 2) with (..., 3, 3); z must be positive."""
-    image = points @ intrinsics.mT
+    image = rotate_points(intrinsics[..., None, :, :], points)
     return image[..., :2] / image[..., 2:]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from unish_model.network.geometry import rotation_from_axis_angle
+from unish_model.network.geometry import compose, rotation_from_axis_angle
 
 
 def quaternion(matrix: Tensor) -> Tensor:
@@ -50,6 +50,6 @@ def mistaken_root(rotations: Tensor, c2w: Tensor) -> Tensor:
 
     rotations (..., J, 3, 3) and c2w (..., 4, 4) to (..., J, 3, 3), whose root is not a rotation.
     """
-    turned = axis_angle(c2w[..., :3, :3] @ rotation_from_axis_angle(rotations[..., 0, 0, :]))
+    turned = axis_angle(compose(c2w[..., :3, :3], rotation_from_axis_angle(rotations[..., 0, 0, :])))
     root = torch.cat((turned[..., None, :], rotations[..., 0, 1:, :]), -2)
     return torch.cat((root[..., None, :, :], rotations[..., 1:, :, :]), -3)

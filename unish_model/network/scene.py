@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unish_model.network.config import SceneConfig, TransformerConfig
-from unish_model.network.geometry import inverse_se3, nearest_rotation, se3, transform_points
+from unish_model.network.geometry import compose, inverse_se3, nearest_rotation, se3, transform_points
 from unish_model.network.layers import Block, Branch, Rotary, autocast_type, by_frames, full_precision, grid_rotary
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)
@@ -35,7 +35,7 @@ class SceneOutput:
     @property
     def first_camera_frame(self) -> Tensor:
         """(B, S, 4, 4) camera to the first frame's camera."""
-        return inverse_se3(self.c2ws[:, :1]) @ self.c2ws
+        return compose(inverse_se3(self.c2ws[:, :1]), self.c2ws)
 
     @property
     def world_points(self) -> Tensor:
