@@ -160,6 +160,17 @@ def test_a_body_makes_the_world_translation_exact(tiny: UniSH, clip: Clip, body:
     assert gap(released_translation, exact.trans_world) > 1e-4
 
 
+def test_a_clip_without_confident_points_still_has_a_size(tiny: UniSH, clip: Clip) -> None:
+    prediction = tiny.infer(*clip.inputs, confidence=1.0)
+    assert not prediction.mask.any()
+    assert all(value.isfinite().all() for value in tensors(prediction).values())
+
+
+def test_infer_refuses_to_drop_things_at_random(tiny: UniSH, clip: Clip) -> None:
+    with pytest.raises(ValueError, match="eval"):
+        tiny.train().infer(*clip.inputs)
+
+
 def test_pelvis_is_the_first_joint_at_rest(body: Body) -> None:
     betas = random_input("betas", 4, 10)
     rest = torch.eye(3).expand(4, 24, 3, 3)

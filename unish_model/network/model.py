@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from unish_model.network import released
 from unish_model.network.alignnet import AlignNet, AlignOutput
@@ -199,20 +200,26 @@ class UniSH(nn.Module):
         confidence: points below it neither set the scale nor the focal length.
         frame_step: frames at a time in the per-frame parts: the same result, less memory.
         autocast: compute type of the transformers where the weights are float32.
-        Raises ValueError for wrong shapes, and for intrinsics under `compat="released"`, which ignored them.
+        Raises ValueError for wrong shapes, in training mode, and for intrinsics under `compat="released"`, which
+        ignored them.
         """
+        if self.training:
+            raise ValueError("the network is in training mode, where it drops things at random: call eval() first")
         if compat == "released" and intrinsics is not None:
             raise ValueError("the released inference cannot use given intrinsics; leave compat at its default")
         device = images.device
         if intrinsics is not None:
-            intrinsics = intrinsics.to(device, torch.float32).expand(*images.shape[:2], 3, 3)
+            intrinsics = intrinsics.to(device, torch.float32).expand(*images.shape[:2], 3, 3).clone()
         typed = torch.autocast(device.type, autocast) if autocast is not None else nullcontext()
         height, width = images.shape[-2:]
         with typed:
             scene = self.pi3(images, round_angles=compat == "released", frame_step=frame_step)
         conf = scene.conf_logits.sigmoid()
         mask = conf > confidence
-        fit = _fit_camera(scene.local_points, mask, intrinsics, compat)
+        used = mask
+        if compat != "released":  # a clip without one confident point still has a size
+            used = mask | ~mask.any(3).any(2).any(1)[:, None, None, None]
+        fit = _fit_camera(scene.local_points, used, intrinsics, compat)
         cameras = intrinsics_matrix(fit.focal * half_diagonal(height, width), height, width)
         box = bbox_info.float()
         if intrinsics is not None:
@@ -224,35 +231,31 @@ class UniSH(nn.Module):
             human = run_human(self.backbone, self.human_head, self.config.human, patches, box, frame_step)
             align = self.alignnet(scene.hidden, human.tokens, fps)
 
-        distance = (scene.local_points.norm(dim=-1) * mask).sum((1, 2, 3)) / (mask.sum((1, 2, 3)) + 1e-8)
+        distance = (scene.local_points.norm(dim=-1) * used).sum((1, 2, 3)) / (used.sum((1, 2, 3)) + 1e-8)
         unit = align.scale / distance
         frames = images.shape[1]
         local = scene.local_points * unit[:, None, None, None, None]
-        per_frame = unit[:, None].expand(-1, frames)
+        per_frame = unit[:, None].repeat(1, frames)
         c2w = scale_translation(scene.first_camera_frame, per_frame)
         trans_cam = align.translation * unit[:, None, None]
-        betas = human.betas[:, None].expand(-1, frames, -1)
+        betas = human.betas[:, None].repeat(1, frames, 1)
         if compat == "released":
             fit = _fit_camera(local, mask, None, compat)
             cameras = intrinsics_matrix(fit.focal * half_diagonal(height, width), height, width)
         else:
             fit = dataclasses.replace(fit, shift=fit.shift * per_frame)
-        forward = torch.stack((torch.zeros_like(fit.shift), torch.zeros_like(fit.shift), fit.shift), -1)
         depth = local[..., 2] + fit.shift[..., None, None]
-        shifted = local + forward[:, :, None, None]
-        if compat == "released":
-            world_points = transform_points(c2w[:, :, None, None], local)
+        forward = F.pad(fit.shift[..., None], (2, 0))
+        if compat == "released":  # its points and its world translation never see the shift
             rotations, trans_world = _to_world(human.rotations, trans_cam, c2w, compat)
             trans_cam = trans_cam + forward
         else:
-            local = shifted
-            world_points = transform_points(c2w[:, :, None, None], local)
-            trans_cam = trans_cam + forward
+            local, trans_cam = local + forward[:, :, None, None], trans_cam + forward
             pelvis = body.pelvis(betas) if body is not None else None
             rotations, trans_world = body_to_world(human.rotations, trans_cam, c2w, pelvis)
         return Prediction(
             local_points=local,
-            world_points=world_points,
+            world_points=transform_points(c2w[:, :, None, None], local),
             point_map=unproject(depth, cameras),
             depth=depth,
             confidence=conf,
@@ -267,7 +270,7 @@ class UniSH(nn.Module):
             frame_betas=human.frame_betas,
             trans_cam=trans_cam,
             trans_world=trans_world,
-            scale=align.scale[:, None].expand(-1, frames),
+            scale=align.scale[:, None].repeat(1, frames),
             unit=per_frame,
         )
 
@@ -288,7 +291,7 @@ def _fit_camera(points: Tensor, mask: Tensor, intrinsics: Tensor | None, compat:
     told = torch.where(free.valid, free.focal, float("nan"))
     focal = told.nanmedian(1, keepdim=True).values.nan_to_num(1.0).expand_as(free.focal)
     fitted = recover_focal_shift(points, mask, focal=focal)
-    return FocalShift(focal, fitted.shift, free.valid)
+    return FocalShift(focal.clone(), fitted.shift, free.valid)
 
 
 def concatenate(parts: Sequence[Prediction], body: Body | None = None, compat: Compat = "default") -> Prediction:
@@ -313,7 +316,7 @@ def concatenate(parts: Sequence[Prediction], body: Body | None = None, compat: C
     if compat == "released":
         pose = rotation_from_axis_angle(released.axis_angle(pose))
     else:
-        betas = whole.frame_betas.mean(1, keepdim=True).expand_as(betas)
+        betas = whole.frame_betas.mean(1, keepdim=True).repeat(1, betas.shape[1], 1)
         pelvis = body.pelvis(betas) if body is not None else None
     rotations, translation = body_to_world(pose, whole.trans_cam, whole.c2w, pelvis)
     return dataclasses.replace(whole, betas=betas, pose_world=rotations, trans_world=translation)
