@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import cv2
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numbered import number_of
-from videos import BY_DECORD, VIDEOS
+from videos import BY_DECORD, VIDEOS, geometry
 
 from curation.ingest.failures import FailureCode, StageError
 from curation.observe import video as module
 from curation.observe.video import (
-    VideoIndex,
     decode,
     decode_key_frames,
     frames_at,
@@ -32,13 +29,6 @@ NAMES = list(VIDEOS)
 
 def upright(frame, index):
     return resize(to_rgb(frame), index, index.width, index.height)
-
-
-def geometry(rotation, times_s=None):
-    """An index that is good for nothing but its geometry and its times."""
-    fields = {field.name: 0 for field in dataclasses.fields(VideoIndex)}
-    times_s = np.zeros(1) if times_s is None else times_s
-    return VideoIndex(**fields | {"rotation": rotation, "times_s": times_s, "end_s": float(times_s[-1]) + 0.04})
 
 
 @pytest.mark.parametrize("name", NAMES)

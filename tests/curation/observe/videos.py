@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from numbered import HEIGHT, WIDTH, encode, ffmpeg, picture
+from numpy.typing import NDArray
+
+from curation.observe.video import VideoIndex
 
 _H264 = ("-c:v", "libx264", "-preset", "veryfast", "-pix_fmt", "yuv420p")
 _BASE = (*_H264, "-g", "30", "-bf", "2")
@@ -120,3 +124,10 @@ VIDEOS = BY_DECORD | {
     "old.avi": _coded("-c:v", "mpeg4", "-bf", "2", "-q:v", "3"),
     "stream.ts": _coded(*_BASE),
 }
+
+
+def geometry(rotation: int = 0, times_s: NDArray[np.float64] | None = None, **fields: int) -> VideoIndex:
+    """An index without a file, good for nothing but its geometry and its times."""
+    times_s = np.zeros(1) if times_s is None else times_s
+    known = {"rotation": rotation, "times_s": times_s, "end_s": float(times_s[-1]) + 0.04} | fields
+    return VideoIndex(**{field.name: 0 for field in dataclasses.fields(VideoIndex)} | known)
