@@ -405,8 +405,10 @@ def _by_decord(index: VideoIndex, wanted: list[int], width: int, height: int) ->
     """
     if not index.plain:
         return None
-    import decord
-
+    try:
+        import decord
+    except ImportError:  # not built for every system
+        return None
     try:
         reader = decord.VideoReader(str(index.path), num_threads=1)
         if len(reader) != len(index.times_s):
