@@ -6,6 +6,7 @@ Thin: every command calls one function of the library. Errors a user can mend ar
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from curation.settings import DownloadSettings, ObserveSettings, Settings, Teach
 if TYPE_CHECKING:
     from curation.pipeline import Funnel
 
+_INTERRUPTED = 130  # the exit code of a command ended by Ctrl-C
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 console = Console()
 
@@ -97,9 +99,11 @@ def run(
     with _bars() as show:
         funnel = pipeline.run(settings, refs, show)
     _print_funnel(funnel)
-    console.print(f"shards: {funnel.folder}", soft_wrap=True)
+    console.print(f"shards: {funnel.folder}", soft_wrap=True, markup=False)
     if funnel.failed:
-        console.print(f"what failed, and what to do: curation failures --out {out}", soft_wrap=True)
+        console.print(f"what failed, and what to do: curation failures --out {out}", soft_wrap=True, markup=False)
+    if funnel.failed and not funnel.observed:
+        raise UsageError("No clip could be measured; see what failed above, and run again.")
 
 
 @app.command()
@@ -259,6 +263,12 @@ def main() -> None:
     """Entry point: a user's mistake is one sentence and exit code 2."""
     try:
         app()
+    except SystemExit as ended:
+        if ended.code != _INTERRUPTED:
+            raise
+        # At once: whatever still runs may die anywhere, and nothing is lost by it.
+        Console(stderr=True).print("stopped; run again, what is done is kept.")
+        os._exit(_INTERRUPTED)
     except UsageError as error:
         _fail(str(error))
     except ValidationError as error:

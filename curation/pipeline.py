@@ -18,6 +18,7 @@ from curation.catalog import Attempt, Catalog, ObservationFile, Output
 from curation.files import sha256_file, sha256_json
 from curation.ingest.failures import FailureCode, StageError, UsageError
 from curation.manifest import ClipRef
+from curation.observe.observations import Observations
 from curation.observe.people import find_weights
 from curation.policy import Policy, describe, find_policy, load_policy, subject_boxes
 from curation.policy import judge as judge_observations
@@ -26,6 +27,11 @@ from curation.settings import Settings
 from curation.workers import spread
 
 Progress = Callable[[int, int], None]
+
+# Permanent for a video, but not for a run with other settings, and cheap to find again: these never block a clip.
+_MENDED_BY_SETTINGS = frozenset(
+    {FailureCode.REFUSED, FailureCode.MISSING_DEPTH, FailureCode.NO_FORMAT, FailureCode.LIVE}
+)
 
 
 @dataclass(frozen=True)
@@ -117,6 +123,8 @@ def preflight(settings: Settings) -> Settings:
     from curation.ffmpeg import ffmpeg_exe
     from curation.teach.depth import check_teacher
 
+    for cache in (_run, _weights_hash, _cached_identity):  # the files behind the settings may have changed
+        cache.cache_clear()
     out = settings.out.expanduser().absolute()
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -146,6 +154,14 @@ def preflight(settings: Settings) -> Settings:
     )
     Catalog(settings.database)
     return settings
+
+
+def check_refs(refs: Sequence[ClipRef], settings: Settings) -> None:
+    """Find what would fail every clip of a kind. Raises UsageError."""
+    if not refs:
+        raise UsageError("The manifest lists no clips; add a row and run again.")
+    if settings.download.local_root is None and any(ref.platform == "local" for ref in refs):
+        raise UsageError("The manifest has local clips; name the folder they lie in with --local-root (local_root).")
 
 
 def download(settings: Settings, batch: Batch, progress: Progress | None = None) -> StageReport:
@@ -215,19 +231,19 @@ def judge(settings: Settings, batch: Batch) -> StageReport:
     known = run.catalog.verdicts(batch.refs, run.policy.hash)
     files = run.catalog.observations(batch.refs)
     missing = [files[ref.clip_id] for ref in batch.refs if ref.clip_id in files and ref.clip_id not in known]
-    _judge_files(run, missing)
-    return StageReport("judge", len(missing), len(batch.refs) - len(missing))
+    judged = _judge_files(run, missing)
+    return StageReport("judge", judged, len(batch.refs) - judged)
 
 
 def judge_all(settings: Settings, progress: Progress | None = None) -> int:
     """Judge every measured clip of the catalog under the settings' policy; returns how many were judged anew."""
+    _run.cache_clear()  # the policy's file may have changed
     run = _run(settings)
     judged = seen = 0
     for page in run.catalog.observed():
         known = run.catalog.verdicts([file.clip_id for file in page], run.policy.hash)
         missing = [file for file in page if file.clip_id not in known]
-        _judge_files(run, missing)
-        judged += len(missing)
+        judged += _judge_files(run, missing)
         seen += len(page)
         if progress is not None:
             progress(seen, seen)
@@ -281,7 +297,7 @@ def funnel(settings: Settings, refs: Sequence[ClipRef] | None) -> Funnel:
     counts = run.catalog.funnel(refs, run.policy.hash, digest)
     failed: dict[str, int] = {}
     for (_, code), clips in counts.failed.items():
-        failed[code] = failed.get(code, 0) + clips
+        failed[code] = min(failed.get(code, 0) + clips, counts.clips)
     if refs is not None and counts.clips < len(refs):
         failed[FailureCode.FORGOTTEN.value] = len(refs) - counts.clips
     return Funnel(
@@ -305,30 +321,29 @@ def run(settings: Settings, refs: Sequence[ClipRef], progress: Callable[[str, in
     progress: called with (stage, clips done, clips in all). Raises UsageError before any work is done.
     """
     settings = preflight(settings)
+    check_refs(refs, settings)
     batches = read_batches(refs, settings)
     total = len(refs)
 
     def shown(stage: str, before: int) -> Progress | None:
         return None if progress is None else lambda done, _: progress(stage, before + done, total)
 
-    with ThreadPoolExecutor(1) as fetcher:
-        before = 0
-        starts = []
-        for batch in batches:
-            starts.append(before)
-            before += len(batch.refs)
+    starts = [0]
+    for batch in batches:
+        starts.append(starts[-1] + len(batch.refs))
+    fetcher = ThreadPoolExecutor(1)
+    try:
         fetched = [
-            fetcher.submit(download, settings, b, shown("download", s)) for b, s in zip(batches, starts, strict=True)
+            fetcher.submit(download, settings, batch, shown("download", start))
+            for batch, start in zip(batches, starts, strict=False)
         ]
-        try:
-            for batch, start, future in zip(batches, starts, fetched, strict=True):
-                future.result()
-                observe(settings, batch, shown("observe", start))
-                judge(settings, batch)
-                teach(settings, batch, shown("teach", start))
-        finally:
-            for future in fetched:
-                future.cancel()
+        for batch, start, future in zip(batches, starts, fetched, strict=False):
+            future.result()
+            observe(settings, batch, shown("observe", start))
+            judge(settings, batch)
+            teach(settings, batch, shown("teach", start))
+    finally:
+        fetcher.shutdown(wait=False, cancel_futures=True)  # a failure or Ctrl-C must not wait for a slow download
     return funnel(settings, refs)
 
 
@@ -388,7 +403,7 @@ class _Run:
         """The videos that are really on this disk, by video key."""
         stored = self.catalog.videos({ref.video_key for ref in refs})
         files = {key: video.file(self.settings.out) for key, video in stored.items() if video.present}
-        return {key: file for key, file in files.items() if file.path.is_file()}
+        return {key: file for key, file in files.items() if _size(file.path) == file.size_bytes}
 
     def to_observe(self, refs: Sequence[ClipRef]) -> list[ClipRef]:
         """Clips without measurements by this detector, or with key frames only that leave the policy undecided."""
@@ -407,12 +422,11 @@ class _Run:
         return todo
 
     def _decision(self, file: ObservationFile) -> str:
-        from curation.observe.observations import read_observations
-
-        return judge_observations(read_observations(self.settings.out / file.path), self.policy).decision
+        observations = _readable(self.settings.out / file.path)
+        return "unknown" if observations is None else judge_observations(observations, self.policy).decision
 
     def _measured_as_asked(self, file: ObservationFile) -> bool:
-        if not (self.settings.out / file.path).is_file():
+        if _readable(self.settings.out / file.path) is None:
             return False
         if file.provenance_hash not in self._same:
             value = self.catalog.provenance(file.provenance_hash) or {}
@@ -431,13 +445,29 @@ class _Run:
         verdicts = self.catalog.verdicts(refs, self.policy.hash)
         accepted = [ref for ref in refs if ref.clip_id in verdicts and verdicts[ref.clip_id].decision == "accept"]
         written = self.catalog.outputs(accepted, sha256_json(self.dataset))
+        sound = self._sound_shards({output.shard for output in written.values()})
         blocked = self.given_up(accepted, ("teach",))
         return [
             ref
             for ref in accepted
-            if ref.clip_id not in blocked
-            and not (ref.clip_id in written and (self.shards / written[ref.clip_id].shard).is_file())
+            if ref.clip_id not in blocked and not (ref.clip_id in written and written[ref.clip_id].shard in sound)
         ]
+
+    def _sound_shards(self, names: set[str]) -> set[str]:
+        """Shards that are there with a readable end; a cut one is taken away, so that its clips are written again."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        sound = set()
+        for name in names:
+            try:
+                pq.read_metadata(self.shards / name)
+                sound.add(name)
+            except FileNotFoundError:
+                continue
+            except (OSError, pa.ArrowInvalid):
+                (self.shards / name).rename(self.shards / f"{name}.damaged")
+        return sound
 
     def given_up(self, refs: Sequence[ClipRef], stages: Sequence[str]) -> frozenset[str]:
         """Clips whose last try failed for good in one of these stages, unless the user asked to try again."""
@@ -447,8 +477,16 @@ class _Run:
             if attempt.stage in stages
             and attempt.code is not None
             and not attempt.code.transient
+            and attempt.code not in _MENDED_BY_SETTINGS
             and attempt.code.value not in self.settings.retry
         )
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
 
 
 @lru_cache(maxsize=4)
@@ -565,11 +603,21 @@ def _frames_path(settings: Settings, ref: ClipRef) -> Path:
     return settings.out / "frames" / f"{ref.clip_id}.parquet"
 
 
-def _judge_files(run: _Run, files: Sequence[ObservationFile]) -> None:
+def _judge_files(run: _Run, files: Sequence[ObservationFile]) -> int:
+    """Judge what can be read; a damaged or missing file is measured anew by the next run."""
+    read = [_readable(run.settings.out / file.path) for file in files]
+    verdicts = [judge_observations(observations, run.policy) for observations in read if observations is not None]
+    run.catalog.record_verdicts(verdicts, {file.clip_id: file.sha256 for file in files})
+    return len(verdicts)
+
+
+def _readable(path: Path) -> Observations | None:
     from curation.observe.observations import read_observations
 
-    verdicts = [judge_observations(read_observations(run.settings.out / file.path), run.policy) for file in files]
-    run.catalog.record_verdicts(verdicts, {file.clip_id: file.sha256 for file in files})
+    try:
+        return read_observations(path)
+    except UsageError:
+        return None
 
 
 def _sample(run: _Run, ref: ClipRef, teacher: Any) -> ClipSample:
@@ -581,7 +629,7 @@ def _sample(run: _Run, ref: ClipRef, teacher: Any) -> ClipSample:
     from curation.observe.samples import read_frames
 
     frames = read_frames(_frames_path(run.settings, ref))
-    if frames is None:
+    if frames is None or max(frames.width, frames.height) != run.settings.observe.frame_long_side:
         videos = run.videos([ref])
         if ref.video_key not in videos:
             raise StageError(FailureCode.NETWORK, "the video is not here; it will be fetched by the next run")

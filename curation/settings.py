@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 POLICIES = Path(__file__).parent / "policies"
+DEVICE = r"^(auto|cpu|cuda(:\d+)?)$"
 
 
 class DownloadSettings(BaseModel):
@@ -34,7 +35,7 @@ class ObserveSettings(BaseModel):
     detector_confidence: float = Field(0.10, gt=0, lt=1, description="Boxes below this are not stored.")
     prescreen_key_frames: int = Field(8, ge=2, description="Clips with fewer key frames skip the prescreen.")
     frame_long_side: int = Field(518, ge=14, multiple_of=14, description="Longer side of training frames.")
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
+    device: str = Field("auto", pattern=DEVICE, description="auto, cpu, cuda or cuda:N.")
 
 
 class TeacherSettings(BaseModel):
@@ -47,7 +48,7 @@ class TeacherSettings(BaseModel):
     name: str | None = Field(None, description="Name recorded for a folder teacher, such as megasam.")
     num_tokens: int = Field(1800, ge=1, description="MoGe-2 tokens per frame; 777 is the native grid of 518x294.")
     batch_size: int = Field(8, ge=1, description="Frames per forward pass.")
-    device: str = "auto"
+    device: str = Field("auto", pattern=DEVICE)
 
 
 class Settings(BaseModel):

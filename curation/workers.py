@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -35,6 +36,7 @@ def _one_core() -> None:
     """One process per core: no library may start threads of its own."""
     import cv2
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer; workers end with it
     cv2.setNumThreads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # read by torch when the detector imports it
     parent = multiprocessing.parent_process()
@@ -83,6 +85,11 @@ def spread(
         _pool.cache_clear()
         for task in left:
             yield task, _alone(function, task)
+        _pool(1).shutdown(wait=False)
+        _pool.cache_clear()
+    finally:
+        for future in pending:
+            future.cancel()
 
 
 def _alone(function: Callable[[Task], Result], task: Task) -> Result | BaseException:

@@ -67,7 +67,7 @@ _ADVICE = {
     FailureCode.REMOVED: "The video is gone from its platform; drop the row from the manifest.",
     FailureCode.PRIVATE: "The owner made the video private; drop the row from the manifest.",
     FailureCode.GEO: "The video is blocked in this region; run a worker where it is shown, or drop the row.",
-    FailureCode.AGE: "The platform wants a signed-in adult account; give a cookies file you may use, or drop the row.",
+    FailureCode.AGE: "The platform wants a signed-in adult account, which this program does not have; drop the row.",
     FailureCode.MEMBERS: "The video is for paying members; drop the row unless your account may use it.",
     FailureCode.DRM: "The video is protected by DRM and cannot be used; drop the row.",
     FailureCode.LIVE: "The video is a live stream; run again when it is over.",

@@ -61,10 +61,15 @@ class Detector:
         self.long_side = long_side
         self._confidence = confidence
         self._cuda = device if device.startswith("cuda") else None
-        if device == "auto":
+        if device != "cpu":
             import torch
 
-            self._cuda = "cuda" if torch.cuda.is_available() else None
+            if torch.cuda.is_available():
+                self._cuda = self._cuda or "cuda"
+            elif self._cuda:
+                raise UsageError(
+                    f"There is no CUDA device here, and {device} was asked for; take --device auto or cpu."
+                )
         if self._cuda:
             self._forward, self.names = _torch_backend(weights, self._cuda)
         else:

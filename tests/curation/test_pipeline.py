@@ -164,7 +164,7 @@ def test_batches_keep_videos_together_and_do_not_depend_on_what_follows(settings
     ("change", "said"),
     [
         ({"policy": Path("nothing.yaml")}, "cannot be read"),
-        ({"observe": ObserveSettings(detector="nothing.pt")}, "--detector PATH"),
+        ({"observe": ObserveSettings(detector="nothing.pt")}, "--detector"),
         ({"teacher": TeacherSettings(model="nothing.pt")}, "nothing.pt"),
         ({"download": DownloadSettings(local_root=Path("nowhere"))}, "--local-root"),
         ({"out": Path("/proc/nothing")}, "cannot be written"),
@@ -241,3 +241,39 @@ def _wait_until_gone(group: int) -> None:
 def test_every_failure_code_has_advice():
     for code in FailureCode:
         assert code.advice.endswith(".") and isinstance(code.transient, bool)
+
+
+def test_what_was_damaged_is_made_again(settings: Settings):
+    """Cut files of every kind, one after the other: each is noticed and mended by the next run."""
+    whole = shard_bytes(pipeline.run(settings, REFS[:1]))
+    (observation,) = (settings.out / "observations").rglob("*.parquet")
+    (video,) = (settings.out / "videos").rglob("video.*")
+    (shard,) = (settings.out / "shards").rglob("shard-*.parquet")
+    for path in (observation, shard, video):
+        os.truncate(path, path.stat().st_size // 2)
+        if path == video:
+            observation.unlink()
+        funnel = pipeline.run(settings, REFS[:1])
+        assert (funnel.sharded, funnel.failed) == (1, {})
+        assert shard_bytes(funnel) == whole
+    observation.unlink()
+    assert pipeline.judge_all(settings.model_copy(update={"policy": Path("paper")})) == 0
+
+
+def test_other_settings_mend_what_they_caused(settings: Settings, tmp_path: Path):
+    (tmp_path / "empty").mkdir()
+    np.savez(tmp_path / "empty" / "0000000000000000.npz", depth=np.ones((1, 2, 2)))
+    nothing = TeacherSettings(kind="folder", model=str(tmp_path / "empty"), name="sam")
+    with pytest.raises(UsageError, match="--local-root"):
+        pipeline.run(settings.model_copy(update={"download": DownloadSettings()}), REFS[:1])
+    assert pipeline.run(settings.model_copy(update={"teacher": nothing}), REFS[:1]).failed == {"missing_depth": 1}
+    assert pipeline.run(settings, REFS[:1]).sharded == 1
+
+
+def test_a_changed_policy_file_is_read_again(settings: Settings, tolerant: Path, tmp_path: Path):
+    policy = tmp_path / "p.yaml"
+    policy.write_text(tolerant.read_text())
+    mine = settings.model_copy(update={"policy": policy})
+    assert pipeline.run(mine, REFS[:1]).accepted == 1
+    policy.write_text(tolerant.read_text().replace("min_duration_s: 1.0", "min_duration_s: 99.0"))
+    assert pipeline.run(mine, REFS[:1]).accepted == 0
