@@ -97,16 +97,19 @@ def save_body(body: Body, path: Path) -> None:
         np.savez_compressed(stream, **body.arrays())  # type: ignore[arg-type]
 
 
-def pose_body(body: Body, betas: Array, pose: Array, transl: Array) -> Posed:
+def pose_body(body: Body, betas: Array, pose: Array, transl: Array, padding: Array | None = None) -> Posed:
     """Linear blend skinning as SMPL defines it.
 
-    betas (10,); pose (24, 3) axis-angle, the first the root's orientation in the world; transl (3,) m.
+    betas (10,); pose (24, 3) axis-angle, the first the root's orientation in the world; transl (3,) m. padding (6890, 3) m
+    is added to the rest vertices, as clothes are, and moves no joint.
     """
     shaped = body.v_template + body.shapedirs @ betas
     joints = body.J_regressor @ shaped
     rotations = rotation_matrices(pose)
     feature = (rotations[1:] - np.eye(3)).reshape(-1)
     shaped = shaped + (body.posedirs.reshape(-1, POSE_COUNT) @ feature).reshape(-1, 3)
+    if padding is not None:
+        shaped = shaped + padding
     world = global_rotations(rotations)
     placed = np.empty_like(joints)
     placed[0] = joints[0]

@@ -134,8 +134,10 @@ class _Footsteps:
             return np.array([x + dx * np.cos(yaw) + dz * np.sin(yaw), z - dx * np.sin(yaw) + dz * np.cos(yaw), yaw])
 
         turned = 0.0
-        for side in (0, 1):
-            spots[side].append(spot(-1.0, side, 0.05, 0.0, 0.0))
+        for side in (0, 1):  # both feet stand from long before the start
+            starts[side].append(-10.0)
+            spots[side].extend([spot(-1.0, side, 0.05, 0.0, 0.0)] * 2)
+            lifts[side].append(0.0)
         kind, step, time = "side", int(rng.integers(2)), -0.7
         count = 0
         spin = 0.0
@@ -157,7 +159,7 @@ class _Footsteps:
                 turned += spin
             outward += rng.uniform(-0.02, 0.05)
             forward += rng.uniform(-0.05, 0.05)
-            if kind != "bounce" or count % 4 == 0:
+            if kind != "bounce" or count % 8 in (0, 3):
                 starts[side].append(time)
                 spots[side].append(spot(time + beat, side, outward, forward, turned))
                 lifts[side].append(lift * rng.uniform(0.8, 1.2))

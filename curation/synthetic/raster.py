@@ -9,7 +9,7 @@ column j) has its centre at image coordinates (j + 0.5, i + 0.5).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numba import njit
@@ -20,6 +20,8 @@ NEAR_M = 0.05
 TEXTURE_SIZE = 512
 _LEVELS = 8
 _SHADOW_SIZE = 640
+# gamma 2 for sRGB: the square root at the end is cheap and near enough
+_LINEAR = ((np.arange(256) / 255) ** 2).astype(np.float32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,25 +82,16 @@ class Rendered:
     instances: NDArray[np.uint8]
 
 
-@dataclass(frozen=True, eq=False)
-class Textures:
-    """Square textures with their smaller levels, one flat row of texels each, as linear light."""
-
-    texels: NDArray[np.float32] = field(repr=False)
-
-    @classmethod
-    def stack(cls, images: Sequence[NDArray[np.uint8]]) -> Textures:
-        """From (512, 512, 3) uint8 sRGB images; a texture's id is its place in the list."""
-        return cls(np.stack([_pyramid(image) for image in images]))
+Texture = NDArray[np.uint8]
 
 
-def _pyramid(image: NDArray[np.uint8]) -> NDArray[np.float32]:
-    level = (image.astype(np.float32) / 255) ** 2  # gamma 2: the square root at the end is cheap and near enough
-    levels = []
-    for _ in range(_LEVELS):
-        levels.append(level.reshape(-1, 3))
-        size = level.shape[0] // 2
-        level = level.reshape(size, 2, size, 2, 3).mean((1, 3))
+def texture(image: NDArray[np.uint8]) -> Texture:
+    """A (512, 512, 3) uint8 sRGB image with its smaller levels, one flat list of texels (N, 3)."""
+    levels = [image.reshape(-1, 3)]
+    level = _LINEAR[image]
+    for _ in range(_LEVELS - 1):
+        level = 0.25 * (level[::2, ::2] + level[1::2, ::2] + level[::2, 1::2] + level[1::2, 1::2])
+        levels.append((255 * np.sqrt(level) + 0.5).astype(np.uint8).reshape(-1, 3))
     return np.concatenate(levels)
 
 
@@ -115,8 +108,10 @@ def merge(meshes: Sequence[Mesh]) -> Mesh:
     )
 
 
-def render(mesh: Mesh, camera: Camera, textures: Textures, light: Light, contacts: Array | None = None) -> Rendered:
-    """Render a mesh. contacts (N, 4): points on the floor and radii in metres that are darkened a little, as feet do."""
+def render(
+    mesh: Mesh, camera: Camera, textures: Sequence[Texture], light: Light, contacts: Array | None = None
+) -> Rendered:
+    """Render a mesh; a face's texture is its number in `textures`. contacts (N, 4): points on the floor and radii in metres that are darkened a little, as feet do."""
     width, height = camera.size
     corners = np.ascontiguousarray(camera.to_camera(mesh.vertices))
     inverse, hit, triangle, planes = _rasterise(mesh, camera, corners)
@@ -131,7 +126,7 @@ def render(mesh: Mesh, camera: Camera, textures: Textures, light: Light, contact
     _sky(rgb, camera.intrinsics, rotation, (np.array(light.horizon) / 255.0) ** 2, (np.array(light.zenith) / 255.0) ** 2)
     _shade(
         rgb, inverse, triangle, planes, mesh.faces, np.ascontiguousarray(mesh.normals), mesh.uv, mesh.texture,
-        textures.texels, _densities(mesh), camera.intrinsics, rotation, toward, np.array(light.sun), np.array(light.sky),
+        np.stack(textures), _LINEAR, _densities(mesh), camera.intrinsics, rotation, toward, np.array(light.sun), np.array(light.sky),
         np.array(light.ground), shadow, to_shadow, spots,
     )  # fmt: skip
     instances = np.where(hit, mesh.instance[np.maximum(triangle, 0)], 0).astype(np.uint8)
@@ -306,7 +301,8 @@ def _shade(
     normals: Array,
     uv: NDArray[np.float32],
     texture: NDArray[np.int16],
-    texels: NDArray[np.float32],
+    texels: NDArray[np.uint8],
+    linear: NDArray[np.float32],
     densities: NDArray[np.float32],
     intrinsics: Array,
     rotation: Array,
@@ -383,8 +379,8 @@ def _shade(
                     if distance < 6:
                         dome *= 1 - 0.45 * np.exp(-distance)
             for k in range(3):
-                above = texels[t, t00, k] * (1 - gx) + texels[t, t01, k] * gx
-                below = texels[t, t10, k] * (1 - gx) + texels[t, t11, k] * gx
+                above = linear[texels[t, t00, k]] * (1 - gx) + linear[texels[t, t01, k]] * gx
+                below = linear[texels[t, t10, k]] * (1 - gx) + linear[texels[t, t11, k]] * gx
                 colour = above * (1 - gy) + below * gy
                 rgb[y, x, k] = colour * (ground[k] + (sky[k] - ground[k]) * dome + sun[k] * lit)
 
