@@ -84,8 +84,8 @@ class Take:
             for dancer in self.dancers
         )
 
-    def frame(self, index: int) -> Frame:
-        """Render one frame and measure what is seen in it."""
+    def frame(self, index: int, *, measure: bool = True) -> Frame:
+        """Render one frame and, if asked, measure what is seen in it."""
         bodies, camera = self.posed(index), self.cameras[index]
         parts = self._moving(bodies)
         contacts = [_contacts(body) for body in bodies]
@@ -96,7 +96,7 @@ class Take:
             self.scene.light,
             np.concatenate(contacts) if contacts else None,
         )
-        return Frame(rendered, camera, tuple(self._seen(parts, camera, rendered)), bodies)
+        return Frame(rendered, camera, tuple(self._seen(parts, camera, rendered)) if measure else (), bodies)
 
     def boxes(self, index: int) -> dict[int, Array]:
         """Instance id to box (xyxy, not cut at the borders), from geometry alone, without rendering."""
