@@ -411,11 +411,15 @@ def _clear(take: Take, case: str) -> bool:
     tall = np.clip(person[:, 3], 0, 1) - np.clip(person[:, 1], 0, 1)
     beyond = np.column_stack([-person[:, :2], person[:, 2:] - 1])  # left, top, right, bottom
     others = [np.array([box[i] for box in boxes]) / size for i in boxes[0] if i != 1]
-    meets = np.zeros(len(boxes), bool)
+    meets, covers = np.zeros(len(boxes), bool), np.zeros(len(boxes), bool)
     for other in others:
         gap = np.maximum(other[:, :2] - person[:, 2:], person[:, :2] - other[:, 2:]).max(1)
         seen = (other[:, :2] < 1).all(1) & (other[:, 2:] > 0).all(1)
-        meets |= (gap < (0.02 if case not in ("occluded", "held_object") else 0.0)) & seen
+        meets |= (gap < 0.02) & seen
+        shared = np.prod(np.maximum(np.minimum(other[:, 2:], person[:, 2:]) - np.maximum(other[:, :2], person[:, :2]), 0), 1)
+        covers |= (shared > 0.08 * np.prod(person[:, 2:] - person[:, :2], 1)) | (
+            shared > 0.7 * np.prod(other[:, 2:] - other[:, :2], 1)
+        )
     inside = (beyond < -0.025).all()
     if case.startswith("truncated") or case == "letterbox_truncated":
         side = {"left": 0, "top": 1, "right": 2, "bottom": 3}.get(case.split("_")[1], 3)
@@ -430,7 +434,7 @@ def _clear(take: Take, case: str) -> bool:
         apart = np.maximum(second[:, 0] - person[:, 2], person[:, 0] - second[:, 2])
         return bool((both > 0.0).all() and (both < 1.0).all() and apart.mean() > -0.02)
     if case in ("occluded", "held_object"):
-        return bool(inside and tall.mean() > 0.48 and meets.mean() > 0.9)
+        return bool(inside and tall.mean() > 0.48 and covers.mean() > 0.6)
     return bool(inside and tall.mean() > 0.48 and not meets.any())
 
 

@@ -109,9 +109,9 @@ def merge(meshes: Sequence[Mesh]) -> Mesh:
 
 
 def render(
-    mesh: Mesh, camera: Camera, textures: Sequence[Texture], light: Light, contacts: Array | None = None
+    mesh: Mesh, camera: Camera, textures: NDArray[np.uint8], light: Light, contacts: Array | None = None
 ) -> Rendered:
-    """Render a mesh; a face's texture is its number in `textures`. contacts (N, 4): points on the floor and radii in metres that are darkened a little, as feet do."""
+    """Render a mesh; textures (T, N, 3) are stacked, and a face's texture is its number there. contacts (N, 4): points on the floor and radii in metres that are darkened a little, as feet do."""
     width, height = camera.size
     corners = np.ascontiguousarray(camera.to_camera(mesh.vertices))
     inverse, hit, triangle, planes = _rasterise(mesh, camera, corners)
@@ -126,7 +126,7 @@ def render(
     _sky(rgb, camera.intrinsics, rotation, (np.array(light.horizon) / 255.0) ** 2, (np.array(light.zenith) / 255.0) ** 2)
     _shade(
         rgb, inverse, triangle, planes, mesh.faces, np.ascontiguousarray(mesh.normals), mesh.uv, mesh.texture,
-        np.stack(textures), _LINEAR, _densities(mesh), camera.intrinsics, rotation, toward, np.array(light.sun), np.array(light.sky),
+        textures, _LINEAR, _densities(mesh), camera.intrinsics, rotation, toward, np.array(light.sun), np.array(light.sky),
         np.array(light.ground), shadow, to_shadow, spots,
     )  # fmt: skip
     instances = np.where(hit, mesh.instance[np.maximum(triangle, 0)], 0).astype(np.uint8)
@@ -209,6 +209,17 @@ def _accumulate_normals(vertices: Array, faces: NDArray[np.int32], normals: Arra
 
 
 @njit(cache=True, nogil=True)
+def _span(slope: float, offset: float, start: int, stop: int) -> tuple[int, int]:
+    """Narrow [start, stop) to where slope * x + offset <= 0, give or take a pixel."""
+    if slope == 0.0:
+        return (start, stop) if offset <= 0 else (start, start)
+    root = -offset / slope
+    if slope > 0:
+        return start, int(min(float(stop), max(float(start), root + 2)))
+    return int(max(float(start), min(float(stop), root - 1))), stop
+
+
+@njit(cache=True, nogil=True)
 def _fill(
     corners: Array, faces: NDArray[np.int32], intrinsics: Array, inverse: Array, triangle: NDArray[np.int32], planes: Array
 ) -> None:
@@ -241,7 +252,12 @@ def _fill(
         planes[f, 2, 0], planes[f, 2, 1], planes[f, 2, 2] = e2x / det, e2y / det, e2z / det
         for y in range(y0, y1):
             ry = (y + 0.5 - cy) / fy
-            for x in range(x0, x1):
+            start, stop = x0, x1
+            if x1 - x0 > 12:  # a wide triangle: leap to where the row meets it, and test from a pixel before
+                start, stop = _span(e0x / fx, e0y * ry + e0z + e0x * (0.5 - cx) / fx, start, stop)
+                start, stop = _span(e1x / fx, e1y * ry + e1z + e1x * (0.5 - cx) / fx, start, stop)
+                start, stop = _span(e2x / fx, e2y * ry + e2z + e2x * (0.5 - cx) / fx, start, stop)
+            for x in range(start, stop):
                 rx = (x + 0.5 - cx) / fx
                 w0 = e0x * rx + e0y * ry + e0z
                 if w0 > 0:

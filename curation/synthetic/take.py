@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,11 +72,15 @@ class Take:
     times_s: Array
     held: Held | None = None
 
-    @property
-    def textures(self) -> list[Texture]:
-        """The scene's textures, then two charts per dancer, then the held thing's."""
+    @cached_property
+    def textures(self) -> NDArray[np.uint8]:
+        """The scene's textures, then two charts per dancer, then the held thing's; stacked."""
         charts = [chart for dancer in self.dancers for chart in dancer.dressed.charts]
-        return [*self.scene.textures, *charts, *([self.held.texture] if self.held else [])]
+        return np.stack([*self.scene.textures, *charts, *([self.held.texture] if self.held else [])])
+
+    @cached_property
+    def _things(self) -> list[tuple[str, Mesh]]:
+        return [(thing.name, _only(self.scene.mesh, thing.instance)) for thing in self.scene.things]
 
     def posed(self, index: int) -> tuple[Posed, ...]:
         """Every dancer's body in one frame."""
@@ -102,7 +107,7 @@ class Take:
         """Instance id to box (xyxy, not cut at the borders), from geometry alone, without rendering."""
         camera = self.cameras[index]
         return {
-            int(mesh.instance[0]): _box(mesh, camera) for _, mesh in self._moving(self.posed(index)) + _things(self.scene)
+            int(mesh.instance[0]): _box(mesh, camera) for _, mesh in self._moving(self.posed(index)) + self._things
         }
 
     def _moving(self, bodies: tuple[Posed, ...]) -> list[tuple[str, Mesh]]:
@@ -122,7 +127,7 @@ class Take:
 
     def _seen(self, parts: list[tuple[str, Mesh]], camera: Camera, rendered: Rendered) -> list[Seen]:
         seen = []
-        for name, mesh in parts + _things(self.scene):
+        for name, mesh in parts + self._things:
             instance = int(mesh.instance[0])
             rows, columns = np.nonzero(rendered.instances == instance)
             alone = int((render_depth(mesh, camera)[1] >= 0).sum())
@@ -147,10 +152,6 @@ def _box(mesh: Mesh, camera: Camera) -> Array:
     if np.isnan(flat).any():  # partly behind the camera: it covers whatever it covers, from border to border
         return np.array([0.0, 0.0, *camera.size])
     return np.concatenate([flat.min(0), flat.max(0)])
-
-
-def _things(scene: Scene) -> list[tuple[str, Mesh]]:
-    return [(thing.name, _only(scene.mesh, thing.instance)) for thing in scene.things]
 
 
 def _only(mesh: Mesh, instance: int) -> Mesh:
