@@ -24,9 +24,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        os.chmod(temporary, 0o644)  # mkstemp makes 0600, which other users of a shared folder could not read
+        temporary.chmod(0o644)  # mkstemp makes 0600, which other users of a shared folder could not read
         fsync(temporary)
-        os.replace(temporary, path)
+        temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

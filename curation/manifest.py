@@ -1,12 +1,56 @@
 """Manifests: lists of clips by platform, video id and time span. Nothing else about a video is ever kept.
 
-This module never touches the network or a video.
+A manifest has the columns platform, video_id and, optionally, start_s, end_s and split; any other column is refused, so
+that no title or uploader travels by accident. This module never touches the network or a video.
 """
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from curation.addresses import address_allowed, host_listed
+from curation.files import atomic_path
+from curation.ingest.failures import UsageError
+
+COLUMNS = ("platform", "video_id", "start_s", "end_s", "split")
+MAX_SECONDS = 10_000_000  # microseconds of longer times would no longer survive a float64 column
+
+# A segment of a local path: no leading dot, dash or space, no trailing dot or space, so neither "..", nor an option.
+_SEGMENT = r"[A-Za-z0-9_][A-Za-z0-9_.,+=@ -]{0,254}(?<![. ])"
+# Per platform: what an id looks like, and what to write instead of a wrong one.
+_IDS = {
+    "youtube": (r"[A-Za-z0-9_-]{11}", "write the 11 characters (A-Z a-z 0-9 - _) that follow watch?v="),
+    "bilibili": (r"BV1[0-9A-Za-z]{9}", "write BV1 and the 9 letters or digits after it"),
+    "tiktok": (r"[1-9][0-9]{0,24}", "write the digits after /video/, as text (a spreadsheet may have rounded them)"),
+    "vimeo": (r"[1-9][0-9]{0,24}", "write the digits that follow vimeo.com/"),
+    "http": (
+        r"(?=.{1,2000}\Z)https?://(?P<host>[a-z0-9.-]{1,253})(?P<port>:[1-9][0-9]{0,4})?"
+        r"(?:/(?!\.{1,2}(?:/|\Z))(?:[A-Za-z0-9_.~,+=@-]|%[2-9A-F][0-9A-F])+)+",
+        "write http(s)://host/path of a file: lower-case host, no user, query or fragment, other characters as %XX",
+    ),
+    "local": (
+        rf"(?=.{{1,1024}}\Z){_SEGMENT}(?:/{_SEGMENT})*",
+        "write a path below the root such as folder/clip.mp4, of A-Z a-z 0-9 _ . , + = @ - and spaces",
+    ),
+}
+PLATFORMS = tuple(_IDS)
+_MATCH = {platform: re.compile(pattern).fullmatch for platform, (pattern, _) in _IDS.items()}
+_INTEGER_IDS = ("tiktok", "vimeo")
+_NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?").fullmatch
+_SPLIT = re.compile(r"[A-Za-z0-9_-]{1,32}").fullmatch
+_HOST_LABEL = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?").fullmatch
+_PRIVATE_SUFFIXES = (".local", ".internal", ".localdomain", ".home.arpa")
+_UNRESERVED_OR_SEPARATOR = re.compile(r"%(?:2[DEF]|3[0-9]|[46][1-9A-F]|[57][0-9A]|5[CF]|7[EF])")
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -48,3 +92,336 @@ class ClipRef:
 
 def _short_hash(*parts: str) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Problem:
+    """What is wrong with one field. `row` counts from 1: lines of a CSV or JSONL file, rows of a Parquet table."""
+
+    row: int
+    field: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"row {self.row}, {self.field}: {self.message}"
+
+
+class ManifestError(UsageError):
+    """Every bad row of a manifest, in `problems`; the text shows the first twenty."""
+
+    def __init__(self, name: str, problems: Iterable[Problem]) -> None:
+        self.problems = tuple(sorted(problems))
+        shown = "".join(f"\n  {problem}." for problem in self.problems[:20])
+        more = f"\n  ... and {len(self.problems) - 20} more." if len(self.problems) > 20 else ""
+        super().__init__(f"{name} cannot be used; correct these rows:{shown}{more}")
+
+
+def validate_video_id(platform: str, video_id: str, *, allow_loopback: bool = False) -> None:
+    """Accept an id that is safe to make a URL or a path from; ValueError with a sentence that says what to write.
+
+    youtube, bilibili, tiktok, vimeo: the platform's own id. local: a POSIX path relative to a root given at run time.
+    http: a link to a file in its one canonical spelling; private, link-local and metadata addresses are refused, and
+    loopback unless `allow_loopback`. Which hosts may be used is decided at run time, not here.
+    """
+    if platform not in _MATCH:
+        raise ValueError(f"write one of {', '.join(PLATFORMS)} as the platform")
+    match = _MATCH[platform](video_id)
+    if match is None:
+        raise ValueError(_IDS[platform][1])
+    if platform == "http":
+        _validate_link(video_id, match, allow_loopback)
+
+
+def _validate_link(link: str, match: re.Match[str], allow_loopback: bool) -> None:
+    host, port = match["host"], match["port"]
+    if port and (int(port[1:]) > 65535 or port == {"http": ":80", "https": ":443"}[link.partition(":")[0]]):
+        raise ValueError("leave out the default port, or write one up to 65535")
+    if _UNRESERVED_OR_SEPARATOR.search(link):
+        raise ValueError("write letters, digits, dots, dashes and slashes as they are, not as %XX")
+    labels = host.split(".")
+    if not all(map(_HOST_LABEL, labels)):
+        raise ValueError(_IDS["http"][1])
+    if labels[-1].isdigit() or labels[-1].startswith("0x"):  # other programs read such hosts as numbers
+        try:
+            allowed = address_allowed(host, allow_loopback=allow_loopback)
+        except ValueError:
+            allowed = False
+    elif labels[-1] == "localhost":
+        allowed = allow_loopback
+    else:
+        allowed = len(labels) > 1 and not host.endswith(_PRIVATE_SUFFIXES)
+    if not allowed:
+        raise ValueError("give a public host: private, loopback and link-local addresses are refused")
+
+
+def read_manifest(path: Path, *, http_hosts: Iterable[str] | None = (), allow_loopback: bool = False) -> list[ClipRef]:
+    """Read a .csv, .jsonl or .parquet manifest, in file order, exact duplicates merged.
+
+    Spans are half-open, so touching ones are fine; overlapping ones of the same video are refused. Platform `http`
+    needs its host in `http_hosts` ("example.org" or "example.org:8080"); None leaves that to the download. Raises
+    ManifestError with every bad row, UsageError if there is no such file or its suffix is unknown.
+    """
+    path = Path(path)
+    hosts = None if http_hosts is None else tuple(http_hosts)
+    problems: list[Problem] = []
+    refs: list[tuple[int, ClipRef]] = []
+    for row, values in _rows(path, problems):
+        ref = _parse(row, values, hosts, allow_loopback, problems)
+        if ref is not None:
+            refs.append((row, ref))
+    merged = _merge(refs, problems)
+    if problems:
+        raise ManifestError(path.name, problems)
+    return merged
+
+
+def write_manifest(refs: Iterable[ClipRef], path: Path) -> None:
+    """Write a .csv, .jsonl or .parquet manifest that reads back as the same clips, exact duplicates merged.
+
+    Raises ManifestError, with rows counted from 1, for clips that `read_manifest` would refuse, UsageError for another
+    suffix. The same clips give the same bytes.
+    """
+    path = Path(path)
+    suffix = _suffix(path)
+    problems: list[Problem] = []
+    numbered = list(enumerate(refs, start=1))
+    for row, ref in numbered:
+        _parse(row, _values(ref), None, True, problems)
+    merged = _merge(numbered, problems)
+    if problems:
+        raise ManifestError("The list of clips", problems)
+    with atomic_path(path) as temporary:
+        if suffix == ".csv":
+            with temporary.open("w", encoding="utf-8", newline="") as stream:
+                writer = csv.writer(stream, lineterminator="\n")
+                writer.writerow(COLUMNS)
+                for ref in merged:
+                    writer.writerow(
+                        (ref.platform, ref.video_id, _decimal(ref.start_us), _decimal(ref.end_us), ref.split or "")
+                    )
+        elif suffix == ".jsonl":
+            with temporary.open("w", encoding="utf-8", newline="") as stream:
+                for ref in merged:
+                    stream.write(_json_line(ref))
+        else:
+            import pyarrow as pa
+            import pyarrow.parquet as pq
+
+            types = (pa.string(), pa.string(), pa.float64(), pa.float64(), pa.string())
+            schema = pa.schema(list(zip(COLUMNS, types, strict=True)))
+            columns = list(zip(*map(_values, merged), strict=True)) or [()] * len(COLUMNS)
+            pq.write_table(pa.table(columns, schema=schema), temporary)
+
+
+# One row's values in the order of COLUMNS, None or "" where absent.
+_Row = tuple[Any, Any, Any, Any, Any]
+
+
+def _values(ref: ClipRef) -> _Row:
+    start = None if ref.start_us is None else ref.start_us / 1e6
+    return ref.platform, ref.video_id, start, ref.end_s, ref.split
+
+
+def _json_line(ref: ClipRef) -> str:
+    values = zip(COLUMNS, _values(ref), strict=True)
+    return json.dumps({name: value for name, value in values if value is not None}) + "\n"
+
+
+def _decimal(microseconds: int | None) -> str:
+    if microseconds is None:
+        return ""
+    whole, rest = divmod(microseconds, 1_000_000)
+    return f"{whole}.{rest:06d}".rstrip("0").rstrip(".")
+
+
+def _suffix(path: Path) -> str:
+    suffix = path.suffix.lower()
+    if suffix not in (".csv", ".jsonl", ".parquet"):
+        raise UsageError(f"{path.name} is no manifest name; end it in .csv, .jsonl or .parquet.")
+    return suffix
+
+
+def _rows(path: Path, problems: list[Problem]) -> Iterator[tuple[int, _Row]]:
+    suffix = _suffix(path)
+    if not path.is_file():
+        raise UsageError(f"There is no file {path}; give the path of a manifest.")
+    if suffix == ".parquet":
+        yield from _parquet_rows(path, problems)
+        return
+    data = path.read_bytes()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        row = data.count(b"\n", 0, error.start) + 1
+        problems.append(Problem(row, "file", "save the file as UTF-8 text"))
+        return
+    yield from (_csv_rows if suffix == ".csv" else _jsonl_rows)(text, problems)
+
+
+def _columns(names: Sequence[str], row: int, problems: list[Problem]) -> list[int | None] | None:
+    """Where each of COLUMNS stands in `names`; None, with the problems noted, if the names will not do."""
+    before = len(problems)
+    for name in dict.fromkeys(names):
+        if name not in COLUMNS:
+            message = f"remove this column; a manifest holds only {', '.join(COLUMNS)}"
+            problems.append(Problem(row, ascii(name)[:42], message))
+        elif names.count(name) > 1:
+            problems.append(Problem(row, name, "this column is there twice; keep one"))
+    problems += [Problem(row, name, "this column is missing; add it") for name in COLUMNS[:2] if name not in names]
+    return None if len(problems) > before else [names.index(name) if name in names else None for name in COLUMNS]
+
+
+def _csv_rows(text: str, problems: list[Problem]) -> Iterator[tuple[int, _Row]]:
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    places: list[int | None] | None = None
+    width = 0
+    row = 1
+    try:
+        for values in reader:
+            if values and any(value.strip() for value in values):
+                if places is None:
+                    header = [value.strip() for value in values]
+                    width = len(header)
+                    places = _columns(header, row, problems)
+                    if places is None:
+                        return
+                elif len(values) != width:
+                    message = f"there are {len(values)} fields where the header has {width}; add or remove commas"
+                    problems.append(Problem(row, "row", message))
+                else:
+                    cells = [None if place is None else values[place].strip(" \t") for place in places]
+                    yield row, (cells[0], cells[1], cells[2], cells[3], cells[4])
+            row = reader.line_num + 1
+    except csv.Error:
+        problems.append(Problem(row, "row", "the quotes do not match or a field is far too long; correct the line"))
+    if places is None and not problems:
+        problems.append(Problem(1, "platform", "the file is empty; begin it with the header platform,video_id"))
+
+
+class _Pairs(list[tuple[str, Any]]):
+    """A JSON object as it was written, so that a key given twice is seen."""
+
+
+def _jsonl_rows(text: str, problems: list[Problem]) -> Iterator[tuple[int, _Row]]:
+    good: set[tuple[str, ...]] = set()  # names found right before; looking at them again would double the time
+    for row, line in enumerate(text.split("\n"), start=1):
+        if not line or line.isspace():
+            continue
+        try:
+            pairs = json.loads(line, object_pairs_hook=_Pairs)
+        except (ValueError, RecursionError):
+            pairs = None
+        if not isinstance(pairs, _Pairs):
+            problems.append(
+                Problem(row, "row", 'write one JSON object, such as {"platform": "vimeo", "video_id": "1"}')
+            )
+            continue
+        names = tuple(name for name, _ in pairs)
+        if names in good or _columns(names, row, problems) is not None:
+            good.add(names)
+            value = dict(pairs).get
+            yield row, (value("platform"), value("video_id"), value("start_s"), value("end_s"), value("split"))
+
+
+def _parquet_rows(path: Path, problems: list[Problem]) -> Iterator[tuple[int, _Row]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path, partitioning=None)  # a folder named a=b must not add a column
+        places = _columns(table.column_names, 1, problems)
+        if places is None:
+            return
+        nothing = [None] * table.num_rows
+        columns = [nothing if place is None else table.column(place).to_pylist() for place in places]
+    except (pa.ArrowException, OSError, ValueError):
+        problems.append(Problem(1, "file", "this is no readable Parquet file; write it again"))
+        return
+    yield from enumerate(zip(*columns, strict=True), start=1)
+
+
+def _parse(
+    row: int, values: _Row, hosts: tuple[str, ...] | None, allow_loopback: bool, problems: list[Problem]
+) -> ClipRef | None:
+    platform, video_id, start, end, split = values
+    before = len(problems)
+    if type(video_id) is int and platform in _INTEGER_IDS and 0 < video_id < 10**25:
+        video_id = str(video_id)
+    if not isinstance(platform, str) or platform not in _MATCH:
+        problems.append(Problem(row, "platform", f"write one of {', '.join(PLATFORMS)}"))
+    elif not isinstance(video_id, str):
+        problems.append(Problem(row, "video_id", "write the id as text"))
+    else:
+        try:
+            validate_video_id(platform, video_id, allow_loopback=allow_loopback)
+        except ValueError as error:
+            problems.append(Problem(row, "video_id", str(error)))
+        else:
+            if platform == "http" and hosts is not None and not link_listed(video_id, hosts):
+                problems.append(Problem(row, "video_id", "allow the host with --http-host if you trust it"))
+    times: list[int | None] = []
+    for field, value in (("start_s", start), ("end_s", end)):
+        try:
+            times.append(_microseconds(value))
+        except ValueError as error:
+            problems.append(Problem(row, field, str(error)))
+    if split is None or split == "":
+        split = None
+    elif not isinstance(split, str) or _SPLIT(split) is None:
+        problems.append(Problem(row, "split", "write a short name such as train, val or test"))
+    if len(problems) > before:
+        return None
+    start_us, end_us = times
+    if end_us is not None and end_us <= (start_us or 0):
+        problems.append(Problem(row, "end_s", "write an end that is later than the start"))
+        return None
+    return ClipRef(platform, video_id, start_us, end_us, split)
+
+
+def _microseconds(value: Any) -> int | None:
+    if value is None or value == "":
+        return None
+    if isinstance(value, str) and _NUMBER(value):
+        value = float(value)
+    if type(value) not in (int, float):
+        raise ValueError("write seconds as a plain number such as 83.5, or leave it empty")
+    if not 0 <= value <= MAX_SECONDS:
+        raise ValueError(f"write a number of seconds from 0 to {MAX_SECONDS}")
+    return round(value * 1e6)
+
+
+def _merge(refs: list[tuple[int, ClipRef]], problems: list[Problem]) -> list[ClipRef]:
+    """Drop exact duplicates, note overlapping spans of one video and one clip in two splits."""
+    by_video: dict[tuple[str, str], list[tuple[int, ClipRef]]] = {}
+    for numbered in refs:
+        by_video.setdefault((numbered[1].platform, numbered[1].video_id), []).append(numbered)
+    repeated: set[int] = set()
+    for clips in by_video.values():
+        if len(clips) == 1:
+            continue
+        first: dict[tuple[int | None, int | None], tuple[int, ClipRef]] = {}
+        for row, ref in clips:
+            earlier, same = first.setdefault((ref.start_us, ref.end_us), (row, ref))
+            if earlier != row:
+                repeated.add(row)
+                if ref.split != same.split:
+                    problems.append(Problem(row, "split", f"row {earlier} puts this clip into another split; keep one"))
+        spans = sorted(
+            (ref.start_us or 0, math.inf if ref.end_us is None else ref.end_us, row) for row, ref in first.values()
+        )
+        _, reach, holder = spans[0]
+        for start, end, row in spans[1:]:
+            if start < reach:
+                earlier, later = sorted((holder, row))
+                problems.append(
+                    Problem(later, "start_s", f"this span overlaps row {earlier} of the same video; keep one or cut it")
+                )
+            if end > reach:
+                reach, holder = end, row
+    return [ref for row, ref in refs if row not in repeated]
+
+
+def link_listed(link: str, hosts: tuple[str, ...]) -> bool:
+    """True if `hosts` names the host of a valid http link, with its port or without."""
+    parts = urlsplit(link)
+    return host_listed(parts.hostname or "", parts.port or {"http": 80, "https": 443}[parts.scheme], hosts)

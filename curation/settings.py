@@ -32,6 +32,7 @@ class ObserveSettings(BaseModel):
     sample_fps: float = Field(6.0, gt=0, description="Rate of detector samples and of training frames.")
     detector_long_side: int = Field(640, ge=64, multiple_of=32)
     detector_confidence: float = Field(0.10, gt=0, lt=1, description="Boxes below this are not stored.")
+    prescreen_key_frames: int = Field(8, ge=2, description="Clips with fewer key frames skip the prescreen.")
     frame_long_side: int = Field(518, ge=14, multiple_of=14, description="Longer side of training frames.")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
 
@@ -62,9 +63,13 @@ class Settings(BaseModel):
     batch_clips: int = Field(32, ge=1, description="Clips per batch: the unit of a task and of a shard.")
     workers: int | None = Field(None, ge=1, description="Observing processes; None is one per core.")
     shard_mb: int = Field(512, ge=1, description="A shard file is closed before it grows beyond this.")
+    retry: tuple[str, ...] = Field((), description="Failure codes to try again although they are permanent.")
     catalog_url: str | None = Field(None, description="SQLAlchemy URL; None is SQLite in the output folder.")
 
     @property
     def database(self) -> str:
         """The catalog's SQLAlchemy URL."""
-        return self.catalog_url or f"sqlite:///{(self.out / 'catalog.sqlite').absolute()}"
+        from sqlalchemy import URL
+
+        file = str((self.out / "catalog.sqlite").absolute())
+        return self.catalog_url or URL.create("sqlite", database=file).render_as_string()

@@ -1,0 +1,617 @@
+"""What happened to each clip: the one memory of a run, which can be killed at any moment, resumed and asked.
+
+SQLite in a work folder, or PostgreSQL by URL, with the same schema; any number of processes write at once.
+
+Never stored: a title, an uploader, a web address, an absolute path, a host name, or the words of a foreign tool.
+Never done here: judging, deleting a file, or deciding what to do next.
+
+Records of clips that the catalog does not hold (never registered, or forgotten while a worker was busy with them) are
+not written; every `record_*` returns the ids it left out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import re
+import secrets
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, Literal, TypeVar
+
+import sqlalchemy as sa
+
+from curation.database import Database
+from curation.files import sha256_json
+from curation.ingest.failures import FailureCode, UsageError
+from curation.manifest import ClipRef
+from curation.records import CriterionResult, Decision, Verdict, VideoFile
+from curation.tables import FAILED, attempts, clips, forgotten, observations, outputs, provenance, verdicts, videos
+
+_CHUNK = 500  # ids per statement and records per transaction: far below every database's limit on parameters
+
+T = TypeVar("T")
+Kind = Literal["full", "keyframes"]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredVideo:
+    """A downloaded video. `path` is relative to the work folder; the file may be gone again (`present` is False)."""
+
+    video_key: str
+    path: str
+    sha256: str
+    size_bytes: int
+    codec: str
+    width: int
+    height: int
+    frames: int
+    duration_s: float
+    downloaded_at: float
+    present: bool
+
+    def file(self, root: Path) -> VideoFile:
+        """The file itself, below work folder `root`."""
+        return VideoFile(
+            root / self.path,
+            self.sha256,
+            self.size_bytes,
+            self.codec,
+            self.width,
+            self.height,
+            self.frames,
+            self.duration_s,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One try of one stage on one clip; `code` is None for a success. `started_at` is Unix time.
+
+    `message` must be safe to keep: no title, name, address or path. `worker` is filled in by the catalog.
+    """
+
+    clip_id: str
+    stage: str
+    code: FailureCode | None = None
+    message: str = ""
+    started_at: float = 0.0
+    seconds: float = 0.0
+    worker: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ObservationFile:
+    """Where a clip's measurements lie: `path` relative to the work folder, of a full pass or of key frames only."""
+
+    clip_id: str
+    kind: Kind
+    path: str
+    sha256: str
+    provenance_hash: str
+    observed_at: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """Where a clip's frames lie: `shard` relative to the work folder, row groups [first, first + count)."""
+
+    clip_id: str
+    provenance_hash: str
+    shard: str
+    row_group_first: int
+    row_group_count: int
+    frames: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class ClipHistory:
+    """Everything known about one clip, attempts oldest first."""
+
+    ref: ClipRef
+    video: StoredVideo | None
+    attempts: tuple[Attempt, ...]
+    observation: ObservationFile | None
+    verdicts: tuple[Verdict, ...]
+    outputs: tuple[Output, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FunnelCounts:
+    """How many clips got how far.
+
+    failed: (stage, code) -> clips whose last try of that stage failed. rejected_by, unknown_by: first reason -> clips.
+    shards: the files that hold the sharded clips.
+    """
+
+    clips: int
+    downloaded: int
+    observed: int
+    accepted: int
+    rejected: int
+    unknown: int
+    sharded: int
+    failed: dict[tuple[str, str], int]
+    rejected_by: dict[str, int]
+    unknown_by: dict[str, int]
+    shards: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Forgotten:
+    """What to do on disk after videos were forgotten; all paths are relative to the work folder.
+
+    files: to delete. shards: to rewrite without `clip_ids`. scrubbed: False if a busy reader kept the deleted bytes in
+    the database file; forgetting again (anything, also the same) scrubs again.
+    """
+
+    video_keys: tuple[str, ...]
+    clip_ids: tuple[str, ...]
+    files: tuple[str, ...]
+    shards: tuple[str, ...]
+    scrubbed: bool
+
+
+def forgotten_digest(platform: str, video_id: str) -> str:
+    """All that is remembered of a forgotten video: SHA-256 of platform, newline, video id."""
+    return hashlib.sha256(f"{platform}\n{video_id}".encode()).hexdigest()
+
+
+class Catalog:
+    """The catalog at an SQLAlchemy URL, `sqlite:///file` or `postgresql://...`; made or migrated when opened.
+
+    Safe to share between threads, to pickle and to carry over a fork. Wherever clips are asked for, ClipRefs and
+    clip ids both do. Raises UsageError where the database cannot be opened, written, or is of a newer version.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._database = Database(url)
+
+    def __reduce__(self) -> tuple[type[Catalog], tuple[str]]:
+        return Catalog, (self.url,)
+
+    # what a run writes
+
+    def register(self, refs: Iterable[ClipRef]) -> frozenset[str]:
+        """Add clips, or take over a changed split; returns the ids of clips refused because they were forgotten."""
+        refused: set[str] = set()
+        unique = {ref.clip_id: ref for ref in refs}
+        for chunk in _chunks(sorted(unique)):
+            digests = {id_: forgotten_digest(unique[id_].platform, unique[id_].video_id) for id_ in chunk}
+            with self._database.transaction(write=True) as connection:
+                self._lock_forgotten(connection, "SHARE")
+                asked = forgotten.c.digest.in_(sorted(set(digests.values())))
+                gone = set(connection.scalars(sa.select(forgotten.c.digest).where(asked)))
+                refused |= {id_ for id_ in chunk if digests[id_] in gone}
+                now = time.time()
+                rows = [
+                    asdict(unique[id_]) | {"clip_id": id_, "video_key": unique[id_].video_key, "added_at": now}
+                    for id_ in chunk
+                    if id_ not in refused
+                ]
+                self._database.upsert(connection, clips, rows, update=("split",))
+        return frozenset(refused)
+
+    def record_video(self, video_key: str, file: VideoFile, path: str | PurePosixPath) -> bool:
+        """Note a verified download, `path` relative to the work folder; False if no clip of that video is held."""
+        row = {
+            "video_key": video_key,
+            "path": _relative(path),
+            "sha256": file.sha256,
+            "size_bytes": file.size_bytes,
+            "codec": file.codec,
+            "width": file.width,
+            "height": file.height,
+            "frames": file.frames,
+            "duration_s": file.duration_s,
+            "downloaded_at": time.time(),
+            "present": True,
+        }
+        with self._database.transaction(write=True) as connection:
+            held = connection.execute(_keep(sa.select(clips.c.clip_id).where(clips.c.video_key == video_key).limit(1)))
+            if held.first() is None:
+                return False
+            self._database.upsert(connection, videos, [row])
+        return True
+
+    def record_evicted(self, video_keys: Iterable[str]) -> None:
+        """Note that the files of these videos were deleted to make room."""
+        for chunk in _chunks(sorted(set(video_keys))):
+            with self._database.transaction(write=True) as connection:
+                connection.execute(sa.update(videos).where(videos.c.video_key.in_(chunk)).values(present=False))
+
+    def record_attempt(self, attempt: Attempt) -> frozenset[str]:
+        """Add one try to the history; see `record_attempts`."""
+        return self.record_attempts([attempt])
+
+    def record_attempts(self, tries: Iterable[Attempt]) -> frozenset[str]:
+        """Add tries to the history, in order. Recording the same try twice makes two."""
+        worker = _worker(os.getpid())
+        rows = [asdict(a) | {"transient": bool(a.code and a.code.transient), "worker": worker} for a in tries]
+        return self._record(rows, lambda connection, held: connection.execute(sa.insert(attempts), held))
+
+    def record_observations(self, files: Iterable[ObservationFile]) -> frozenset[str]:
+        """Note measurements, in place of earlier ones; verdicts on other measurements of the same clip are dropped."""
+
+        def write(connection: sa.Connection, rows: list[dict[str, Any]]) -> None:
+            self._database.upsert(connection, observations, rows)
+            current = sa.select(observations.c.sha256).where(observations.c.clip_id == verdicts.c.clip_id)
+            stale = verdicts.c.observation_sha256 != current.scalar_subquery()
+            held = verdicts.c.clip_id.in_([row["clip_id"] for row in rows])
+            connection.execute(sa.delete(verdicts).where(held, stale))
+
+        now = time.time()
+        rows = [asdict(f) | {"path": _relative(f.path), "observed_at": f.observed_at or now} for f in files]
+        return self._record(_last(rows, "clip_id"), write)
+
+    def record_verdicts(self, judged: Iterable[Verdict], observation_sha256: Mapping[str, str]) -> frozenset[str]:
+        """Note verdicts, each on the measurements whose hash is given by clip id.
+
+        A verdict on measurements that are not the clip's current ones is left out like one on an unknown clip.
+        Figures that are not finite are not stored: JSON has no such number.
+        """
+        outdated: set[str] = set()
+
+        def write(connection: sa.Connection, rows: list[dict[str, Any]]) -> None:
+            of_rows = observations.c.clip_id.in_(sorted({row["clip_id"] for row in rows}))
+            asked = sa.select(observations.c.clip_id, observations.c.sha256).where(of_rows)
+            held = connection.execute(_keep(asked.order_by(observations.c.clip_id)))
+            current = {row.clip_id: row.sha256 for row in held}
+            fresh = [row for row in rows if row["observation_sha256"] == current.get(row["clip_id"])]
+            outdated.update({row["clip_id"] for row in rows} - {row["clip_id"] for row in fresh})
+            self._database.upsert(connection, verdicts, fresh)
+
+        now = time.time()
+        rows = [
+            {
+                "clip_id": verdict.clip_id,
+                "policy_hash": verdict.policy_hash,
+                "policy_name": verdict.policy_name,
+                "decision": verdict.decision,
+                "first_reason": verdict.first_reason,
+                "criteria": [_criterion_json(result) for result in verdict.criteria],
+                "observation_sha256": observation_sha256[verdict.clip_id],
+                "judged_at": now,
+            }
+            for verdict in judged
+        ]
+        return self._record(_last(rows, "clip_id", "policy_hash"), write) | outdated
+
+    def record_outputs(self, written: Iterable[Output]) -> frozenset[str]:
+        """Note where clips lie in finished shards; once per clip and provenance, a later record replaces."""
+        now = time.time()
+        rows = [asdict(output) | {"shard": _relative(output.shard), "written_at": now} for output in written]
+        rows = _last(rows, "clip_id", "provenance_hash")
+        return self._record(rows, lambda connection, held: self._database.upsert(connection, outputs, held))
+
+    def put_provenance(self, value: Mapping[str, Any]) -> str:
+        """Keep a JSON object of tools, models and parameters; returns its `sha256_json`.
+
+        Raises ValueError if a string in it is an absolute path or a web address: those tell where, not what.
+        """
+        _refuse_places(value)
+        digest = sha256_json(value)
+        with self._database.transaction(write=True) as connection:
+            self._database.upsert(connection, provenance, [{"hash": digest, "value": value}], update=())
+        return digest
+
+    # what a run asks
+
+    def refs(self, of: Iterable[ClipRef | str]) -> dict[str, ClipRef]:
+        """The registered ones of these clips, by id."""
+        return {row.clip_id: _ref(row) for row in self._rows(clips, clips.c.clip_id, _ids(of))}
+
+    def videos(self, video_keys: Iterable[str]) -> dict[str, StoredVideo]:
+        """The downloaded ones of these videos, by key, also those whose file was evicted."""
+        return {
+            row.video_key: StoredVideo(**row._mapping) for row in self._rows(videos, videos.c.video_key, video_keys)
+        }
+
+    def failures(self, of: Iterable[ClipRef | str] | None = None, *, code: FailureCode | None = None) -> list[Attempt]:
+        """For each clip and stage whose last try failed, that try; of all clips or these, of any code or one."""
+        conditions = [*_unresolved(), *([] if code is None else [attempts.c.code == code.value])]
+        found: list[Attempt] = []
+        with self._database.transaction() as connection:
+            for subset in _subsets(of):
+                asked = sa.select(attempts).where(*conditions, *_within(attempts, subset))
+                found.extend(_attempt(row) for row in connection.execute(asked))
+        return sorted(found, key=lambda attempt: (attempt.clip_id, attempt.stage))
+
+    def observations(self, of: Iterable[ClipRef | str]) -> dict[str, ObservationFile]:
+        """The measurements of these clips, by id."""
+        found = self._rows(observations, observations.c.clip_id, _ids(of))
+        return {row.clip_id: ObservationFile(**row._mapping) for row in found}
+
+    def observed(self, page: int = 1000) -> Iterator[list[ObservationFile]]:
+        """Pages of all measured clips in order of their ids, for judging a whole catalog anew."""
+        after = ""
+        while True:
+            asked = sa.select(observations).where(observations.c.clip_id > after).order_by(observations.c.clip_id)
+            with self._database.transaction() as connection:
+                rows = [ObservationFile(**row._mapping) for row in connection.execute(asked.limit(page))]
+            if not rows:
+                return
+            yield rows
+            after = rows[-1].clip_id
+
+    def verdicts(self, of: Iterable[ClipRef | str], policy_hash: str) -> dict[str, Verdict]:
+        """What the policy said of these clips' current measurements, by id."""
+        found = self._rows(verdicts, verdicts.c.clip_id, _ids(of), verdicts.c.policy_hash == policy_hash)
+        return {row.clip_id: _verdict(row) for row in found}
+
+    def outputs(self, of: Iterable[ClipRef | str], provenance_hash: str) -> dict[str, Output]:
+        """Where these clips lie in shards of this provenance, by id."""
+        found = self._rows(outputs, outputs.c.clip_id, _ids(of), outputs.c.provenance_hash == provenance_hash)
+        return {row.clip_id: _output(row) for row in found}
+
+    def provenance(self, digest: str) -> dict[str, Any] | None:
+        """The object kept under this hash."""
+        with self._database.transaction() as connection:
+            return connection.scalar(sa.select(provenance.c.value).where(provenance.c.hash == digest))
+
+    def funnel(
+        self, of: Iterable[ClipRef | str] | None, policy_hash: str, provenance_hash: str | None = None
+    ) -> FunnelCounts:
+        """How far all clips, or these, got under a policy; shards of one provenance, or of any."""
+        count = sa.func.count()
+        total: Counter[str] = Counter()
+        decisions: Counter[tuple[Any, ...]] = Counter()
+        failed: Counter[tuple[Any, ...]] = Counter()
+        shards: Counter[tuple[Any, ...]] = Counter()
+        of_run = [] if provenance_hash is None else [outputs.c.provenance_hash == provenance_hash]
+        of_policy = verdicts.c.policy_hash == policy_hash
+        fetched = sa.select(count).select_from(clips.join(videos, clips.c.video_key == videos.c.video_key))
+        questions = {
+            "clips": (sa.select(count).select_from(clips), clips),
+            "downloaded": (fetched, clips),
+            "observed": (sa.select(count).select_from(observations), observations),
+            "sharded": (sa.select(sa.func.count(outputs.c.clip_id.distinct())).where(*of_run), outputs),
+        }
+        with self._database.transaction() as connection:
+            for subset in _subsets(of):
+                for name, (question, table) in questions.items():
+                    total[name] += connection.scalar(question.where(*_within(table, subset))) or 0
+                shards += _tally(connection, subset, outputs, ["shard"], *of_run)
+                decisions += _tally(connection, subset, verdicts, ["decision", "first_reason"], of_policy)
+                failed += _tally(connection, subset, attempts, ["stage", "code"], *_unresolved())
+
+        def by_reason(wanted: Decision) -> dict[str, int]:
+            return {reason or "": number for (decision, reason), number in decisions.items() if decision == wanted}
+
+        rejected_by, unknown_by = by_reason("reject"), by_reason("unknown")
+        return FunnelCounts(
+            clips=total["clips"],
+            downloaded=total["downloaded"],
+            observed=total["observed"],
+            accepted=sum(by_reason("accept").values()),
+            rejected=sum(rejected_by.values()),
+            unknown=sum(unknown_by.values()),
+            sharded=total["sharded"],
+            failed={(stage, code): number for (stage, code), number in failed.items()},
+            rejected_by=rejected_by,
+            unknown_by=unknown_by,
+            shards=tuple(sorted(shard for (shard,) in shards)),
+        )
+
+    def clip(self, prefix: str) -> ClipHistory:
+        """Everything about the clip whose id starts with `prefix`; UsageError where that is no clip or several."""
+        if not re.fullmatch("[0-9a-f]{1,16}", prefix):
+            raise UsageError(f"{prefix!r} is not a clip id; give its 16 hexadecimal digits, or the first few of them.")
+        with self._database.transaction() as connection:
+            starts = (clips.c.clip_id >= prefix) & (clips.c.clip_id < prefix + "g")
+            found = connection.execute(sa.select(clips).where(starts).order_by(clips.c.clip_id).limit(4)).all()
+            if not found:
+                raise UsageError(f"No clip starts with {prefix}; check the id, or run its manifest first.")
+            if len(found) > 1:
+                some = ", ".join(row.clip_id for row in found)
+                raise UsageError(f"Several clips start with {prefix} ({some}...); give more digits.")
+            row = found[0]
+
+            def rows(table: sa.Table, order: str) -> Sequence[sa.Row[Any]]:
+                of_clip = sa.select(table).where(table.c.clip_id == row.clip_id)
+                return connection.execute(of_clip.order_by(table.c[order])).all()
+
+            video = connection.execute(sa.select(videos).where(videos.c.video_key == row.video_key)).first()
+            observation = rows(observations, "clip_id")
+            return ClipHistory(
+                ref=_ref(row),
+                video=StoredVideo(**video._mapping) if video else None,
+                attempts=tuple(map(_attempt, rows(attempts, "id"))),
+                observation=ObservationFile(**observation[0]._mapping) if observation else None,
+                verdicts=tuple(map(_verdict, rows(verdicts, "judged_at"))),
+                outputs=tuple(map(_output, rows(outputs, "written_at"))),
+            )
+
+    # what must go
+
+    def forget(self, targets: Iterable[ClipRef | str]) -> Forgotten:
+        """Delete every trace of the videos named by ClipRef, video key or clip id, and refuse them from now on.
+
+        All clips of a video go with it. Only `forgotten_digest` stays, also of a ClipRef that was never registered; of
+        a key or id that the catalog does not hold nothing can be remembered. The database file is rewritten, so that no
+        deleted byte stays in it; backups are not reached.
+        """
+        asked = list(targets)
+        named = {(target.platform, target.video_id) for target in asked if isinstance(target, ClipRef)}
+        clip_ids: list[str] = []
+        files: set[str] = set()
+        shards: set[str] = set()
+        with self._database.transaction(write=True) as connection:
+            self._lock_forgotten(connection, "ROW EXCLUSIVE")
+            for chunk in _chunks(sorted({target for target in asked if isinstance(target, str)})):
+                either = clips.c.clip_id.in_(chunk) | clips.c.video_key.in_(chunk)
+                found = connection.execute(sa.select(clips.c.platform, clips.c.video_id).where(either).distinct())
+                named.update((platform, video_id) for platform, video_id in found)
+            now = time.time()
+            digests = sorted(forgotten_digest(*name) for name in named)
+            stones = [{"digest": digest, "forgotten_at": now} for digest in digests]
+            self._database.upsert(connection, forgotten, stones, update=())
+            video_keys = sorted(ClipRef(*name).video_key for name in named)
+            for chunk in _chunks(video_keys):
+                of_video = clips.c.video_key.in_(chunk)
+                going = sa.select(clips.c.clip_id).where(of_video).order_by(clips.c.clip_id)
+                clip_ids.extend(connection.scalars(going.with_for_update()))
+                of_clip = sa.select(clips.c.clip_id).where(of_video)
+                files.update(connection.scalars(sa.select(videos.c.path).where(videos.c.video_key.in_(chunk))))
+                measured = sa.select(observations.c.path).where(observations.c.clip_id.in_(of_clip))
+                files.update(connection.scalars(measured))
+                shards.update(connection.scalars(sa.select(outputs.c.shard).where(outputs.c.clip_id.in_(of_clip))))
+                connection.execute(sa.delete(videos).where(videos.c.video_key.in_(chunk)))
+                connection.execute(sa.delete(clips).where(of_video))  # everything of a clip goes with it
+        return Forgotten(
+            video_keys=tuple(video_keys),
+            clip_ids=tuple(sorted(clip_ids)),
+            files=tuple(sorted(files)),
+            shards=tuple(sorted(shards)),
+            scrubbed=self._database.scrub(),
+        )
+
+    # how it is done
+
+    def _rows(
+        self, table: sa.Table, column: sa.Column[str], keys: Iterable[str], *conditions: sa.ColumnElement[bool]
+    ) -> list[sa.Row[Any]]:
+        found: list[sa.Row[Any]] = []
+        with self._database.transaction() as connection:
+            for chunk in _chunks(sorted(set(keys))):
+                found.extend(connection.execute(sa.select(table).where(column.in_(chunk), *conditions)))
+        return found
+
+    def _record(
+        self, rows: Iterable[dict[str, Any]], write: Callable[[sa.Connection, list[dict[str, Any]]], object]
+    ) -> frozenset[str]:
+        """Write rows of clips that the catalog holds; returns the ids of the others.
+
+        Clips are locked, in order of their ids, until the transaction ends: what is being forgotten cannot come back,
+        and two writers cannot wait for each other.
+        """
+        left_out: set[str] = set()
+        for chunk in _chunks(sorted(rows, key=lambda row: row["clip_id"])):
+            ids = {row["clip_id"] for row in chunk}
+            asked = sa.select(clips.c.clip_id).where(clips.c.clip_id.in_(sorted(ids))).order_by(clips.c.clip_id)
+            with self._database.transaction(write=True) as connection:
+                held = set(connection.scalars(_keep(asked)))
+                left_out |= ids - held
+                if held:
+                    write(connection, [row for row in chunk if row["clip_id"] in held])
+        return frozenset(left_out)
+
+    def _lock_forgotten(self, connection: sa.Connection, mode: str) -> None:
+        """Keep registering and forgetting apart; in SQLite writers are alone anyway."""
+        if not self._database.is_sqlite:
+            connection.exec_driver_sql(f"LOCK TABLE forgotten IN {mode} MODE")
+
+
+def _keep(statement: sa.Select[Any]) -> sa.Select[Any]:
+    """Hold the selected rows against deletion until the transaction ends; says nothing to SQLite."""
+    return statement.with_for_update(read=True)
+
+
+def _unresolved() -> tuple[sa.ColumnElement[bool], ...]:
+    """Failed, and no later try of that stage on that clip."""
+    later = attempts.alias("later")
+    same = (later.c.clip_id == attempts.c.clip_id, later.c.stage == attempts.c.stage, later.c.id > attempts.c.id)
+    return FAILED, ~sa.exists().where(*same)
+
+
+def _subsets(of: Iterable[ClipRef | str] | None) -> Iterable[Sequence[str] | None]:
+    """Clip ids in portions, each id once; for all clips the one portion None."""
+    return [None] if of is None else _chunks(sorted(set(_ids(of))))
+
+
+def _within(table: sa.Table, subset: Sequence[str] | None) -> list[sa.ColumnElement[bool]]:
+    return [] if subset is None else [table.c.clip_id.in_(subset)]
+
+
+def _tally(
+    connection: sa.Connection,
+    subset: Sequence[str] | None,
+    table: sa.Table,
+    names: Sequence[str],
+    *conditions: sa.ColumnElement[bool],
+) -> Counter[tuple[Any, ...]]:
+    """How many rows have which values in the named columns.
+
+    A portion is counted here: asked to group it, SQLite would walk the index that is in the order of the groups, that
+    is the whole catalog, for each portion.
+    """
+    columns = [table.c[name] for name in names]
+    if subset is None:
+        grouped = sa.select(*columns, sa.func.count()).where(*conditions).group_by(*columns)
+        return Counter({tuple(values): number for *values, number in connection.execute(grouped)})
+    rows = connection.execute(sa.select(*columns).where(*conditions, *_within(table, subset)))
+    return Counter(map(tuple, rows))
+
+
+def _chunks(items: Sequence[T]) -> Iterator[Sequence[T]]:
+    return (items[first : first + _CHUNK] for first in range(0, len(items), _CHUNK))
+
+
+def _ids(of: Iterable[ClipRef | str]) -> Iterator[str]:
+    return (item if isinstance(item, str) else item.clip_id for item in of)
+
+
+def _last(rows: Iterable[dict[str, Any]], *keys: str) -> list[dict[str, Any]]:
+    """The last of several rows with one key, so that a batch means the same as its rows one by one."""
+    return list({tuple(row[key] for key in keys): row for row in rows}.values())
+
+
+def _ref(row: sa.Row[Any]) -> ClipRef:
+    return ClipRef(row.platform, row.video_id, row.start_us, row.end_us, row.split)
+
+
+def _attempt(row: sa.Row[Any]) -> Attempt:
+    code = None if row.code is None else FailureCode(row.code)
+    return Attempt(row.clip_id, row.stage, code, row.message, row.started_at, row.seconds, row.worker)
+
+
+def _output(row: sa.Row[Any]) -> Output:
+    fields = {name: value for name, value in row._mapping.items() if name != "written_at"}
+    return Output(**fields)
+
+
+def _verdict(row: sa.Row[Any]) -> Verdict:
+    criteria = tuple(
+        CriterionResult(item["criterion"], item["outcome"], tuple(item["reasons"]), item["measured"])
+        for item in row.criteria
+    )
+    return Verdict(row.clip_id, row.policy_name, row.policy_hash, row.decision, criteria)
+
+
+def _criterion_json(result: CriterionResult) -> dict[str, Any]:
+    measured = {name: float(value) for name, value in result.measured.items() if math.isfinite(value)}
+    return asdict(result) | {"measured": measured}
+
+
+def _relative(path: str | PurePosixPath) -> str:
+    checked = PurePosixPath(path)
+    if checked.is_absolute() or ".." in checked.parts or not checked.parts:
+        raise ValueError("the catalog keeps paths relative to the work folder")
+    return str(checked)
+
+
+def _refuse_places(value: Any) -> None:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _refuse_places(key)
+            _refuse_places(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _refuse_places(item)
+    elif isinstance(value, str) and (
+        "://" in value or PurePosixPath(value).is_absolute() or PureWindowsPath(value).is_absolute()
+    ):
+        raise ValueError("provenance names tools and models by name and hash, never by absolute path or address")
+
+
+@cache
+def _worker(pid: int) -> str:
+    """A name for this process that tells nothing about its host; asked by process id, as a fork copies the cache."""
+    return f"{secrets.token_hex(4)}/{pid}"

@@ -1,0 +1,190 @@
+"""Opens the catalog's database, SQLite or PostgreSQL, and hides what differs between the two.
+
+Any number of processes write at once: every transaction is short, writers queue, and no connection outlives its
+transaction, so none is ever carried over a fork. Never knows what the tables mean.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import ArgumentError, DatabaseError, NoSuchModuleError, OperationalError
+from sqlalchemy.pool import NullPool
+
+from curation.ingest.failures import UsageError
+from curation.tables import metadata
+
+SCHEMA = "0001"  # the newest migration; lets an up-to-date database open without loading alembic
+LOCK_TIMEOUT_S = 60.0
+_MIGRATION_LOCK = 0x756E6973  # PostgreSQL advisory lock: "unis"
+
+
+class Database:
+    """The database at an SQLAlchemy URL, `sqlite:///file` or `postgresql://...`; made or migrated when opened.
+
+    Raises UsageError where it cannot be opened or written, or is of a newer version. Safe to carry over a fork.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._engine = _engine(url)
+        self.is_sqlite = self._engine.dialect.name == "sqlite"
+        try:
+            if self.is_sqlite:
+                self._use_wal()
+            self._migrate()
+        except DatabaseError as error:
+            raise _usage_error(error) from error
+
+    @contextmanager
+    def transaction(self, *, write: bool = False) -> Iterator[sa.Connection]:
+        """One transaction on a connection of its own; a writer waits for its turn before it reads."""
+        try:
+            with self._engine.connect() as connection:
+                if self.is_sqlite:
+                    connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+                yield connection
+                connection.commit()
+        except DatabaseError as error:
+            if type(error) in (OperationalError, DatabaseError):  # the others are defects of this program
+                raise _usage_error(error) from error
+            raise
+
+    def upsert(
+        self,
+        connection: sa.Connection,
+        table: sa.Table,
+        rows: list[dict[str, Any]],
+        update: Sequence[str] | None = None,
+    ) -> None:
+        """Insert; where the primary key is there, update all columns, or those named where they differ."""
+        if not rows:
+            return
+        insert = sqlite.insert(table) if self.is_sqlite else postgresql.insert(table)
+        keys = [column.name for column in table.primary_key]
+        new = {name: insert.excluded[name] for name in (rows[0] if update is None else update) if name not in keys}
+        changed = [] if update is None else [table.c[name].is_distinct_from(value) for name, value in new.items()]
+        statement = (
+            insert.on_conflict_do_update(
+                index_elements=keys, set_=new, where=sa.or_(sa.false(), *changed) if changed else None
+            )
+            if new
+            else insert.on_conflict_do_nothing(index_elements=keys)
+        )
+        connection.execute(statement, rows)
+
+    def scrub(self) -> bool:
+        """Rewrite the database without deleted bytes; False if others kept it busy."""
+        try:
+            with self._engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+                if not self.is_sqlite:
+                    connection.exec_driver_sql(f"SET lock_timeout = '{LOCK_TIMEOUT_S:.0f}s'")
+                    connection.exec_driver_sql(f"VACUUM (FULL) {', '.join(metadata.tables)}")
+                    return True
+                connection.exec_driver_sql("VACUUM")
+                return not connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").one()[0]
+        except OperationalError:
+            return False
+
+    def _use_wal(self) -> None:
+        """Readers beside a writer. The switch, once in a file's life, does not wait for its turn by itself."""
+        deadline = time.monotonic() + LOCK_TIMEOUT_S
+        while True:
+            try:
+                with self._engine.connect() as connection:
+                    connection.exec_driver_sql("PRAGMA journal_mode=WAL")
+                return
+            except OperationalError as error:
+                if "locked" not in str(error.orig) or time.monotonic() > deadline:
+                    raise
+            time.sleep(0.02)
+
+    def _migrate(self) -> None:
+        """Bring the schema to `SCHEMA`, one process at a time, all or nothing."""
+        with self.transaction(write=True) as connection:
+            if not self.is_sqlite:
+                connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_MIGRATION_LOCK})")
+            version = None
+            if sa.inspect(connection).has_table("alembic_version"):
+                version = connection.scalar(sa.text("SELECT version_num FROM alembic_version"))
+            if version != SCHEMA:
+                _upgrade(connection, version)
+            # changes nothing, but fails at once, and not after hours of work, where writing is not allowed
+            connection.exec_driver_sql("UPDATE alembic_version SET version_num = version_num WHERE 1 = 0")
+
+
+def _engine(url: str) -> sa.Engine:
+    """An engine without a pool: a connection kept open would be shared after a fork, which SQLite does not survive."""
+    try:
+        parsed = sa.make_url(url)
+        if parsed.drivername in ("postgresql", "postgres"):
+            parsed = parsed.set(drivername="postgresql+psycopg")
+        arguments: dict[str, Any] = {}
+        if parsed.get_backend_name() == "sqlite":
+            if parsed.database in (None, "", ":memory:"):
+                raise UsageError("The catalog cannot live in memory; give a file, as in sqlite:///out/catalog.sqlite.")
+            arguments["timeout"] = LOCK_TIMEOUT_S
+            if not parsed.database.startswith("file:"):
+                Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+        elif parsed.get_backend_name() != "postgresql":
+            raise UsageError("The catalog is kept in SQLite or PostgreSQL; give a sqlite:/// or postgresql:// URL.")
+        engine = sa.create_engine(
+            parsed, poolclass=NullPool, connect_args=arguments, hide_parameters=True, json_serializer=_json
+        )
+    except ArgumentError as error:
+        raise UsageError("The catalog URL is not one; give sqlite:///file or postgresql://user@host/name.") from error
+    except (ModuleNotFoundError, NoSuchModuleError) as error:
+        raise UsageError("PostgreSQL needs its driver: pip install 'unish[postgres]'.") from error
+    except OSError as error:
+        raise UsageError("The catalog's folder cannot be made; choose another --out.") from error
+    if engine.dialect.name == "sqlite":
+        sa.event.listen(engine, "connect", _configure_sqlite)
+    return engine
+
+
+def _configure_sqlite(connection: Any, _: object) -> None:
+    connection.isolation_level = None  # the driver would begin transactions by itself, too late for a writer
+    connection.execute("PRAGMA foreign_keys=ON")
+    connection.execute("PRAGMA synchronous=NORMAL")
+
+
+def _upgrade(connection: sa.Connection, version: str | None) -> None:
+    from alembic import command
+    from alembic.config import Config
+    from alembic.script import ScriptDirectory
+
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
+    config.attributes["connection"] = connection
+    if version is not None and version not in {
+        script.revision for script in ScriptDirectory.from_config(config).walk_revisions()
+    }:
+        raise UsageError("The catalog was written by a newer version of unish; upgrade unish, or choose another --out.")
+    command.upgrade(config, "head")
+
+
+def _usage_error(error: DatabaseError) -> UsageError:
+    said = str(error.orig).strip().partition("\n")[0]
+    for sign, advice in (
+        ("readonly", "it is read-only; make the file and its folder writable, or choose another --out"),
+        ("read-only", "it is read-only; give a user and a server that may write"),
+        ("unable to open", "its file cannot be opened; check that the folder exists and is writable"),
+        ("locked", "another process has held it for too long; end that one, or run again later"),
+        ("disk is full", "the disk is full; free some space and run again"),
+        ("not a database", "the file is something else; move it away, or choose another --out"),
+        ("malformed", "the file is damaged; restore it from a backup, or move it away and run again"),
+    ):
+        if sign in said:
+            return UsageError(f"The catalog cannot be used: {advice}.")
+    return UsageError(f"The catalog cannot be used; check the database and run again ({said}).")
+
+
+def _json(value: Any) -> str:
+    """The very text that `sha256_json` hashes."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)

@@ -1,0 +1,190 @@
+"""Observe and judge a folder of clips with known decisions, and say where the policy disagrees.
+
+For tuning a policy on one's own labelled clips. Changes nothing but the cache of detectors.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from curation.files import atomic_path
+from curation.ingest.failures import StageError, UsageError
+from curation.manifest import ClipRef
+from curation.observe.people import find_weights
+from curation.policy import CRITERIA, Policy, judge, load_policy
+from curation.settings import ObserveSettings
+from curation.workers import spread
+
+_COLUMNS = ("file", "expected", "first_reason")
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One labelled clip: what is expected, and how each criterion stands where the labels say so."""
+
+    file: str
+    expected: str
+    first_reason: str
+    criteria: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class CaseResult:
+    """What the policy said of one clip; verdict is accept, reject, unknown or error."""
+
+    case: Case
+    verdict: str
+    first_reason: str | None
+    reasons: dict[str, list[str]]
+    outcomes: dict[str, str]
+
+    @property
+    def agrees(self) -> bool | None:
+        """Whether the decision is the expected one; None where the label itself is ambiguous."""
+        return None if self.case.expected == "ambiguous" else self.verdict == self.case.expected
+
+    def as_json(self) -> dict[str, Any]:
+        """The record written by --json."""
+        return {
+            "file": self.case.file,
+            "expected": self.case.expected,
+            "expected_reason": self.case.first_reason or None,
+            "verdict": self.verdict,
+            "first_reason": self.first_reason,
+            "reasons": self.reasons,
+        }
+
+
+def read_cases(path: Path) -> list[Case]:
+    """Read labels: columns file, expected, first_reason and, optionally, one per criterion."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as stream:
+            rows = list(csv.DictReader(stream))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"The cases {path} cannot be read: {error}.") from error
+    if not rows or any(name not in rows[0] for name in _COLUMNS):
+        raise UsageError(f"{path.name} needs the columns {', '.join(_COLUMNS)} and at least one row.")
+    return [
+        Case(
+            row["file"],
+            row["expected"],
+            row["first_reason"] or "",
+            {name: row[name] for name in CRITERIA if row.get(name)},
+        )
+        for row in rows
+    ]
+
+
+def evaluate(
+    cases: Sequence[Case],
+    folder: Path,
+    policy: Policy,
+    settings: ObserveSettings,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[CaseResult]:
+    """Observe and judge every case's file in `folder`, on all cores; results in the order of the cases."""
+    weights = str(find_weights(settings.detector or policy.detector))
+    detector_ready(weights, settings)
+    tasks = [(case, folder / case.file, weights, settings, policy) for case in cases]
+    results: dict[str, CaseResult] = {}
+    for done, (task, result) in enumerate(spread(_evaluate_one, tasks, workers), 1):
+        if isinstance(result, BaseException):
+            result = _error(task[0], "internal", f"{type(result).__name__}: {result}")
+        results[task[0].file] = result
+        if progress is not None:
+            progress(done, len(tasks))
+    return [results[case.file] for case in cases]
+
+
+def detector_ready(weights: str, settings: ObserveSettings) -> None:
+    """Export the detector once, before workers that would all wait for it; a bad file fails here, at once."""
+    from curation.observe.observe import detector_for
+
+    detector_for(settings, weights)
+
+
+def _evaluate_one(task: tuple[Case, Path, str, ObserveSettings, Policy]) -> CaseResult:
+    from curation.observe.observe import detector_for, observe
+
+    case, path, weights, settings, policy = task
+    if not path.is_file():
+        return _error(case, "missing", f"{case.file} is not in the folder of the cases")
+    try:
+        observations, _ = observe(ClipRef("local", case.file), path, settings, detector_for(settings, weights))
+    except StageError as error:
+        return _error(case, error.code.value, error.message)
+    verdict = judge(observations, policy)
+    return CaseResult(
+        case,
+        verdict.decision,
+        verdict.first_reason,
+        {result.criterion: list(result.reasons) for result in verdict.criteria if result.outcome != "pass"},
+        {result.criterion: result.outcome for result in verdict.criteria},
+    )
+
+
+def _error(case: Case, code: str, message: str) -> CaseResult:
+    return CaseResult(case, "error", code, {code: [message]}, {})
+
+
+def write_results(results: Sequence[CaseResult], path: Path) -> None:
+    """Write the results as a JSON list."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps([result.as_json() for result in results], indent=1) + "\n", encoding="utf-8")
+
+
+def summary(results: Sequence[CaseResult]) -> str:
+    """Accuracy, the confusion of every criterion and every disagreement, as text."""
+    lines = []
+    for expected in ("accept", "reject", "error"):
+        mine = [result for result in results if result.case.expected == expected]
+        if not mine:
+            continue
+        right = sum(result.verdict == expected for result in mine)
+        line = f"{expected}: {right} of {len(mine)}"
+        if expected == "reject":
+            named = sum(r.verdict == expected and r.first_reason == r.case.first_reason for r in mine)
+            line += f", {named} with the labelled first reason"
+        lines.append(line)
+    decided = [result for result in results if result.agrees is not None]
+    if decided:
+        share = sum(bool(result.agrees) for result in decided) / len(decided)
+        lines.append(f"accuracy: {share:.1%} of {len(decided)} clips with a clear label")
+    lines += ["", f"{'criterion':10} {'right':>6} {'missed':>7} {'false':>6}   (labelled pass or fail only)"]
+    for name in CRITERIA:
+        table = Counter(
+            (result.case.criteria[name], result.outcomes[name])
+            for result in results
+            if result.case.criteria.get(name) in ("pass", "fail") and result.outcomes.get(name) in ("pass", "fail")
+        )
+        if table:
+            right = table["pass", "pass"] + table["fail", "fail"]
+            lines.append(f"{name:10} {right:6} {table['fail', 'pass']:7} {table['pass', 'fail']:6}")
+    odd = [
+        result
+        for result in results
+        if result.agrees is False or (result.agrees and result.first_reason != (result.case.first_reason or None))
+        if not (result.agrees and result.case.expected == "error")
+    ]
+    lines += ["", "disagreements:" if odd else "no disagreement"]
+    for result in odd:
+        why = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in result.reasons.items())
+        expected = f"{result.case.expected} {result.case.first_reason}".strip()
+        found = f"{result.verdict} {result.first_reason or ''}".strip()
+        lines.append(f"  {result.case.file}: expected {expected}, found {found}. {why}")
+    return "\n".join(lines)
+
+
+def evaluate_files(
+    cases: Path, policy: Path, detector: str | None, progress: Callable[[int, int], None] | None = None
+) -> list[CaseResult]:
+    """`evaluate` from paths, as the command line gives them."""
+    settings = ObserveSettings(detector=detector)
+    return evaluate(read_cases(cases), cases.parent, load_policy(policy), settings, progress=progress)

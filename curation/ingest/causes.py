@@ -1,0 +1,156 @@
+"""From an exception of yt-dlp to a failure code.
+
+Decided by exception class and HTTP status; where yt-dlp has only text, by its own and the platforms' fixed phrases. The
+text itself is never kept: it carries titles, names and addresses.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from yt_dlp.networking.exceptions import HTTPError, RequestError, TransportError
+from yt_dlp.utils import ExtractorError, GeoRestrictedError, UnsupportedError, UserNotLive
+
+from curation.ingest.container import DISK_ERRORS
+from curation.ingest.failures import FailureCode
+from curation.ingest.network import AddressRefused
+
+_STATUS = {
+    401: FailureCode.PRIVATE,
+    402: FailureCode.MEMBERS,
+    403: FailureCode.PRIVATE,
+    404: FailureCode.REMOVED,
+    408: FailureCode.TIMEOUT,
+    410: FailureCode.REMOVED,
+    412: FailureCode.RATE_LIMITED,  # Bilibili's answer to too many requests
+    425: FailureCode.RATE_LIMITED,
+    429: FailureCode.RATE_LIMITED,
+    451: FailureCode.GEO,
+}
+
+# First match wins. Left: fixed phrases of yt-dlp 2026.8 and of the platforms' own players.
+_PHRASES = tuple(
+    (re.compile(pattern, re.IGNORECASE), code)
+    for pattern, code in (
+        (r"DRM protected|requires DRM", FailureCode.DRM),
+        (r"not a bot\b|captcha challenge|TLS fingerprint|data center IP|JS challenge", FailureCode.BOT_CHECK),
+        (
+            r"isn't available, try again later|exceeded the rate limit|rate-limited by|is blocked by server"
+            r"|rejected by server|please wait and try later",
+            FailureCode.RATE_LIMITED,
+        ),
+        (r"confirm your age|age.restricted|may be inappropriate|not be comfortable for some", FailureCode.AGE),
+        (
+            r"channel's members|members.only|join this channel|premium members|supporter-only|requires payment"
+            r"|need to purchase",
+            FailureCode.MEMBERS,
+        ),
+        (r"may be deleted or geo-restricted", FailureCode.REMOVED),
+        (
+            r"geo.?restrict|in your country|from your location|IP address is blocked"
+            r"|not available in your region",
+            FailureCode.GEO,
+        ),
+        (
+            r"live event will begin|premieres in|premiere will begin|not currently live|live event is scheduled",
+            FailureCode.LIVE,
+        ),
+        (
+            r"private video|video is private|privacy settings|protected by a password|permission to view"
+            r"|only available for registered users|requiring login|sign in to|login required|log in for access",
+            FailureCode.PRIVATE,
+        ),
+        (
+            r"video unavailable|video is unavailable|no longer available|has been removed|been terminated"
+            r"|live event has ended|recording is not available|video is not available|video not available"
+            r"|does not exist|violating YouTube",
+            FailureCode.REMOVED,
+        ),
+        (r"requested format is not available", FailureCode.NO_FORMAT),
+        (r"did not get any data blocks", FailureCode.CORRUPT),
+    )
+)
+_TIMED_OUT = re.compile(r"timed out")
+_TRANSPORT = re.compile(r"\[download\] Got error: |content too short")
+
+
+@dataclass(frozen=True, slots=True)
+class Cause:
+    """Why a try failed. `again`: whether to try again within the same call; `retry_after_s`: what the server asked."""
+
+    code: FailureCode
+    again: bool = False
+    retry_after_s: float | None = None
+
+
+def cause_of(error: BaseException, last_request: RequestError | None = None, *, direct: bool = False) -> Cause:
+    """The cause of an error that yt-dlp raised.
+
+    last_request: what the latest request failed with, for errors that yt-dlp reports as text alone.
+    direct: the video is a plain link, where 403 is the owner's decision; a platform says 403 to a suspected robot.
+    """
+    chain = list(_chain(error))
+    if not any(isinstance(link, RequestError) for link in chain) and last_request is not None:
+        chain.extend(_chain(last_request))
+    for link in chain:
+        if isinstance(link, AddressRefused):
+            return Cause(FailureCode.REFUSED)
+        if isinstance(link, OSError) and link.errno in DISK_ERRORS:
+            return Cause(FailureCode.DISK_FULL)
+        if isinstance(link, GeoRestrictedError):
+            return Cause(FailureCode.GEO)
+        if isinstance(link, UserNotLive):
+            return Cause(FailureCode.LIVE)
+        if isinstance(link, UnsupportedError):
+            return Cause(FailureCode.UNSUPPORTED)
+    said = " ".join(link.orig_msg for link in chain if isinstance(link, ExtractorError)) or str(error)
+    for phrase, code in _PHRASES:
+        if phrase.search(said):
+            return Cause(code)
+    for link in chain:
+        if isinstance(link, HTTPError):
+            return _http_cause(link, direct)
+    if any(isinstance(link, TimeoutError) or "Timeout" in type(link).__name__ for link in chain):
+        return Cause(FailureCode.TIMEOUT, again=True)
+    if any(isinstance(link, TransportError) for link in chain) or _TRANSPORT.search(said):
+        code = FailureCode.TIMEOUT if _TIMED_OUT.search(said) else FailureCode.NETWORK
+        return Cause(code, again=True)
+    if any(isinstance(link, RequestError) for link in chain):
+        return Cause(FailureCode.REFUSED)  # a redirect to something that is no http address
+    return Cause(FailureCode.UNSUPPORTED)
+
+
+def _http_cause(error: HTTPError, direct: bool) -> Cause:
+    if error.status >= 500:
+        return Cause(FailureCode.HTTP_5XX, again=True, retry_after_s=_retry_after(error))
+    code = _STATUS.get(error.status, FailureCode.UNSUPPORTED)
+    if error.status == 403 and not direct:
+        code = FailureCode.BOT_CHECK
+    again = code in (FailureCode.RATE_LIMITED, FailureCode.TIMEOUT)
+    return Cause(code, again=again, retry_after_s=_retry_after(error) if again else None)
+
+
+def _retry_after(error: HTTPError) -> float | None:
+    """Seconds of a Retry-After header, given as a number or as a date."""
+    value = error.response.headers.get("Retry-After", "").strip()
+    if value.isascii() and value.isdigit() and len(value) < 10:
+        return float(value)
+    date = email.utils.parsedate_tz(value)
+    return None if date is None else max(0.0, email.utils.mktime_tz(date) - time.time())
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and all that led to it, nearest first; yt-dlp keeps causes in attributes of its own."""
+    waiting, seen = [error], set[int]()
+    while waiting:
+        link = waiting.pop(0)
+        if not isinstance(link, BaseException) or id(link) in seen:
+            continue
+        seen.add(id(link))
+        yield link
+        reported = getattr(link, "exc_info", None) or (None, None, None)
+        waiting += [reported[1], getattr(link, "cause", None), link.__cause__, link.__context__]

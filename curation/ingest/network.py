@@ -1,0 +1,159 @@
+"""yt-dlp with its connections under guard: every request, redirect and segment goes to an allowed host and address.
+
+yt-dlp follows redirects and playlists wherever they point. Here one request handler replaces all of its own; it judges
+each hop's URL, and it resolves names itself, so that the address that was judged is the one that is connected to.
+Behind a proxy the proxy resolves names, and only the URL is judged. Nothing here prints or keeps what yt-dlp says.
+"""
+
+from __future__ import annotations
+
+import functools
+import socket
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+import urllib3
+import yt_dlp.globals
+from yt_dlp import YoutubeDL
+from yt_dlp.networking._helper import create_connection
+from yt_dlp.networking._requests import RequestsHTTPAdapter, RequestsRH
+from yt_dlp.networking.exceptions import RequestError
+
+from curation.addresses import address_allowed, host_listed
+
+# Plugins are code from the user's configuration folders; nobody reviewed them for this use.
+yt_dlp.globals.plugin_dirs.value = []
+
+
+class AddressRefused(RequestError):
+    """A request, or a redirect, leads to a host or address that is not allowed. yt-dlp lets this class pass."""
+
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """Where requests may go. `hosts`: only these ("host" or "host:port"); None for every public host."""
+
+    hosts: tuple[str, ...] | None
+    allow_loopback: bool
+
+    def check_url(self, url: str) -> None:
+        """Raise AddressRefused unless the URL is http(s), its host is listed and no refused address literal."""
+        try:
+            parts = urlsplit(url)
+            host, port = parts.hostname or "", parts.port or {"http": 80, "https": 443}[parts.scheme]
+        except (KeyError, ValueError):
+            raise AddressRefused("not an http address") from None
+        if self.hosts is not None and not host_listed(host, port, self.hosts):
+            raise AddressRefused("host not listed")
+        try:
+            allowed = address_allowed(host, allow_loopback=self.allow_loopback)
+        except ValueError:  # a name; its addresses are judged when it is resolved
+            return
+        if not allowed:
+            raise AddressRefused("address refused")
+
+    def connect(self, resolved: tuple[Any, ...], timeout: float, source_address: Any) -> socket.socket:
+        """Connect to one answer of getaddrinfo if its address is allowed; AddressRefused if not."""
+        family, kind, protocol, _, address = resolved
+        if not address_allowed(address[0], allow_loopback=self.allow_loopback):
+            raise AddressRefused("address refused")
+        connection = socket.socket(family, kind, protocol)
+        try:
+            connection.settimeout(timeout)
+            if source_address:
+                connection.bind(source_address)
+            connection.connect(address)
+        except OSError:
+            connection.close()
+            raise
+        return connection
+
+
+def _guarded_pools(guard: Guard) -> dict[str, type]:
+    class Connection(urllib3.connection.HTTPConnection):
+        def _new_conn(self) -> socket.socket:
+            try:
+                return create_connection(
+                    (self.host, self.port), self.timeout, self.source_address, _create_socket_func=guard.connect
+                )
+            except TimeoutError as error:
+                raise urllib3.exceptions.ConnectTimeoutError(self, "connection timed out") from error
+            except OSError as error:
+                raise urllib3.exceptions.NewConnectionError(self, "connection failed") from error
+
+    class SecureConnection(Connection, urllib3.connection.HTTPSConnection):
+        pass
+
+    class Pool(urllib3.HTTPConnectionPool):
+        ConnectionCls = Connection
+
+    class SecurePool(urllib3.HTTPSConnectionPool):
+        ConnectionCls = SecureConnection
+
+    return {"http": Pool, "https": SecurePool}
+
+
+class _Adapter(RequestsHTTPAdapter):
+    def __init__(self, guard: Guard, **options: Any) -> None:
+        self._guard = guard
+        super().__init__(**options)
+
+    def init_poolmanager(self, *args: Any, **options: Any) -> None:
+        super().init_poolmanager(*args, **options)
+        self.poolmanager.pool_classes_by_scheme = _guarded_pools(self._guard)
+
+    def send(self, request: Any, *args: Any, **options: Any) -> Any:
+        self._guard.check_url(request.url)  # requests sends every hop of a redirect through here
+        return super().send(request, *args, **options)
+
+
+class _GuardedRH(RequestsRH):
+    def __init__(self, guard: Guard, **options: Any) -> None:
+        self._guard = guard
+        super().__init__(**options)
+
+    def _create_instance(self, cookiejar: Any, legacy_ssl_support: bool | None = None) -> Any:
+        session = super()._create_instance(cookiejar, legacy_ssl_support)
+        adapter = _Adapter(
+            self._guard,
+            ssl_context=self._make_sslcontext(legacy_ssl_support=legacy_ssl_support),
+            source_address=self.source_address,
+            max_retries=urllib3.util.retry.Retry(False),
+        )
+        session.mount("https://", adapter)
+        session.mount("http://", adapter)
+        return session
+
+
+class _Silence:
+    """yt-dlp's messages carry titles and names: none is shown or kept."""
+
+    def debug(self, message: str) -> None:
+        pass
+
+    info = warning = error = debug
+
+
+class GuardedYoutubeDL(YoutubeDL):
+    """YoutubeDL whose every connection passes a Guard, and which says nothing.
+
+    last_error: what the latest request failed with, None if it succeeded; yt-dlp reports some failures only as text.
+    """
+
+    def __init__(self, guard: Guard, options: dict[str, Any], *, extractors: bool) -> None:
+        self._guard = guard
+        self.last_error: RequestError | None = None
+        super().__init__({**options, "logger": _Silence()}, auto_init=extractors)
+
+    def build_request_director(self, handlers: Iterable[Any], preferences: Any = None) -> Any:
+        return super().build_request_director([functools.partial(_GuardedRH, self._guard)])
+
+    def urlopen(self, request: Any) -> Any:
+        self.last_error = None
+        try:
+            return super().urlopen(request)
+        except RequestError as error:
+            self.last_error = error
+            raise

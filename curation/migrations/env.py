@@ -1,0 +1,7 @@
+"""Runs the catalog's migrations in the transaction that `curation.catalog` has opened; there is no other way in."""
+
+from alembic import context
+
+context.configure(connection=context.config.attributes["connection"], transactional_ddl=True)
+with context.begin_transaction():
+    context.run_migrations()

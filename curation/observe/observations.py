@@ -1,0 +1,133 @@
+"""What was measured on one clip, and how it is kept: one row of one Parquet file, nested lists inside.
+
+It measures and stores; it never judges. Every threshold lives in a policy, so that judging again decodes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from curation.files import atomic_path
+from curation.ingest.failures import UsageError
+
+OBSERVATION_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Observations:
+    """Measurements of one clip. n frames, s samples (6 a second by default), k boxes.
+
+    kind: "full" for every frame, "keyframes" for the prescreen, which has samples but no shot measures (n = 0).
+    width, height: the picture as displayed. start_s, end_s: the clip's span in the video; end_s is exclusive.
+    active: x1, y1, x2, y2 of the picture inside letterbox bars, fractions of the whole.
+    times_s: (n,) presentation times. content, luma, contrast, gap, person_gap, dissolve: (n,) as in ShotMeasures.
+    sample_times_s: (s,) presentation times of the samples.
+    box_sample: (k,) index of the sample; box_xyxy: (k, 4) fractions of the picture; box_class: (k,) class names;
+    box_confidence: (k,); box_track: (k,) person track number, 0 for none.
+    provenance: detector, parameters and versions that the measurements depend on.
+    """
+
+    clip_id: str
+    kind: Literal["full", "keyframes"]
+    width: int
+    height: int
+    start_s: float
+    end_s: float
+    active: tuple[float, float, float, float]
+    times_s: NDArray[np.float64]
+    content: NDArray[np.float32]
+    luma: NDArray[np.float32]
+    contrast: NDArray[np.float32]
+    gap: NDArray[np.float32]
+    person_gap: NDArray[np.float32]
+    dissolve: NDArray[np.float32]
+    sample_times_s: NDArray[np.float64]
+    box_sample: NDArray[np.int32]
+    box_xyxy: NDArray[np.float32]
+    box_class: tuple[str, ...]
+    box_confidence: NDArray[np.float32]
+    box_track: NDArray[np.int32]
+    provenance: dict[str, Any]
+
+    @property
+    def duration_s(self) -> float:
+        """Length of the clip, seconds."""
+        return self.end_s - self.start_s
+
+
+_F32, _F64, _I32 = pa.list_(pa.float32()), pa.list_(pa.float64()), pa.list_(pa.int32())
+SCHEMA = pa.schema(
+    [
+        ("clip_id", pa.string()),
+        ("kind", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("start_s", pa.float64()),
+        ("end_s", pa.float64()),
+        ("active", pa.list_(pa.float64(), 4)),
+        ("times_s", _F64),
+        ("content", _F32),
+        ("luma", _F32),
+        ("contrast", _F32),
+        ("gap", _F32),
+        ("person_gap", _F32),
+        ("dissolve", _F32),
+        ("sample_times_s", _F64),
+        ("box_sample", _I32),
+        ("box_xyxy", pa.list_(pa.list_(pa.float32(), 4))),
+        ("box_class", pa.list_(pa.string())),
+        ("box_confidence", _F32),
+        ("box_track", _I32),
+        ("provenance", pa.string()),
+    ],
+    metadata={"unish.observations": str(OBSERVATION_VERSION)},
+)
+
+
+def write_observations(observations: Observations, path: Path) -> None:
+    """Write one clip's measurements beside `path` and rename."""
+    row: dict[str, Any] = {}
+    for name in SCHEMA.names:
+        value = getattr(observations, name)
+        if name == "provenance":
+            value = json.dumps(value, sort_keys=True)
+        elif isinstance(value, np.ndarray):
+            value = value.tolist()
+        row[name] = [list(value) if isinstance(value, tuple) else value]
+    with atomic_path(path) as temporary:
+        pq.write_table(pa.table(row, schema=SCHEMA), temporary, compression="zstd")
+
+
+def read_observations(path: Path) -> Observations:
+    """Read one clip's measurements. Raises UsageError for a file of another version or a damaged one."""
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise UsageError(f"The observations {path.name} cannot be read; delete the file and run again.") from error
+    version = (table.schema.metadata or {}).get(b"unish.observations", b"?").decode()
+    if version != str(OBSERVATION_VERSION):
+        raise UsageError(f"The observations {path.name} have version {version}; delete the file and run again.")
+    values: dict[str, Any] = {}
+    for field in fields(Observations):
+        scalar = table[field.name][0]
+        kind = SCHEMA.field(field.name).type
+        if field.name == "provenance":
+            values[field.name] = json.loads(scalar.as_py())
+        elif field.name == "box_xyxy":
+            flat = scalar.values.flatten() if len(scalar.values) else pa.array([], pa.float32())
+            values[field.name] = flat.to_numpy(zero_copy_only=False).reshape(-1, 4)
+        elif field.name in ("active", "box_class"):
+            values[field.name] = tuple(scalar.as_py())
+        elif pa.types.is_list(kind):
+            values[field.name] = scalar.values.to_numpy(zero_copy_only=False)
+        else:
+            values[field.name] = scalar.as_py()
+    return Observations(**values)

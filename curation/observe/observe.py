@@ -1,0 +1,243 @@
+"""One decode pass over a clip: shots on every frame, people and training frames at 6 a second."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from curation.manifest import ClipRef
+from curation.observe.observations import Observations
+from curation.observe.people import Detections, Detector, PeopleTracker, load_detector
+from curation.observe.shots import THUMB_LONG_SIDE, ShotMeasures, ShotMeter
+from curation.observe.video import (
+    VideoIndex,
+    decode,
+    decode_key_frames,
+    frames_at,
+    index_video,
+    resize,
+    thumbnail,
+    to_rgb,
+)
+from curation.records import Frames
+from curation.settings import ObserveSettings
+
+JPEG_QUALITY = 95
+_BAR_NOISE = 12  # grey levels that compression adds to a uniform bar
+
+
+def observe(
+    ref: ClipRef, path: Path, settings: ObserveSettings, detector: Detector,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Observations, Frames]:  # fmt: skip
+    """Measure every frame of the clip and sample its training frames, in one sequential decode.
+
+    Raises StageError: CORRUPT, NO_VIDEO or SPAN_OUT_OF_RANGE.
+    """
+    index = index_video(path)
+    first, last = index.span(ref.start_s, ref.end_s)
+    samples = sample_numbers(index, first, last, settings.sample_fps)
+    wanted = set(samples.tolist())
+    width, height = training_grid(index, settings.frame_long_side)
+    thumb = _scaled(index, THUMB_LONG_SIDE)
+    gaps = np.diff(index.times_s[first:last])
+    meter = ShotMeter(float(np.median(gaps)) if len(gaps) else 1 / 25)
+    tracker = PeopleTracker(detector.person)
+    bars = _BarFinder()
+    found: list[Detections] = []
+    tracks: list[NDArray[np.int32]] = []
+    jpeg: list[bytes] = []
+    person: NDArray[np.float32] | None = None
+    # A batch of samples, and the thumbnails up to it: the meter wants the person's box with each frame.
+    images: list[NDArray[np.uint8]] = []
+    waiting: list[tuple[NDArray[np.uint8], bool]] = []
+
+    def flush() -> None:
+        nonlocal person
+        results = iter(detector(images) if images else [])
+        for small, sampled in waiting:
+            if sampled:
+                result = next(results)
+                found.append(result)
+                tracks.append(tracker(result, index.width, index.height))
+                person = _largest_person(result, detector.person, person)
+                bars.add(small)
+            meter.add(small, None if person is None else person.tolist())
+        images.clear()
+        waiting.clear()
+
+    for number, frame in decode(index, first, last):
+        sampled = number in wanted
+        waiting.append((thumbnail(frame, index, *thumb), sampled))
+        if sampled:
+            stored = to_rgb(frame)
+            images.append(resize(stored, index, *_scaled(index, detector.long_side)))
+            jpeg.append(_jpeg(resize(stored, index, width, height)))
+            if len(images) == detector.batch:
+                flush()
+        if progress is not None:
+            progress(number - first + 1, last - first)
+    flush()
+    times = index.times_s[samples]
+    observations = _assemble(
+        ref, index, "full", first, last, times, found, tracks, meter.finish(), bars.active(), settings, detector
+    )
+    return observations, Frames(width=width, height=height, times_s=times, jpeg=tuple(jpeg))
+
+
+def prescreen(ref: ClipRef, path: Path, settings: ObserveSettings, detector: Detector) -> Observations | None:
+    """Detect people on the clip's key frames only; None where there are too few to say anything.
+
+    Costs about a thirteenth of a full decode. Raises StageError as `observe`.
+    """
+    index = index_video(path)
+    first, last = index.span(ref.start_s, ref.end_s)
+    if np.count_nonzero(index.key[first:last]) < settings.prescreen_key_frames:
+        return None
+    numbers: list[int] = []
+    found: list[Detections] = []
+    for number, frame in decode_key_frames(index, first, last, limit=4 * settings.prescreen_key_frames):
+        numbers.append(number)
+        found += detector([resize(to_rgb(frame), index, *_scaled(index, detector.long_side))])
+    tracks = [np.zeros(len(result.klass), np.int32) for result in found]
+    none = ShotMeasures(*(np.zeros(0, np.float32) for _ in ShotMeasures._fields))
+    return _assemble(
+        ref, index, "keyframes", first, last, index.times_s[numbers], found, tracks, none, (0.0, 0.0, 1.0, 1.0),
+        settings, detector,
+    )  # fmt: skip
+
+
+def sample_frames(ref: ClipRef, path: Path, settings: ObserveSettings) -> Frames:
+    """The clip's training frames alone, by random access: the same bytes as `observe` gives, without measuring."""
+    index = index_video(path)
+    first, last = index.span(ref.start_s, ref.end_s)
+    times = index.times_s[sample_numbers(index, first, last, settings.sample_fps)]
+    width, height = training_grid(index, settings.frame_long_side)
+    jpeg = tuple(_jpeg(picture) for picture in frames_at(index, times.tolist(), width, height))
+    return Frames(width=width, height=height, times_s=times, jpeg=jpeg)
+
+
+def sample_numbers(index: VideoIndex, first: int, last: int, fps: float) -> NDArray[np.intp]:
+    """Frames on screen at every 1/fps s from the clip's first frame on; each once, also where the video holds still."""
+    start = index.times_s[first]
+    end = index.times_s[last - 1]
+    grid = start + np.arange(int((end - start) * fps + 1e-3) + 1) / fps
+    return np.unique(np.clip(index.on_screen(grid), first, last - 1))
+
+
+def training_grid(index: VideoIndex, long_side: int) -> tuple[int, int]:
+    """Width and height with the longer side `long_side`, both multiples of 14 (one patch of the networks)."""
+    scale = long_side / max(index.width, index.height)
+    return tuple(max(14, round(side * scale / 14) * 14) for side in (index.width, index.height))  # type: ignore[return-value]
+
+
+def detector_for(settings: ObserveSettings, weights: str) -> Detector:
+    """This process's detector; loaded once."""
+    return load_detector(
+        weights, device=settings.device, long_side=settings.detector_long_side, confidence=settings.detector_confidence
+    )
+
+
+def _assemble(
+    ref: ClipRef, index: VideoIndex, kind: Any, first: int, last: int, times: NDArray[np.float64],
+    found: list[Detections], tracks: list[NDArray[np.int32]], shots: ShotMeasures,
+    active: tuple[float, float, float, float], settings: ObserveSettings, detector: Detector,
+) -> Observations:  # fmt: skip
+    counts = [len(result.klass) for result in found]
+    end = index.end_s if ref.end_s is None or last == len(index.times_s) else float(index.times_s[last])
+    return Observations(
+        clip_id=ref.clip_id,
+        kind=kind,
+        width=index.width,
+        height=index.height,
+        start_s=float(index.times_s[first]),
+        end_s=end,
+        active=active,
+        times_s=index.times_s[first:last] if kind == "full" else np.zeros(0),
+        **shots._asdict(),
+        sample_times_s=times,
+        box_sample=np.repeat(np.arange(len(found), dtype=np.int32), counts),
+        box_xyxy=np.concatenate([np.zeros((0, 4), np.float32), *(result.xyxy for result in found)]),
+        box_class=tuple(detector.names[int(k)] for result in found for k in result.klass),
+        box_confidence=np.concatenate([np.zeros(0, np.float32), *(result.confidence for result in found)]),
+        box_track=np.concatenate([np.zeros(0, np.int32), *tracks]),
+        provenance={"detector": detector.provenance, "sample_fps": settings.sample_fps},
+    )
+
+
+def _scaled(index: VideoIndex, long_side: int) -> tuple[int, int]:
+    scale = long_side / max(index.width, index.height)
+    return max(2, round(index.width * scale)), max(2, round(index.height * scale))
+
+
+def _jpeg(rgb: NDArray[np.uint8]) -> bytes:
+    done, data = cv2.imencode(".jpg", cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
+    assert done
+    return data.tobytes()
+
+
+def _largest_person(found: Detections, person: int, fallback: NDArray[np.float32] | None) -> NDArray[np.float32] | None:
+    people = np.flatnonzero(found.klass == person)
+    if not len(people):
+        return fallback
+    boxes = found.xyxy[people]
+    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    return boxes[int(np.argmax(area * found.confidence[people]))]
+
+
+class _BarFinder:
+    """Finds letterbox and pillarbox bars: lines of one colour that never change, against a picture that fills a line.
+
+    The second condition tells a bar from a plain backdrop, where the first different line is only a head or a hand.
+    """
+
+    def __init__(self) -> None:
+        self._low: NDArray[np.uint8] | None = None
+        self._high: NDArray[np.uint8] | None = None
+
+    def add(self, bgr: NDArray[np.uint8]) -> None:
+        if self._low is None or self._high is None:
+            self._low, self._high = bgr.copy(), bgr.copy()
+        else:
+            np.minimum(self._low, bgr, out=self._low)
+            np.maximum(self._high, bgr, out=self._high)
+
+    def active(self) -> tuple[float, float, float, float]:
+        """x1, y1, x2, y2 of the picture inside the bars, fractions of the whole."""
+        if self._low is None or self._high is None:
+            return 0.0, 0.0, 1.0, 1.0
+        low, high = self._low.astype(np.int16), self._high.astype(np.int16)
+        top, bottom = _bars(low, high)
+        left, right = _bars(low.swapaxes(0, 1), high.swapaxes(0, 1))
+        height, width = low.shape[:2]
+        return left / width, top / height, 1 - right / width, 1 - bottom / height
+
+
+def _bars(low: NDArray[np.int16], high: NDArray[np.int16]) -> tuple[int, int]:
+    """Number of bar rows at the top and at the bottom; both or none, as a letterbox has them.
+
+    One hard edge is enough: before a black backdrop the other bar has none, but it is as thick.
+    """
+    (top, top_edge), (bottom, bottom_edge) = _plain_rows(low, high), _plain_rows(low[::-1], high[::-1])
+    thick = max(top if top_edge else 0, bottom if bottom_edge else 0)
+    if not thick or min(top, bottom) < 0.8 * thick or thick < 0.02 * len(low) or thick > 0.4 * len(low):
+        return 0, 0
+    return min(top, thick), min(bottom, thick)
+
+
+def _plain_rows(low: NDArray[np.int16], high: NDArray[np.int16]) -> tuple[int, bool]:
+    """Rows of one colour that never change, from the first on; and whether a picture fills the row after them."""
+    colour = np.median(low[0], axis=0)
+    different = ((high - colour) > _BAR_NOISE).any(2) | ((colour - low) > _BAR_NOISE).any(2)
+    share = different.mean(1)
+    inner = np.flatnonzero(share > 0.02)
+    if not len(inner):
+        return len(low), False
+    first = int(inner[0])
+    # A bar's edge may fall inside one line of the thumbnail, so the next line counts too.
+    return first, bool(share[first : first + 2].max() > 0.5)

@@ -1,0 +1,284 @@
+"""Boxes of people and things, by ultralytics, and tracks of the people.
+
+On CUDA the model runs in half precision on batches; on a CPU the same weights run through OpenVINO, exported once per
+weights file into the user's cache. Input is rectangular: no work on padding. This module never judges a box.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from curation.files import sha256_file
+from curation.ingest.failures import UsageError
+
+PERSON = "person"
+_STRIDE = 32
+_PAD = 114  # the grey that ultralytics trains and predicts with
+_NMS_IOU = 0.7  # ultralytics' own default for prediction
+
+# What ultralytics calls track_buffer counts updates; at 6 samples a second this is 2 s.
+_TRACKER = SimpleNamespace(
+    track_high_thresh=0.25, track_low_thresh=0.1, new_track_thresh=0.25, track_buffer=12, match_thresh=0.8,
+    fuse_score=True,
+)  # fmt: skip
+
+
+class Detections(NamedTuple):
+    """Boxes of one frame: xyxy (k, 4) float32 in fractions of the upright image, confidence (k,), class id (k,)."""
+
+    xyxy: NDArray[np.float32]
+    confidence: NDArray[np.float32]
+    klass: NDArray[np.int32]
+
+
+class Detector:
+    """An ultralytics detector behind one call.
+
+    detector(images) takes upright (H, W, 3) uint8 RGB pictures of one size and gives one Detections for each.
+    `names` maps class ids to names; `provenance` says which weights ran on what, for the record.
+    """
+
+    def __init__(self, weights: Path, *, device: str, long_side: int, confidence: float) -> None:
+        _quiet_ultralytics()
+        self.weights = weights
+        self.sha256 = sha256_file(weights)
+        self.long_side = long_side
+        self._confidence = confidence
+        self._cuda = device if device.startswith("cuda") else None
+        if device == "auto":
+            import torch
+
+            self._cuda = "cuda" if torch.cuda.is_available() else None
+        self._forward: Callable[[NDArray[np.float32]], Any]
+        if self._cuda:
+            self._forward, self.names = _torch_backend(weights, self._cuda)
+        else:
+            self._forward, self.names = _openvino_backend(weights, self.sha256)
+        people = [number for number, name in self.names.items() if name == PERSON]
+        if not people:
+            raise UsageError(f"{weights.name} has no class named 'person'; give a detector that has one.")
+        self.person = people[0]
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Weights, backend and parameters: what a measurement depends on."""
+        import ultralytics
+
+        return {
+            "weights": self.weights.name,
+            "sha256": self.sha256,
+            "backend": "torch-fp16" if self._cuda else "openvino-fp32",
+            "long_side": self.long_side,
+            "confidence": self._confidence,
+            "nms_iou": _NMS_IOU,
+            "ultralytics": ultralytics.__version__,
+        }
+
+    @property
+    def batch(self) -> int:
+        """Images that are worth collecting for one call: batches help a GPU, not a CPU."""
+        return 32 if self._cuda else 1
+
+    def __call__(self, images: Sequence[NDArray[np.uint8]]) -> list[Detections]:
+        """Detect on pictures of one size; coordinates come back as fractions of that size."""
+        import torch
+        from ultralytics.utils.nms import non_max_suppression
+
+        height, width = images[0].shape[:2]
+        scale = self.long_side / max(height, width)
+        inner = (max(1, round(width * scale)), max(1, round(height * scale)))
+        outer = tuple(-(-side // _STRIDE) * _STRIDE for side in inner)
+        left, top = (outer[0] - inner[0]) // 2, (outer[1] - inner[1]) // 2
+        canvas = np.full((len(images), outer[1], outer[0], 3), _PAD, np.uint8)
+        for slot, image in zip(canvas, images, strict=True):
+            slot[top : top + inner[1], left : left + inner[0]] = cv2.resize(
+                image, inner, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+            )
+        batch = np.ascontiguousarray(canvas.transpose(0, 3, 1, 2), np.float32)
+        batch /= 255
+        raw = self._forward(batch)
+        raw = raw if isinstance(raw, torch.Tensor) else torch.from_numpy(raw)
+        # No time limit: a loaded machine must not change what is found.
+        found = non_max_suppression(
+            raw, conf_thres=self._confidence, iou_thres=_NMS_IOU, max_time_img=3600.0, nc=len(self.names),
+            end2end=raw.shape[-1] == 6,
+        )  # fmt: skip
+        offset = np.array([left, top, left, top], np.float32)
+        size = np.array([*inner, *inner], np.float32)
+        results = []
+        for boxes in found:
+            values = boxes.float().cpu().numpy()
+            results.append(
+                Detections(
+                    np.clip((values[:, :4] - offset) / size, 0, 1).astype(np.float32),
+                    values[:, 4].astype(np.float32),
+                    values[:, 5].astype(np.int32),
+                )
+            )
+        return results
+
+
+class PeopleTracker:
+    """ByteTrack over the person boxes of consecutive samples of one clip."""
+
+    def __init__(self, person: int) -> None:
+        from ultralytics.trackers.byte_tracker import BYTETracker
+
+        self._tracker = BYTETracker(_TRACKER)
+        self._person = person
+
+    def __call__(self, found: Detections, width: int, height: int) -> NDArray[np.int32]:
+        """Track id (k,) of every detection of the next sample; 0 for what is no person or not tracked."""
+        from ultralytics.engine.results import Boxes
+
+        tracks = np.zeros(len(found.confidence), np.int32)
+        people = np.flatnonzero(found.klass == self._person)
+        size = np.array([width, height, width, height], np.float32)
+        table = np.column_stack([found.xyxy[people] * size, found.confidence[people], found.klass[people]])
+        for row in self._tracker.update(Boxes(table.astype(np.float32).reshape(-1, 6), (height, width))):
+            tracks[people[int(row[7])]] = int(row[4])
+        return tracks
+
+
+@lru_cache(maxsize=2)
+def load_detector(weights: str, *, device: str, long_side: int, confidence: float) -> Detector:
+    """One detector per process and configuration. Raises UsageError where the weights are not to be had."""
+    return Detector(find_weights(weights), device=device, long_side=long_side, confidence=confidence)
+
+
+def find_weights(weights: str) -> Path:
+    """A weights file by path, or a published ultralytics file by name (kept in the cache, fetched once).
+
+    Raises UsageError that names both ways where it is neither here nor to be had.
+    """
+    path = Path(weights).expanduser()
+    if path.is_file():
+        return path.absolute()
+    cached = _cache() / "weights" / path.name
+    if cached.is_file():
+        return cached
+    if path.name == weights:
+        _fetch(path.name, cached)
+    if not cached.is_file():
+        raise UsageError(
+            f"The detector weights {weights} are not here and could not be fetched: on a connected machine run once "
+            f"so that ultralytics downloads {path.name}, or copy the file here and pass --detector PATH."
+        )
+    return cached
+
+
+def _fetch(name: str, target: Path) -> None:
+    _quiet_ultralytics()
+    from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES, attempt_download_asset
+
+    if name not in GITHUB_ASSETS_NAMES:
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        try:
+            attempt_download_asset(Path(folder) / name)
+        except (OSError, RuntimeError, AssertionError, ValueError) as error:
+            raise UsageError(
+                f"The detector weights {name} could not be downloaded ({type(error).__name__}): check the network, or "
+                "copy the file to this machine and pass --detector PATH."
+            ) from error
+        if (Path(folder) / name).is_file():
+            (Path(folder) / name).replace(target)
+
+
+def _cache() -> Path:
+    root = os.environ.get("UNISH_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "unish"
+    return Path(root)
+
+
+def _quiet_ultralytics() -> None:
+    """ultralytics must neither install packages, nor phone home, nor print over our progress bars."""
+    os.environ.setdefault("YOLO_AUTOINSTALL", "false")
+    os.environ.setdefault("YOLO_VERBOSE", "false")
+    os.environ.setdefault("YOLO_CONFIG_DIR", str(_cache() / "ultralytics"))
+    Path(os.environ["YOLO_CONFIG_DIR"]).mkdir(parents=True, exist_ok=True)
+
+
+def _load_model(weights: Path) -> Any:
+    from ultralytics import YOLO
+
+    try:
+        model = YOLO(str(weights), task="detect")
+        if model.task != "detect":
+            raise UsageError(f"{weights.name} is a {model.task} model; give weights of a detector.")
+        model.model.names  # noqa: B018 - a file that is no checkpoint fails here
+    except UsageError:
+        raise
+    except Exception as error:  # torch, pickle and ultralytics raise a dozen types for a file that is no checkpoint
+        raise UsageError(
+            f"{weights.name} cannot be read as ultralytics weights ({type(error).__name__}); fetch the file again."
+        ) from error
+    return model
+
+
+def _torch_backend(weights: Path, device: str) -> tuple[Callable[[NDArray[np.float32]], Any], dict[int, str]]:
+    import torch
+
+    wrapper = _load_model(weights)
+    model = wrapper.model.fuse().to(device).half().eval()
+
+    @torch.inference_mode()
+    def forward(batch: NDArray[np.float32]) -> Any:
+        output = model(torch.from_numpy(batch).to(device, non_blocking=True).half())
+        return output[0] if isinstance(output, list | tuple) else output
+
+    return forward, dict(wrapper.names)
+
+
+def _openvino_backend(weights: Path, sha256: str) -> tuple[Callable[[NDArray[np.float32]], Any], dict[int, str]]:
+    import openvino
+    import yaml
+
+    folder = _exported(weights, sha256)
+    names = yaml.safe_load((folder / "metadata.yaml").read_text())["names"]
+    core = openvino.Core()
+    network = core.read_model(next(folder.glob("*.xml")))
+    compiled: dict[tuple[int, ...], Any] = {}
+
+    def forward(batch: NDArray[np.float32]) -> Any:
+        shape = batch.shape
+        if shape not in compiled:
+            # A fixed shape lets OpenVINO plan its memory and kernels; a dynamic graph is slower on every call.
+            network.reshape(shape)
+            # One process per core; and full precision, so that machines with and without bf16 units agree.
+            options = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"}
+            compiled[shape] = core.compile_model(network, "CPU", options).create_infer_request()
+        return np.asarray(compiled[shape].infer({0: batch})[0])
+
+    return forward, {int(key): str(value) for key, value in names.items()}
+
+
+def _exported(weights: Path, sha256: str) -> Path:
+    """The OpenVINO form of these weights, made once: exported beside its final name and renamed."""
+    import openvino
+
+    final = _cache() / "openvino" / f"{weights.stem}-{sha256[:16]}-{openvino.__version__.split('-')[0]}"
+    if final.is_dir():
+        return final
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=final.parent) as work:
+        copy = Path(work) / f"{weights.stem}.pt"  # ultralytics exports beside its input, which may be read-only
+        shutil.copyfile(weights, copy)
+        exported = _load_model(copy).export(format="openvino", dynamic=True, verbose=False)
+        try:
+            Path(exported).rename(final)
+        except OSError:
+            if not final.is_dir():  # another process was first: its export is as good
+                raise
+    return final

@@ -1,0 +1,489 @@
+"""Policies: thresholds as data, and the pure function from a clip's observations to a verdict with every reason.
+
+Never touches pixels, files or the network. A criterion passes, fails or is unknown; unknown is not rejected.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from curation.files import sha256_json
+from curation.ingest.failures import UsageError
+from curation.observe.observations import Observations
+from curation.records import CriterionResult, Outcome, Verdict
+
+# The order in which a first reason is named.
+CRITERIA = ("too_short", "shot", "single", "height", "border", "overlap")
+PERSON = "person"
+
+_Share = Field(ge=0, le=1)
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class LengthRule(_Part):
+    """How much of a clip there must be."""
+
+    min_duration_s: float = Field(ge=0)
+    min_samples: int = Field(ge=1)
+
+
+class EditLine(_Part):
+    """A change of at least `gap` that exceeds the changes around it `ratio` times is an edit."""
+
+    gap: float = Field(ge=0)
+    ratio: float = Field(ge=0)
+
+
+class ShotRule(_Part):
+    """What breaks a continuous shot."""
+
+    edits: tuple[EditLine, ...]
+    person_edits: tuple[EditLine, ...]
+    cut_content: float = Field(ge=0)
+    cut_gap: float = Field(ge=0)
+    ratio_window_s: float = Field(gt=0)
+    edge_frames: int = Field(ge=0)
+    edge_flash_luma: float = Field(ge=0)
+    fade_contrast: float = _Share
+    fade_s: float = Field(gt=0)
+    dissolve: float = _Share
+    dissolve_frames: int = Field(ge=1)
+    max_heights_per_s: float | None = Field(gt=0)
+
+
+class SingleRule(_Part):
+    """Who counts as a person, which boxes are one person, and in how many samples the count may be wrong."""
+
+    person_confidence: float = _Share
+    other_confidence: float = _Share
+    faint_confidence: float = _Share
+    faint_share: float = _Share
+    merge_iou: float = _Share
+    merge_inside: float = _Share
+    merge_max_confidence: float = _Share
+    tolerance: float = _Share
+
+
+class HeightRule(_Part):
+    """Mean height of the subject's box over the height of the image must exceed this."""
+
+    min_mean: float = _Share
+
+
+class BorderRule(_Part):
+    """How near to the border counts as truncated, and in how many samples it may."""
+
+    margin: float = Field(ge=0, lt=0.5)
+    inside_bars: bool
+    tolerance: float = _Share
+
+
+class OverlapRule(_Part):
+    """Which other boxes count as overlapping the subject, and in how many samples they may."""
+
+    confidence: float = _Share
+    min_of_subject: float = _Share
+    min_of_other: float = _Share
+    merge_iou: float = _Share
+    ignore_classes: tuple[str, ...]
+    tolerance: float = _Share
+
+
+class PrescreenRule(_Part):
+    """Share of key frames on which a criterion must fail for the clip to be given up without a full pass."""
+
+    hopeless: float = _Share
+
+
+class Policy(_Part):
+    """All thresholds of one policy; see policies/default.yaml for what each is for and its evidence."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")
+    detector: str
+    length: LengthRule
+    shot: ShotRule
+    single: SingleRule
+    height: HeightRule
+    border: BorderRule
+    overlap: OverlapRule
+    prescreen: PrescreenRule
+
+    @property
+    def hash(self) -> str:
+        """16 hex digits over every threshold; the detector counts where it measured, not where it is judged."""
+        return sha256_json(self.model_dump(mode="json", exclude={"detector", "name"}))[:16]
+
+
+def load_policy(path: Path) -> Policy:
+    """Read a policy file. Raises UsageError that names the file, the field and what is wrong with it."""
+    if (
+        not path.exists()
+        and path.suffix == ""
+        and (built_in := Path(__file__).parent / f"policies/{path}.yaml").exists()
+    ):
+        path = built_in
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"The policy {path} cannot be read: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"The policy {path.name} is not valid YAML: {' '.join(str(error).split())[:200]}.") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"The policy {path.name} must be a mapping; see policies/default.yaml.")
+    try:
+        return Policy.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise UsageError(f"The policy {path.name} is wrong at {where}: {first['msg']}.") from error
+
+
+def judge(observations: Observations, policy: Policy) -> Verdict:
+    """What the policy says of these measurements: accept if all pass, reject if any fails, unknown otherwise."""
+    people = _Subjects(observations, policy)
+    if observations.kind == "keyframes":
+        results = _judge_prescreen(observations, policy, people)
+    else:
+        results = (
+            _too_short(observations, policy),
+            _shot(observations, policy, people),
+            _single(policy, people),
+            _height(policy, people),
+            _border(observations, policy, people),
+            _overlap(observations, policy, people),
+        )
+    outcomes = {result.outcome for result in results}
+    decision = "reject" if "fail" in outcomes else "unknown" if "unknown" in outcomes else "accept"
+    return Verdict(
+        clip_id=observations.clip_id,
+        policy_name=policy.name,
+        policy_hash=policy.hash,
+        decision=decision,  # type: ignore[arg-type]
+        criteria=tuple(results),
+    )
+
+
+def subject_boxes(observations: Observations, policy: Policy) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """The subject's box in every sample: (s, 4) xyxy fractions of the picture and (s,) confidence; NaN where unseen."""
+    people = _Subjects(observations, policy)
+    boxes = np.full((people.samples, 4), np.nan, np.float32)
+    confidence = np.full(people.samples, np.nan, np.float32)
+    for sample, box in enumerate(people.subject):
+        if box is not None:
+            boxes[sample] = observations.box_xyxy[box]
+            confidence[sample] = observations.box_confidence[box]
+    return boxes, confidence
+
+
+class _Subjects:
+    """The subject and the other people of every sample, with boxes of the same person merged."""
+
+    def __init__(self, observations: Observations, policy: Policy) -> None:
+        rule = policy.single
+        self.samples = len(observations.sample_times_s)
+        self.subject: list[int | None] = []
+        self.others: list[list[int]] = []
+        self.faint: list[bool] = []
+        self._xyxy = observations.box_xyxy
+        xyxy, confidence = observations.box_xyxy, observations.box_confidence
+        is_person = np.array([name == PERSON for name in observations.box_class], bool)
+        for sample in range(self.samples):
+            boxes = np.flatnonzero((observations.box_sample == sample) & is_person)
+            clear = boxes[confidence[boxes] >= rule.person_confidence]
+            if not len(clear):
+                self.subject.append(None)
+                self.others.append([])
+                self.faint.append(False)
+                continue
+            # Large and certain: a small confident face in the background is not the subject.
+            weight = _area(xyxy[clear]) * confidence[clear]
+            subject = int(clear[np.argmax(weight)])
+            rest = [box for box in boxes.tolist() if box != subject]
+            rest = [box for box in rest if not _same_person(xyxy, confidence, subject, box, rule)]
+            self.subject.append(subject)
+            self.others.append([box for box in rest if confidence[box] >= rule.other_confidence])
+            self.faint.append(any(confidence[box] >= rule.faint_confidence for box in rest))
+
+    @property
+    def seen(self) -> list[int]:
+        """Box numbers of the subject where it is seen."""
+        return [box for box in self.subject if box is not None]
+
+    @property
+    def heights(self) -> NDArray[np.float32]:
+        """Heights of the subject's boxes over the height of the image, where it is seen."""
+        boxes = self._xyxy[self.seen]
+        return boxes[:, 3] - boxes[:, 1]
+
+
+def _same_person(
+    xyxy: NDArray[np.float32], confidence: NDArray[np.float32], subject: int, box: int, rule: SingleRule
+) -> bool:
+    shared = _intersection(xyxy[subject], xyxy[box])
+    areas = float(_area(xyxy[subject])), float(_area(xyxy[box]))
+    if shared / max(areas[0] + areas[1] - shared, 1e-9) >= rule.merge_iou:
+        return True
+    return confidence[box] <= rule.merge_max_confidence and shared / max(areas[1], 1e-9) >= rule.merge_inside
+
+
+def _area(xyxy: NDArray[np.float32]) -> NDArray[np.float32]:
+    return (xyxy[..., 2] - xyxy[..., 0]) * (xyxy[..., 3] - xyxy[..., 1])
+
+
+def _intersection(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    return float(max(width, 0.0) * max(height, 0.0))
+
+
+def _too_short(observations: Observations, policy: Policy) -> CriterionResult:
+    rule, duration, samples = policy.length, observations.duration_s, len(observations.sample_times_s)
+    reasons = []
+    if duration < rule.min_duration_s:
+        reasons.append(f"lasts {duration:.2f} s, {rule.min_duration_s:g} s are needed")
+    if samples < rule.min_samples:
+        reasons.append(f"has {samples} samples, {rule.min_samples} are needed")
+    return _result("too_short", reasons, duration_s=duration, samples=float(samples))
+
+
+def _shot(observations: Observations, policy: Policy, people: _Subjects) -> CriterionResult:
+    rule = policy.shot
+    times = observations.times_s
+    if len(times) < 2:
+        # One frame cannot hold an edit; whether it is long enough is the business of another criterion.
+        return _result("shot", [])
+    gap_ratio = _stands_out(times, observations.gap, rule.ratio_window_s, floor=0.01)
+    person_ratio = _stands_out(times, observations.person_gap, rule.ratio_window_s, floor=0.03)
+    edit = _crosses(observations.gap, gap_ratio, rule.edits)
+    jump = _crosses(observations.person_gap, person_ratio, rule.person_edits) & ~edit
+    cut = (observations.content >= rule.cut_content) & (observations.gap >= rule.cut_gap)
+    cut[0] = False
+    flash = _edge_flashes(observations, rule)
+    reasons = [f"cut at {times[n]:.2f} s" for n in np.flatnonzero((cut | edit) & ~flash)]
+    reasons += [f"jump of the person at {times[n]:.2f} s" for n in np.flatnonzero(jump & ~flash & ~cut)]
+    reasons += [f"fade from {times[a]:.2f} to {times[b]:.2f} s" for a, b in _fades(observations, rule)]
+    mixed = np.flatnonzero(observations.dissolve >= rule.dissolve)
+    if len(mixed) >= rule.dissolve_frames and rule.dissolve < 1:
+        reasons.append(f"dissolve around {times[mixed[len(mixed) // 2]]:.2f} s")
+    reasons += _teleports(observations, rule, people)
+    return _result(
+        "shot",
+        reasons,
+        max_content=float(observations.content.max()),
+        max_gap=float(observations.gap.max()),
+        max_person_gap=float(observations.person_gap.max()),
+        max_dissolve=float(observations.dissolve.max()),
+    )
+
+
+def _stands_out(
+    times: NDArray[np.float64], change: NDArray[np.float32], window_s: float, floor: float
+) -> NDArray[np.float64]:
+    """Each change over the second largest within the window; a change over a longer pause counts less.
+
+    The second largest, so that two cuts within the window do not hide each other.
+    """
+    steps = np.diff(times, prepend=times[0])
+    usual = max(float(np.median(steps[1:])), 1e-6)
+    rate = change / np.maximum(1.0, steps / usual)
+    reach = max(window_s, 2.5 * usual)
+    first = np.searchsorted(times, times - reach)
+    last = np.searchsorted(times, times + reach, side="right")
+    ratio = np.zeros(len(times))
+    for n in range(1, len(times)):
+        around = np.concatenate([rate[max(first[n], 1) : n], rate[n + 1 : last[n]]])
+        if len(around):
+            second = np.partition(around, -2)[-2] if len(around) > 4 else around.max()
+            ratio[n] = rate[n] / (second + floor)
+    return ratio
+
+
+def _crosses(change: NDArray[np.float32], ratio: NDArray[np.float64], lines: tuple[EditLine, ...]) -> NDArray[np.bool_]:
+    crossed = np.zeros(len(change), bool)
+    for line in lines:
+        crossed |= (change >= line.gap) & (ratio >= line.ratio)
+    return crossed
+
+
+def _edge_flashes(observations: Observations, rule: ShotRule) -> NDArray[np.bool_]:
+    """Moments so near to either end that a flash there could not be bridged, where the brightness jumps."""
+    count = len(observations.luma)
+    near = np.zeros(count, bool)
+    if rule.edge_frames:
+        near[: rule.edge_frames + 1] = True
+        near[count - rule.edge_frames :] = True
+    jump = np.abs(np.diff(observations.luma, prepend=observations.luma[0]))
+    return near & (jump >= rule.edge_flash_luma)
+
+
+def _fades(observations: Observations, rule: ShotRule) -> list[tuple[int, int]]:
+    """First and last frame of every stretch that is blank for long enough."""
+    blank = observations.contrast < rule.fade_contrast * np.median(observations.contrast)
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], blank, [False]]).astype(np.int8)))
+    stretches = zip(edges[::2], edges[1::2] - 1, strict=True)
+    times = observations.times_s
+    return [(int(a), int(b)) for a, b in stretches if times[b] - times[a] >= rule.fade_s]
+
+
+def _teleports(observations: Observations, rule: ShotRule, people: _Subjects) -> list[str]:
+    if rule.max_heights_per_s is None:
+        return []
+    reasons = []
+    before: tuple[float, NDArray[np.float32]] | None = None
+    aspect = observations.width / observations.height
+    for sample, box in enumerate(people.subject):
+        # With others about, the subject may simply be another person than before: that is for another criterion.
+        if box is None or people.others[sample] or people.faint[sample]:
+            before = None
+            continue
+        time, xyxy = float(observations.sample_times_s[sample]), observations.box_xyxy[box]
+        if before is not None:
+            centre = ((xyxy[:2] + xyxy[2:]) - (before[1][:2] + before[1][2:])) / 2
+            height = max(float(xyxy[3] - xyxy[1]), float(before[1][3] - before[1][1]), 1e-6)
+            speed = math.hypot(float(centre[0]) * aspect, float(centre[1])) / height / max(time - before[0], 1e-6)
+            if speed > rule.max_heights_per_s:
+                reasons.append(f"the box jumps by {speed:.1f} heights a second at {time:.2f} s")
+        before = time, xyxy
+    return reasons
+
+
+def _single(policy: Policy, people: _Subjects) -> CriterionResult:
+    rule, samples = policy.single, people.samples
+    missing = sum(box is None for box in people.subject) / max(samples, 1)
+    several = sum(bool(others) for others in people.others) / max(samples, 1)
+    faint = sum(people.faint) / max(samples, 1)
+    wrong = sum(box is None or bool(o) for box, o in zip(people.subject, people.others, strict=True)) / max(samples, 1)
+    reasons = []
+    if samples and wrong > rule.tolerance:
+        reasons.append(f"not exactly one person in {wrong:.0%} of the samples")
+        if missing:
+            reasons.append(f"no person in {missing:.0%} of the samples")
+        if several:
+            reasons.append(f"more than one person in {several:.0%} of the samples")
+    if samples and faint > rule.faint_share:
+        reasons.append(f"another person is faintly seen in {faint:.0%} of the samples")
+    outcome: Outcome | None = "unknown" if not samples else None
+    return _result("single", reasons, outcome, no_person=missing, several_people=several, faint_others=faint)
+
+
+def _height(policy: Policy, people: _Subjects) -> CriterionResult:
+    if not people.seen:
+        return _result("height", ["no person to measure"], "unknown")
+    mean = float(people.heights.mean())
+    low = mean <= policy.height.min_mean
+    reasons = (
+        [f"the mean height is {mean:.2f} of the image, over {policy.height.min_mean:.2f} is needed"] if low else []
+    )
+    return _result("height", reasons, mean_height=mean)
+
+
+def _border(observations: Observations, policy: Policy, people: _Subjects) -> CriterionResult:
+    rule = policy.border
+    if not people.seen:
+        return _result("border", ["no person to measure"], "unknown")
+    x1, y1, x2, y2 = observations.active if rule.inside_bars else (0.0, 0.0, 1.0, 1.0)
+    boxes = observations.box_xyxy[people.seen]
+    distances = np.stack(
+        [
+            (boxes[:, 0] - x1) / (x2 - x1),
+            (boxes[:, 1] - y1) / (y2 - y1),
+            (x2 - boxes[:, 2]) / (x2 - x1),
+            (y2 - boxes[:, 3]) / (y2 - y1),
+        ],
+        axis=1,
+    )
+    touching = distances < rule.margin
+    share = float(touching.any(1).mean())
+    reasons = []
+    if share > rule.tolerance:
+        reasons.append(f"within {rule.margin:.1%} of the border in {share:.0%} of the samples")
+        sides = ("left", "top", "right", "bottom")
+        reasons += [f"{side} in {touching[:, n].mean():.0%}" for n, side in enumerate(sides) if touching[:, n].any()]
+    return _result("border", reasons, touching=share)
+
+
+def _overlap(observations: Observations, policy: Policy, people: _Subjects) -> CriterionResult:
+    rule = policy.overlap
+    if not people.seen:
+        return _result("overlap", ["no person to measure"], "unknown")
+    hit = 0
+    by_class: dict[str, int] = {}
+    for sample, subject in enumerate(people.subject):
+        if subject is None:
+            continue
+        names = {
+            observations.box_class[box]
+            for box in np.flatnonzero(observations.box_sample == sample)
+            if box != subject and _overlaps(observations, int(box), subject, people.others[sample], rule)
+        }
+        hit += bool(names)
+        for name in names:
+            by_class[name] = by_class.get(name, 0) + 1
+    share = hit / len(people.seen)
+    reasons = []
+    if share > rule.tolerance:
+        reasons.append(f"another box overlaps in {share:.0%} of the samples")
+        ranked = sorted(by_class.items(), key=lambda item: (-item[1], item[0]))
+        reasons += [f"{name} in {count / len(people.seen):.0%}" for name, count in ranked]
+    return _result("overlap", reasons, overlapped=share)
+
+
+def _overlaps(observations: Observations, box: int, subject: int, others: list[int], rule: OverlapRule) -> bool:
+    name = observations.box_class[box]
+    if observations.box_confidence[box] < rule.confidence or name in rule.ignore_classes:
+        return False
+    if name == PERSON and box not in others:
+        return False  # the subject, seen twice
+    xyxy = observations.box_xyxy
+    shared = _intersection(xyxy[subject], xyxy[box])
+    if shared <= 0:
+        return False
+    of_subject, of_other = float(_area(xyxy[subject])), float(_area(xyxy[box]))
+    if shared / max(of_subject + of_other - shared, 1e-9) >= rule.merge_iou and name != PERSON:
+        return False
+    return shared >= rule.min_of_subject * of_subject or shared >= rule.min_of_other * of_other
+
+
+def _judge_prescreen(observations: Observations, policy: Policy, people: _Subjects) -> tuple[CriterionResult, ...]:
+    """Key frames can only reject, and only what is hopeless; everything else stays unknown until the full pass."""
+    hopeless = policy.prescreen.hopeless
+    samples = max(people.samples, 1)
+    missing = sum(box is None for box in people.subject) / samples
+    several = sum(bool(others) for others in people.others) / samples
+    reasons: dict[str, list[str]] = {name: [] for name in CRITERIA}
+    if max(missing, several) > hopeless:
+        what = "no person" if missing > several else "more than one person"
+        reasons["single"] = [f"{what} in {max(missing, several):.0%} of the key frames"]
+    if people.seen:
+        mean = float(people.heights.mean())
+        if mean < hopeless * policy.height.min_mean:
+            reasons["height"] = [f"the mean height is {mean:.2f} of the image in the key frames"]
+        border = _border(observations, policy, people).measured["touching"]
+        if border > hopeless and len(people.seen) > samples / 2:
+            reasons["border"] = [f"at the border in {border:.0%} of the key frames"]
+    return tuple(
+        CriterionResult(name, "fail" if reasons[name] else "unknown", tuple(reasons[name] or ["only key frames seen"]))
+        for name in CRITERIA
+    )
+
+
+def _result(criterion: str, reasons: list[str], outcome: Outcome | None = None, **measured: float) -> CriterionResult:
+    decided: Outcome = outcome or ("fail" if reasons else "pass")
+    return CriterionResult(
+        criterion, decided, tuple(reasons), {key: round(value, 6) for key, value in measured.items()}
+    )
+
+
+def describe(policy: Policy) -> dict[str, Any]:
+    """The policy as plain data, for provenance records."""
+    return {"name": policy.name, "hash": policy.hash, **policy.model_dump(mode="json", exclude={"name"})}

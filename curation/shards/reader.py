@@ -1,0 +1,239 @@
+"""Windows of frames out of shards, decoded, without reading any other clip; and a check of everything a folder holds.
+
+A reader opens files when first asked for them, maps them into memory and keeps the most recent ones open. It may be
+pickled and forked into data-loading processes; give every thread its own. Nothing in here writes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from curation.files import sha256_json
+from curation.shards.codec import DepthRange, decode_codes, decode_depth, decode_jpeg, unpack_mask
+from curation.shards.index import (
+    REBUILD,
+    ClipEntry,
+    ShardEntry,
+    check_file,
+    open_shard,
+    read_index,
+    scan_shard,
+    shard_paths,
+)
+from curation.shards.schema import PROVENANCE_KEY, ShardError
+
+if TYPE_CHECKING:
+    import torch
+
+_MAX_OPEN = 64
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Window:
+    """Consecutive frames of one clip, decoded; N frames of H x W pixels, the training grid.
+
+    frame_index: (N,) int32 within the clip.  times_s: (N,) float64, relative to the video's first frame.
+    rgb: (N, H, W, 3) uint8.
+    depth_m: (N, H, W) float32 metres along the optical axis, 0 where invalid.  depth_valid: (N, H, W) bool.
+    human_mask: (N, H, W) bool.
+    boxes: (N, 4) float32 xyxy pixels, NaN where not detected.  box_confidence: (N,) float32, NaN likewise.
+    intrinsics: (N, 3, 3) float32, pixels, OpenCV camera (x right, y down, z forward), NaN where the teacher had none.
+    What the shard does not hold, or was not asked for, is None.
+    """
+
+    clip_id: str
+    split: str | None
+    frame_index: NDArray[np.int32]
+    times_s: NDArray[np.float64]
+    rgb: NDArray[np.uint8] | None
+    depth_m: NDArray[np.float32] | None
+    depth_valid: NDArray[np.bool_] | None
+    human_mask: NDArray[np.bool_] | None
+    boxes: NDArray[np.float32]
+    box_confidence: NDArray[np.float32]
+    intrinsics: NDArray[np.float32] | None
+    provenance: Mapping[str, Any]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The arrays that are there, by name, as torch tensors that share their memory."""
+        import torch
+
+        arrays = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: torch.from_numpy(array) for name, array in arrays.items() if isinstance(array, np.ndarray)}
+
+
+class ShardReader:
+    """Random access to the clips of a folder. Raises ShardError on opening if the index and the files disagree."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.shards: tuple[ShardEntry, ...] = read_index(folder)
+        self.clips: Mapping[str, ClipEntry] = MappingProxyType(
+            {clip.clip_id: clip for shard in self.shards for clip in shard.clips}
+        )
+        self._files = {shard.file: shard for shard in self.shards}
+        self._open = lru_cache(maxsize=_MAX_OPEN)(_open)
+        for shard in self.shards:
+            check_file(folder, shard)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ShardReader, (self.folder,)
+
+    def frames(
+        self, clip_id: str, start: int = 0, stop: int | None = None, *, rgb: bool = True, depth: bool = True
+    ) -> Window:
+        """Frames [start, stop) of a clip, stop None for its end, decoded; rgb and depth only if asked for.
+
+        Raises ShardError for an unknown clip, frames it does not have, and damaged data.
+        """
+        without = ([] if rgb else ["jpeg"]) + ([] if depth else ["depth"])
+        rows = self.table(clip_id, start, stop, without=["depth_valid", *without])
+        height, width = rows["height"][0].as_py(), rows["width"][0].as_py()
+        taught, depth_m = rows["depth_log_min"].null_count == 0, None
+        if depth and taught:
+            bounds = _bounds(rows)
+            depth_m = np.empty((rows.num_rows, height, width), np.float32)
+            for blob, out in zip(rows["depth"].to_pylist(), depth_m, strict=True):
+                decode_depth(blob, height, width, bounds, out)
+        masks = rows["human_mask"].drop_null().to_pylist()
+        return Window(
+            clip_id=clip_id,
+            split=rows["split"][0].as_py(),
+            frame_index=rows["frame_index"].to_numpy().copy(),
+            times_s=rows["time_s"].to_numpy().copy(),
+            rgb=np.stack([decode_jpeg(image) for image in rows["jpeg"].to_pylist()]) if rgb else None,
+            depth_m=depth_m,
+            depth_valid=None if depth_m is None else depth_m > 0,
+            human_mask=np.stack([unpack_mask(mask, height, width) for mask in masks]) if masks else None,
+            boxes=_vectors(rows["box"], 4),
+            box_confidence=rows["box_confidence"].fill_null(np.nan).to_numpy().copy(),
+            intrinsics=_vectors(rows["intrinsics"], 9).reshape(-1, 3, 3) if taught else None,
+            provenance=self._shard(self.clips[clip_id]).provenance[rows["provenance"][0].as_py()],
+        )
+
+    def table(self, clip_id: str, start: int = 0, stop: int | None = None, *, without: Sequence[str] = ()) -> pa.Table:
+        """Frames [start, stop) of a clip as they are stored, with any further columns the file has, less `without`."""
+        clip = self.clips.get(clip_id)
+        if clip is None:
+            raise ShardError(f"Clip {clip_id} is not in {self.folder}; choose one of its index.")
+        stop = clip.frames if stop is None else stop
+        if not 0 <= start < stop <= clip.frames:
+            raise ShardError(f"Clip {clip_id} has frames 0 to {clip.frames}; frames {start} to {stop} were asked for.")
+        shard = self._shard(clip).parquet
+        groups, skipped, offset = [], 0, 0
+        for group in range(clip.row_group, clip.row_group + clip.row_groups):
+            rows = shard.metadata.row_group(group).num_rows
+            if offset + rows <= start:
+                skipped += rows
+            elif offset < stop:
+                groups.append(group)
+            offset += rows
+        columns = [name for name in shard.schema_arrow.names if name not in without]
+        return shard.read_row_groups(groups, columns, use_threads=False).slice(start - skipped, stop - start)
+
+    def _shard(self, clip: ClipEntry) -> _Open:
+        return self._open(self.folder, self._files[clip.file])
+
+
+def verify(folder: Path, *, decode: bool = True) -> tuple[ShardEntry, ...]:
+    """Check every file of a folder against its index and hash and, with `decode`, every frame; returns the shards.
+
+    Raises one ShardError with a line for every problem found.
+    """
+    shards = read_index(folder)
+    known = {shard.file for shard in shards}
+    problems = [f"{path} is not in the index; {REBUILD}." for path in shard_paths(folder) if path.name not in known]
+    for shard in shards:
+        path = folder / shard.file
+        try:
+            found = scan_shard(path)
+        except ShardError as error:
+            problems.append(str(error))
+            continue
+        if found.sha256 != shard.sha256:
+            problems.append(
+                f"{path} has SHA-256 {found.sha256}, its index says {shard.sha256}; restore the file or, if it "
+                f"was replaced on purpose, {REBUILD}."
+            )
+        elif found != shard:
+            problems.append(f"{path} does not hold its clips where the index says; {REBUILD}.")
+        elif decode:
+            problems += [f"{path}: {fault}" for fault in _faults(folder, shard)]
+    if problems:
+        raise ShardError("\n".join(problems))
+    return shards
+
+
+class _Open(NamedTuple):
+    parquet: pq.ParquetFile
+    provenance: Mapping[str, Any]
+
+
+def _open(folder: Path, shard: ShardEntry) -> _Open:
+    check_file(folder, shard)  # or a shard rewritten since the index was read would give another clip's frames
+    parquet = open_shard(folder / shard.file)
+    return _Open(parquet, json.loads(parquet.metadata.metadata.get(PROVENANCE_KEY, b"{}")))
+
+
+def _bounds(rows: pa.Table) -> DepthRange:
+    return DepthRange(rows["depth_log_min"][0].as_py(), rows["depth_log_max"][0].as_py())
+
+
+def _vectors(column: pa.ChunkedArray, length: int) -> NDArray[np.float32]:
+    return np.array([row or [np.nan] * length for row in column.to_pylist()], np.float32)
+
+
+def _faults(folder: Path, shard: ShardEntry) -> Iterator[str]:
+    parquet, provenance = _open(folder, shard)
+    for clip in shard.clips:
+        rows = parquet.read_row_groups(range(clip.row_group, clip.row_group + clip.row_groups))
+        try:
+            fault = _fault(rows, provenance)
+        except ShardError as error:
+            fault = str(error)
+        if fault:
+            yield f"clip {clip.clip_id}: {fault}"
+
+
+def _fault(rows: pa.Table, provenance: Mapping[str, Any]) -> str | None:
+    """The first thing wrong with a clip's rows; None if all is as the schema says."""
+    height, width, key = (rows[name][0].as_py() for name in ("height", "width", "provenance"))
+    for name in ("clip_id", "split", "width", "height", "depth_log_min", "depth_log_max", "provenance"):
+        if len(rows[name].unique()) != 1:
+            return f"{name} differs between frames."
+    if rows["frame_index"].to_pylist() != list(range(rows.num_rows)):
+        return "frame_index has gaps."
+    if not np.all(np.diff(rows["time_s"].to_numpy()) > 0):
+        return "time_s does not increase."
+    if key not in provenance or sha256_json(provenance[key]) != key:
+        return "its provenance is missing or altered."
+    if any(decode_jpeg(image).shape != (height, width, 3) for image in rows["jpeg"].to_pylist()):
+        return f"a frame is not {width}x{height}."
+    if rows["human_mask"].null_count not in (0, rows.num_rows):
+        return "some frames have a human mask and some have not."
+    for mask in rows["human_mask"].drop_null().to_pylist():
+        unpack_mask(mask, height, width)
+    nulls = {rows[name].null_count for name in ("depth", "depth_log_min", "depth_log_max", "depth_valid")}
+    if nulls == {rows.num_rows}:
+        return None
+    if nulls != {0}:
+        return "some frames have depth and some have not."
+    levels = _bounds(rows).levels
+    for blob, mask in zip(rows["depth"].to_pylist(), rows["depth_valid"].to_pylist(), strict=True):
+        codes = decode_codes(blob, height, width)
+        if codes.max() > levels:
+            return f"depth code {codes.max()} lies beyond the clip's {levels} levels."
+        if not np.array_equal(codes > 0, unpack_mask(mask, height, width)):
+            return "depth_valid is not where depth is."
+    return None

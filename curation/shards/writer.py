@@ -1,0 +1,235 @@
+"""Clips into shards, and clips out of them again. The same clips in the same order give the same bytes.
+
+"Same" holds for one version of pyarrow and blosc2: pyarrow's version stands in every file as Parquet's `created_by`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from curation.files import sha256_json
+from curation.records import ClipSample
+from curation.shards.codec import decode_jpeg, depth_range, encode_depth, pack_mask, usable
+from curation.shards.index import ShardEntry, commit, open_shard, publish, scan_shard, staged
+from curation.shards.schema import (
+    PROVENANCE_KEY,
+    ROWS_PER_GROUP,
+    SCHEMA,
+    SCHEMA_VERSION,
+    VERSION_KEY,
+    ShardError,
+    check_schema,
+)
+
+# Generous: what a footer takes for one column of one row group, and for the schema with its documentation.
+_COLUMN_BYTES = 256
+_SCHEMA_BYTES = 2**14
+
+
+def write_shards(samples: Iterable[ClipSample], folder: Path, *, max_bytes: int) -> list[ShardEntry]:
+    """Write clips, in the order given, into as many shards as needed, then the index. Holds one clip in memory.
+
+    A shard is closed before it would exceed `max_bytes`; only a clip that alone is larger gets a larger file.
+    Clips that the folder already holds are replaced. Raises ShardError for a sample that contradicts itself; shards
+    that were complete by then stay, and the next call adds them to the index.
+    """
+    return write_tables(map(encode_clip, samples), folder, max_bytes=max_bytes)
+
+
+def write_tables(clips: Iterable[pa.Table], folder: Path, *, max_bytes: int) -> list[ShardEntry]:
+    """As write_shards, for clips already encoded by encode_clip, to which columns may have been added or filled in."""
+    entries: list[ShardEntry] = []
+    tables = _checked(clips)
+    table = next(tables, None)
+    while table is not None:
+        with _open(folder, table.schema) as shard:
+            shard.add(table)
+            while (table := next(tables, None)) is not None and shard.size_with(table) <= max_bytes:
+                shard.add(table)
+            entries.append(shard.publish())
+    if entries:
+        update_index(folder, entries)
+    return entries
+
+
+def update_index(folder: Path, entries: Iterable[ShardEntry]) -> None:
+    """Add shards to the folder's index, with any complete shard a crash kept out of it. Safe to repeat."""
+    commit(folder, _rewrite, fresh=entries)
+
+
+def rebuild_index(folder: Path) -> None:
+    """Make the index anew from the shard files, believing nothing else."""
+    commit(folder, _rewrite, trust_index=False)
+
+
+def remove_clips(folder: Path, clip_ids: Iterable[str]) -> frozenset[str]:
+    """Take clips out of the folder for good; returns those that were there. Each file is replaced atomically.
+
+    A file keeps its name, so that there is no moment with two copies of what stays; an emptied file is deleted.
+    Open readers hold the old bytes until they close. After a crash, call it again.
+    """
+    return commit(folder, _rewrite, remove=frozenset(clip_ids))
+
+
+def encode_clip(sample: ClipSample) -> pa.Table:
+    """One clip as rows of the schema, its provenance in the table's metadata. Raises ShardError if shapes disagree."""
+    frames, depth = sample.frames, sample.depth
+    count, height, width = len(frames.jpeg), frames.height, frames.width
+    _check(sample)
+    provenance = sha256_json(sample.provenance)
+    columns: dict[str, Any] = {
+        "clip_id": [sample.clip_id] * count,
+        "split": [sample.split] * count,
+        "frame_index": range(count),
+        "time_s": frames.times_s,
+        "width": [width] * count,
+        "height": [height] * count,
+        "jpeg": frames.jpeg,
+        "box": _rows_or_null(sample.boxes),
+        "box_confidence": [None if np.isnan(value) else value for value in sample.box_confidence],
+        "provenance": [provenance] * count,
+    }
+    if depth is not None:
+        bounds = depth_range(depth.depth_m, depth.valid)
+        columns["depth"] = [
+            encode_depth(metres, valid, bounds) for metres, valid in zip(depth.depth_m, depth.valid, strict=True)
+        ]
+        columns["depth_log_min"] = [bounds.log_min] * count
+        columns["depth_log_max"] = [bounds.log_max] * count
+        columns["depth_valid"] = [pack_mask(pixels) for pixels in usable(depth.depth_m, depth.valid)]
+        columns["intrinsics"] = _rows_or_null(depth.intrinsics.reshape(count, 9))
+    arrays = [pa.array(columns.get(field.name, [None] * count), field.type) for field in SCHEMA]
+    metadata = {
+        VERSION_KEY: SCHEMA.metadata[VERSION_KEY],
+        PROVENANCE_KEY: _provenance_json({provenance: sample.provenance}),
+    }
+    return pa.table(arrays, schema=SCHEMA.with_metadata(metadata))
+
+
+def _check(sample: ClipSample) -> None:
+    frames, depth = sample.frames, sample.depth
+    count, size = len(frames.jpeg), (frames.height, frames.width)
+    found: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+        "times_s": (frames.times_s.shape, (count,)),
+        "boxes": (sample.boxes.shape, (count, 4)),
+        "box_confidence": (sample.box_confidence.shape, (count,)),
+    }
+    if depth is not None:
+        found["depth_m"] = (depth.depth_m.shape, (count, *size))
+        found["valid"] = (depth.valid.shape, (count, *size))
+        found["intrinsics"] = (depth.intrinsics.shape, (count, 3, 3))
+    wrong = [f"{name} has shape {shape}, not {wanted}" for name, (shape, wanted) in found.items() if shape != wanted]
+    if not wrong and not (count and np.all(np.isfinite(frames.times_s)) and np.all(np.diff(frames.times_s) > 0)):
+        wrong = ["there are no frames, or their times do not increase"]
+    if not wrong and (shape := decode_jpeg(frames.jpeg[0]).shape) != (*size, 3):
+        wrong = [f"its first JPEG has shape {shape}, not {(*size, 3)}"]
+    if wrong:
+        raise ShardError(f"Clip {sample.clip_id} cannot go into a shard: {'; '.join(wrong)}. Make the sample anew.")
+
+
+def _rows_or_null(values: NDArray[np.float32]) -> list[list[float] | None]:
+    return [None if np.isnan(row).any() else row.tolist() for row in values]
+
+
+def _provenance_json(records: dict[str, Any]) -> str:
+    return json.dumps(records, sort_keys=True, separators=(",", ":"))
+
+
+def _checked(clips: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    seen: set[str] = set()
+    for table in clips:
+        check_schema(table.schema, table.schema.metadata or {}, "A clip to be written")
+        clip_id = table["clip_id"][0].as_py()
+        if clip_id in seen:
+            raise ShardError(f"Clip {clip_id} was given twice; give every clip once.")
+        seen.add(clip_id)
+        yield table
+
+
+class _Shard:
+    """A shard being written."""
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self._path = path
+        self._sink = pa.OSFile(str(path), "wb")
+        self._writer = pq.ParquetWriter(
+            self._sink, schema.with_metadata({VERSION_KEY: SCHEMA.metadata[VERSION_KEY]}), **_options(schema)
+        )
+        self._clips: list[tuple[str, str]] = []
+        self._provenance: dict[str, Any] = {}
+        self._groups = 0
+
+    def add(self, table: pa.Table) -> None:
+        """Append one clip in row groups of its own."""
+        self._writer.write_table(table, row_group_size=ROWS_PER_GROUP)
+        key = table["provenance"][0].as_py()
+        self._clips.append((table["clip_id"][0].as_py(), key))
+        self._provenance[key] = json.loads(table.schema.metadata[PROVENANCE_KEY])[key]
+        self._groups += -(-table.num_rows // ROWS_PER_GROUP)
+
+    def size_with(self, table: pa.Table) -> int:
+        """No less than the bytes the finished file would have after this clip too."""
+        groups = self._groups + -(-table.num_rows // ROWS_PER_GROUP)
+        footer = _SCHEMA_BYTES + groups * len(table.schema) * _COLUMN_BYTES
+        provenance = len(_provenance_json(self._provenance)) + len(table.schema.metadata[PROVENANCE_KEY])
+        return self._sink.tell() + table.nbytes + provenance + footer
+
+    def publish(self, name: str | None = None) -> ShardEntry:
+        """Finish the file and give it its final name, by default one made from its clips and their provenance."""
+        self._writer.add_key_value_metadata({PROVENANCE_KEY.decode(): _provenance_json(self._provenance)})
+        self.close()
+        name = name or f"shard-{sha256_json([SCHEMA_VERSION, self._clips])[:16]}.parquet"
+        entry = scan_shard(self._path, name)
+        publish(self._path, name)
+        return entry
+
+    def close(self) -> None:
+        """Close the file; again does nothing."""
+        self._writer.close()
+        self._sink.close()
+
+
+@contextmanager
+def _open(folder: Path, schema: pa.Schema) -> Iterator[_Shard]:
+    with staged(folder) as path:
+        shard = _Shard(path, schema)
+        try:
+            yield shard
+        finally:
+            shard.close()
+
+
+def _options(schema: pa.Schema) -> dict[str, Any]:
+    """Everything that decides the bytes, pinned. Packed pixels do not compress again; all else does."""
+    packed = {"jpeg", "depth"}
+    leaves = [f"{f.name}.list.element" if pa.types.is_nested(f.type) else f.name for f in schema]
+    return {
+        "version": "2.6",
+        "data_page_version": "1.0",
+        "data_page_size": 2**20,
+        "compression": {leaf: "NONE" if leaf in packed else "ZSTD" for leaf in leaves},
+        "compression_level": {leaf: 3 for leaf in leaves if leaf not in packed},
+        "use_dictionary": ["clip_id", "split", "provenance"],
+        "write_statistics": ["clip_id", "split", "frame_index", "time_s"],
+    }
+
+
+def _rewrite(path: Path, keep: frozenset[str]) -> ShardEntry:
+    """Replace a shard by one of the same name that holds only the clips in `keep`."""
+    source = open_shard(path)
+    metadata = source.metadata.metadata
+    with _open(path.parent, source.schema_arrow) as shard:
+        for clip in scan_shard(path).clips:
+            if clip.clip_id in keep:
+                groups = range(clip.row_group, clip.row_group + clip.row_groups)
+                shard.add(source.read_row_groups(groups, use_threads=False).replace_schema_metadata(metadata))
+        return shard.publish(path.name)

@@ -1,0 +1,129 @@
+"""The catalog's tables, for SQLite and PostgreSQL alike; `migrations/` makes them.
+
+Times are Unix seconds. Nothing here may hold a title, an uploader, a web address, an absolute path or a host name.
+"""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+
+metadata = sa.MetaData()
+_ID, _HASH = sa.String(16), sa.String(64)
+
+
+def _of_clip(primary: bool = True) -> sa.Column[str]:
+    return sa.Column(
+        "clip_id", _ID, sa.ForeignKey("clips.clip_id", ondelete="CASCADE"), primary_key=primary, nullable=False
+    )
+
+
+def _of_provenance(primary: bool = False) -> sa.Column[str]:
+    return sa.Column("provenance_hash", _HASH, sa.ForeignKey("provenance.hash"), primary_key=primary, nullable=False)
+
+
+clips = sa.Table(
+    "clips",
+    metadata,
+    sa.Column("clip_id", _ID, primary_key=True),
+    sa.Column("platform", sa.Text, nullable=False),
+    sa.Column("video_id", sa.Text, nullable=False),
+    sa.Column("video_key", _ID, nullable=False, index=True),
+    sa.Column("start_us", sa.BigInteger),
+    sa.Column("end_us", sa.BigInteger),
+    sa.Column("split", sa.Text),
+    sa.Column("added_at", sa.Double, nullable=False),
+)
+
+videos = sa.Table(
+    "videos",
+    metadata,
+    sa.Column("video_key", _ID, primary_key=True),
+    sa.Column("path", sa.Text, nullable=False),
+    sa.Column("sha256", _HASH, nullable=False),
+    sa.Column("size_bytes", sa.BigInteger, nullable=False),
+    sa.Column("codec", sa.Text, nullable=False),
+    sa.Column("width", sa.Integer, nullable=False),
+    sa.Column("height", sa.Integer, nullable=False),
+    sa.Column("frames", sa.BigInteger, nullable=False),
+    sa.Column("duration_s", sa.Double, nullable=False),
+    sa.Column("downloaded_at", sa.Double, nullable=False),
+    sa.Column("present", sa.Boolean, nullable=False),
+)
+
+attempts = sa.Table(
+    "attempts",
+    metadata,
+    sa.Column("id", sa.BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True),
+    _of_clip(primary=False),
+    sa.Column("stage", sa.Text, nullable=False),
+    sa.Column("code", sa.Text),
+    sa.Column("transient", sa.Boolean, nullable=False),
+    sa.Column("message", sa.Text, nullable=False),
+    sa.Column("started_at", sa.Double, nullable=False),
+    sa.Column("seconds", sa.Double, nullable=False),
+    sa.Column("worker", sa.Text, nullable=False),
+    sa.Index("ix_attempts_clip", "clip_id", "stage", "id"),
+)
+FAILED = attempts.c.code.is_not(None)
+sa.Index(
+    "ix_attempts_failed",
+    attempts.c.stage,
+    attempts.c.code,
+    attempts.c.clip_id,
+    attempts.c.id,
+    sqlite_where=FAILED,
+    postgresql_where=FAILED,
+)
+
+observations = sa.Table(
+    "observations",
+    metadata,
+    _of_clip(),
+    sa.Column("kind", sa.Text, nullable=False),
+    sa.Column("path", sa.Text, nullable=False),
+    sa.Column("sha256", _HASH, nullable=False),
+    _of_provenance(),
+    sa.Column("observed_at", sa.Double, nullable=False),
+)
+
+verdicts = sa.Table(
+    "verdicts",
+    metadata,
+    _of_clip(),
+    sa.Column("policy_hash", _HASH, primary_key=True),
+    sa.Column("policy_name", sa.Text, nullable=False),
+    sa.Column("decision", sa.Text, nullable=False),
+    sa.Column("first_reason", sa.Text),
+    sa.Column("criteria", sa.JSON, nullable=False),
+    sa.Column("observation_sha256", _HASH, nullable=False),
+    sa.Column("judged_at", sa.Double, nullable=False),
+    sa.Index("ix_verdicts_decision", "policy_hash", "decision", "first_reason"),
+)
+
+outputs = sa.Table(
+    "outputs",
+    metadata,
+    _of_clip(),
+    _of_provenance(primary=True),
+    sa.Column("shard", sa.Text, nullable=False),
+    sa.Column("row_group_first", sa.Integer, nullable=False),
+    sa.Column("row_group_count", sa.Integer, nullable=False),
+    sa.Column("frames", sa.Integer, nullable=False),
+    sa.Column("sha256", _HASH, nullable=False),
+    sa.Column("written_at", sa.Double, nullable=False),
+    sa.Index("ix_outputs_shard", "provenance_hash", "shard"),
+)
+
+provenance = sa.Table(
+    "provenance",
+    metadata,
+    sa.Column("hash", _HASH, primary_key=True),
+    sa.Column("value", sa.JSON, nullable=False),
+)
+
+forgotten = sa.Table(
+    "forgotten",
+    metadata,
+    sa.Column("digest", _HASH, primary_key=True),
+    sa.Column("forgotten_at", sa.Double, nullable=False),
+)

@@ -1,0 +1,839 @@
+"""The catalog on SQLite, and on a real PostgreSQL server where one is installed."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import pwd
+import re
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import sqlalchemy as sa
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+import curation.database
+from curation.catalog import Attempt, Catalog, FunnelCounts, ObservationFile, Output, forgotten_digest
+from curation.files import sha256_json
+from curation.ingest.failures import FailureCode, UsageError
+from curation.manifest import ClipRef
+from curation.records import CriterionResult, Decision, Outcome, Verdict, VideoFile
+from curation.tables import metadata
+
+POLICY, OTHER_POLICY = "a" * 64, "b" * 64
+SHA, OTHER_SHA = "1" * 64, "2" * 64
+SPAWN = multiprocessing.get_context("spawn")
+
+
+def ref(video: int, clip: int = 0) -> ClipRef:
+    return ClipRef("youtube", f"video-{video:05d}", clip * 10_000_000, (clip + 1) * 10_000_000, "train")
+
+
+def video_file(path: str = "videos/k/video.mp4") -> VideoFile:
+    return VideoFile(Path(path), SHA, 2**40, "h264", 1920, 1080, 300, 10.01)
+
+
+def observation(of: ClipRef, provenance: str, sha256: str = SHA) -> ObservationFile:
+    return ObservationFile(of.clip_id, "full", f"observations/{of.clip_id}.parquet", sha256, provenance, 1e9)
+
+
+def verdict(of: ClipRef, decision: Decision = "accept", reason: str = "one_person", policy: str = POLICY) -> Verdict:
+    outcomes: dict[Decision, Outcome] = {"accept": "pass", "reject": "fail", "unknown": "unknown"}
+    criteria = (
+        CriterionResult("one_shot", "pass"),
+        CriterionResult(reason, outcomes[decision], ("2 people in 31% of the frames", "0.4 s"), {"people": 0.31}),
+    )
+    return Verdict(of.clip_id, "paper", policy, decision, criteria)
+
+
+def output(of: ClipRef, provenance: str, shard: str = "shards/shard-1.parquet") -> Output:
+    return Output(of.clip_id, provenance, shard, 3, 2, 60, SHA)
+
+
+# ------------------------------------------------------------------------------------------------------- databases
+
+
+@pytest.fixture(scope="session")
+def empty_catalog(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A migrated, empty SQLite file to copy."""
+    path = tmp_path_factory.mktemp("catalog") / "catalog.sqlite"
+    Catalog(f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    """URL of a PostgreSQL server of our own, on a free loopback port, in a temporary folder."""
+    if find_spec("psycopg") is None:
+        pytest.skip("no psycopg: install the `postgres` extra")
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin")) or [Path(shutil.which("postgres") or "/none").parent]
+    programs = found[-1]
+    if not (programs / "initdb").exists():
+        pytest.skip("no PostgreSQL server programs on this machine")
+    folder = Path(tempfile.mkdtemp(prefix="unish-postgres-"))
+    user = None
+    if os.getuid() == 0:  # the server refuses to run as root
+        user = "nobody"
+        os.chown(folder, pwd.getpwnam(user).pw_uid, -1)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    data = folder / "data"
+    try:
+        make = [str(programs / "initdb"), "-D", str(data), "-U", "unish", "-A", "trust", "-E", "UTF8", "--no-sync"]
+        subprocess.run(make, user=user, cwd=folder, check=True, stdout=subprocess.DEVNULL)
+        serve = [str(programs / "postgres"), "-D", str(data), "-h", "127.0.0.1", "-p", str(port), "-k", str(folder)]
+        server = subprocess.Popen([*serve, "-c", "fsync=off"], user=user, cwd=folder, stderr=subprocess.DEVNULL)
+        try:
+            url = f"postgresql://unish@127.0.0.1:{port}/postgres"
+            deadline = time.monotonic() + 60
+            while time.monotonic() < deadline and server.poll() is None:
+                try:
+                    Catalog(url)
+                    break
+                except UsageError:
+                    time.sleep(0.1)
+            yield url
+        finally:
+            server.send_signal(signal.SIGINT)  # "fast": ends without waiting for clients
+            server.wait(timeout=60)
+    finally:
+        shutil.rmtree(folder)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """URL of an empty database."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'catalog.sqlite'}"
+    url = request.getfixturevalue("postgres")
+    execute(url, "DROP SCHEMA public CASCADE", "CREATE SCHEMA public")
+    return url
+
+
+@pytest.fixture
+def catalog(url: str) -> Catalog:
+    return Catalog(url)
+
+
+def execute(url: str, *statements: str) -> None:
+    engine = sa.create_engine(url.replace("postgresql:", "postgresql+psycopg:"), poolclass=sa.pool.NullPool)
+    with engine.begin() as connection:
+        for statement in statements:
+            connection.exec_driver_sql(statement)
+
+
+# ------------------------------------------------------------------------------------------------------ round trips
+
+
+def test_everything_comes_back_as_it_went_in(catalog: Catalog) -> None:
+    clip = ref(1)
+    whole = ClipRef("local", "dances/a b.mp4")
+    assert catalog.register([clip, whole, clip]) == frozenset()
+    assert catalog.refs([clip.clip_id, whole, ref(9)]) == {clip.clip_id: clip, whole.clip_id: whole}
+
+    assert catalog.record_video(clip.video_key, video_file(), "videos/k/video.mp4")
+    stored = catalog.videos([clip.video_key, whole.video_key])
+    assert set(stored) == {clip.video_key}
+    assert stored[clip.video_key].file(Path("/out")) == video_file("/out/videos/k/video.mp4")
+    assert stored[clip.video_key].present
+    catalog.record_evicted([clip.video_key])
+    assert not catalog.videos([clip.video_key])[clip.video_key].present
+
+    provenance = {"detector": {"sha256": SHA, "confidence": 0.1}, "dance": "naïve"}
+    digest = catalog.put_provenance(provenance)
+    assert digest == sha256_json(provenance) == catalog.put_provenance(provenance)
+    assert catalog.provenance(digest) == provenance
+    assert catalog.provenance(SHA) is None
+
+    assert catalog.record_observations([observation(clip, digest)]) == frozenset()
+    assert catalog.observations([clip, whole]) == {clip.clip_id: observation(clip, digest)}
+    assert catalog.record_verdicts([verdict(clip, "reject")], {clip.clip_id: SHA}) == frozenset()
+    assert catalog.verdicts([clip, whole], POLICY) == {clip.clip_id: verdict(clip, "reject")}
+    assert catalog.verdicts([clip], OTHER_POLICY) == {}
+    assert catalog.record_outputs([output(clip, digest)]) == frozenset()
+    assert catalog.outputs([clip, whole], digest) == {clip.clip_id: output(clip, digest)}
+    assert catalog.outputs([clip], OTHER_SHA) == {}
+
+    tries = [
+        Attempt(clip.clip_id, "download", FailureCode.NETWORK, "no answer", 100.5, 2.25),
+        Attempt(clip.clip_id, "download", None, "", 200.5, 1.0),
+    ]
+    assert catalog.record_attempts(tries) == frozenset()
+    history = catalog.clip(clip.clip_id[:9])
+    assert history.ref == clip
+    assert history.video == catalog.videos([clip.video_key])[clip.video_key]
+    assert [replace(attempt, worker="") for attempt in history.attempts] == tries
+    assert history.observation == observation(clip, digest)
+    assert history.verdicts == (verdict(clip, "reject"),)
+    assert history.outputs == (output(clip, digest),)
+    worker = history.attempts[0].worker
+    assert worker.endswith(f"/{os.getpid()}")
+    assert socket.gethostname() not in worker
+
+
+def test_figures_that_are_no_numbers_are_left_out(catalog: Catalog) -> None:
+    catalog.register([ref(1)])
+    catalog.record_observations([observation(ref(1), catalog.put_provenance({}))])
+    odd = CriterionResult("height", "unknown", (), {"mean": float("nan"), "max": float("inf"), "min": 0.25})
+    catalog.record_verdicts([Verdict(ref(1).clip_id, "p", POLICY, "unknown", (odd,))], {ref(1).clip_id: SHA})
+    assert catalog.verdicts([ref(1)], POLICY)[ref(1).clip_id].criteria == (replace(odd, measured={"min": 0.25}),)
+
+
+def test_recording_again_changes_nothing_but_history(catalog: Catalog) -> None:
+    refs = [ref(n) for n in range(3)]
+    digest = catalog.put_provenance({"a": 1})
+    snapshots = []
+    for _ in range(2):
+        catalog.register(refs)
+        for clip in refs:
+            catalog.record_video(clip.video_key, video_file(), "videos/k/video.mp4")
+        catalog.record_observations([observation(clip, digest) for clip in refs] * 2)
+        catalog.record_verdicts([verdict(clip) for clip in refs] * 2, {clip.clip_id: SHA for clip in refs})
+        catalog.record_outputs([output(clip, digest) for clip in refs] * 2)
+        snapshots.append(catalog.funnel(None, POLICY))
+    assert snapshots[0] == snapshots[1]
+    assert snapshots[0] == FunnelCounts(3, 3, 3, 3, 0, 0, 3, {}, {}, {}, ("shards/shard-1.parquet",))
+
+
+def test_a_changed_split_is_taken_over(catalog: Catalog) -> None:
+    catalog.register([ref(1)])
+    for split in ("test", None, "train"):
+        moved = replace(ref(1), split=split)
+        catalog.register([moved])
+        assert catalog.refs([moved]) == {moved.clip_id: moved}
+
+
+def test_new_measurements_drop_the_verdicts_on_old_ones(catalog: Catalog) -> None:
+    catalog.register([ref(1), ref(2)])
+    digest = catalog.put_provenance({})
+    shas = {ref(1).clip_id: SHA, ref(2).clip_id: SHA}
+    catalog.record_observations([observation(ref(1), digest), observation(ref(2), digest)])
+    catalog.record_verdicts([verdict(ref(1)), verdict(ref(2)), verdict(ref(1), policy=OTHER_POLICY)], shas)
+    catalog.record_observations([observation(ref(1), digest, OTHER_SHA), observation(ref(2), digest)])
+    assert set(catalog.verdicts([ref(1), ref(2)], POLICY)) == {ref(2).clip_id}
+    assert catalog.verdicts([ref(1)], OTHER_POLICY) == {}
+    # a judge that still holds the old measurements comes too late
+    assert catalog.record_verdicts([verdict(ref(1)), verdict(ref(2))], shas) == {ref(1).clip_id}
+    assert set(catalog.verdicts([ref(1), ref(2)], POLICY)) == {ref(2).clip_id}
+
+
+def test_records_of_unknown_clips_are_left_out_and_named(catalog: Catalog) -> None:
+    catalog.register([ref(1)])
+    digest = catalog.put_provenance({})
+    missing = {ref(2).clip_id}
+    both = [ref(1), ref(2)]
+    assert catalog.record_attempts([Attempt(clip.clip_id, "observe") for clip in both]) == missing
+    assert catalog.record_observations([observation(clip, digest) for clip in both]) == missing
+    assert catalog.record_verdicts(map(verdict, both), {clip.clip_id: SHA for clip in both}) == missing
+    assert catalog.record_outputs([output(clip, digest) for clip in both]) == missing
+    assert not catalog.record_video(ref(2).video_key, video_file(), "videos/k/video.mp4")
+    assert catalog.funnel(None, POLICY) == FunnelCounts(1, 0, 1, 1, 0, 0, 1, {}, {}, {}, ("shards/shard-1.parquet",))
+
+
+def test_failures_are_the_last_tries_that_failed(catalog: Catalog) -> None:
+    first, second, third = refs = [ref(n) for n in range(3)]
+    catalog.register(refs)
+    geo, late = FailureCode.GEO, FailureCode.TIMEOUT
+    catalog.record_attempts(
+        [
+            Attempt(first.clip_id, "download", late, "first", 1.0),
+            Attempt(first.clip_id, "download", geo, "second", 2.0),
+            Attempt(first.clip_id, "observe", None, "", 3.0),  # another stage heals nothing
+            Attempt(second.clip_id, "download", late, "first", 1.0),
+            Attempt(second.clip_id, "download", None, "", 2.0),
+        ]
+    )
+    catalog.record_attempt(Attempt(third.clip_id, "observe", FailureCode.CORRUPT, "half a file"))
+    found = {(attempt.clip_id, attempt.stage): attempt for attempt in catalog.failures()}
+    assert set(found) == {(first.clip_id, "download"), (third.clip_id, "observe")}
+    assert found[first.clip_id, "download"].message == "second"
+    assert found[first.clip_id, "download"].code is geo
+    assert catalog.failures([first, second]) == [found[first.clip_id, "download"]]
+    assert catalog.failures(code=FailureCode.CORRUPT) == [found[third.clip_id, "observe"]]
+    assert catalog.failures([second], code=geo) == catalog.failures([]) == []
+    assert catalog.funnel(None, POLICY).failed == {("download", "geo"): 1, ("observe", "corrupt"): 1}
+
+
+def test_the_funnel_counts_by_decision_and_first_reason(catalog: Catalog) -> None:
+    refs = [ref(n // 2, n % 2) for n in range(8)]
+    catalog.register(refs)
+    one, two = catalog.put_provenance({"teacher": "one"}), catalog.put_provenance({"teacher": "two"})
+    for clip in refs[::2][:3]:
+        catalog.record_video(clip.video_key, video_file(), "videos/k/video.mp4")
+    catalog.record_observations([observation(clip, one) for clip in refs[:6]])
+    judged = [
+        verdict(refs[0]),
+        verdict(refs[1], "reject", "one_person"),
+        verdict(refs[2], "reject", "one_person"),
+        verdict(refs[3], "reject", "height"),
+        verdict(refs[4], "unknown", "height"),
+        verdict(refs[0], "reject", "overlap", OTHER_POLICY),
+    ]
+    catalog.record_verdicts(judged, {clip.clip_id: SHA for clip in refs})
+    catalog.record_outputs([output(refs[0], one, "shards/1.parquet"), output(refs[0], two, "shards/2.parquet")])
+    whole = FunnelCounts(
+        clips=8,
+        downloaded=6,
+        observed=6,
+        accepted=1,
+        rejected=3,
+        unknown=1,
+        sharded=1,
+        failed={},
+        rejected_by={"one_person": 2, "height": 1},
+        unknown_by={"height": 1},
+        shards=("shards/1.parquet", "shards/2.parquet"),
+    )
+    assert catalog.funnel(None, POLICY) == catalog.funnel(refs + refs, POLICY) == whole
+    assert catalog.funnel(refs, POLICY, two) == replace(whole, shards=("shards/2.parquet",))
+    assert catalog.funnel(None, OTHER_POLICY).rejected_by == {"overlap": 1}
+    assert catalog.funnel([], POLICY) == FunnelCounts(0, 0, 0, 0, 0, 0, 0, {}, {}, {}, ())
+    assert catalog.funnel([refs[1], refs[6]], POLICY).downloaded == 1
+
+
+def test_a_clip_is_found_by_the_start_of_its_id(catalog: Catalog) -> None:
+    refs = [ref(n) for n in range(40)]
+    catalog.register(refs)
+    ids = sorted(clip.clip_id for clip in refs)
+    assert all(catalog.clip(clip.clip_id).ref == clip for clip in refs[:3])
+    crowded = Counter(id_[0] for id_ in ids).most_common(1)[0][0]
+    with pytest.raises(UsageError, match="Several clips"):
+        catalog.clip(crowded)
+    unused = next(f"{n:04x}" for n in range(16**4) if not any(id_.startswith(f"{n:04x}") for id_ in ids))
+    with pytest.raises(UsageError, match="No clip"):
+        catalog.clip(unused)
+    for wrong in ("", "xyz", "%", "A", ids[0] + "0"):
+        with pytest.raises(UsageError, match="not a clip id"):
+            catalog.clip(wrong)
+
+
+def test_thousands_of_ids_at_once(catalog: Catalog) -> None:
+    refs = [ref(n) for n in range(5000)]
+    ids = {clip.clip_id for clip in refs}
+    catalog.register(refs)
+    digest = catalog.put_provenance({})
+    assert catalog.record_observations([observation(clip, digest) for clip in refs]) == frozenset()
+    assert catalog.record_verdicts([verdict(clip) for clip in refs], dict.fromkeys(ids, SHA)) == frozenset()
+    assert catalog.record_outputs([output(clip, digest) for clip in refs]) == frozenset()
+    failed = [Attempt(clip.clip_id, "teach", FailureCode.DISK_FULL) for clip in refs]
+    assert catalog.record_attempts(failed) == frozenset()
+    for answer in (catalog.refs(refs), catalog.observations(refs), catalog.verdicts(refs, POLICY)):
+        assert set(answer) == ids
+    assert set(catalog.outputs(refs, digest)) == {attempt.clip_id for attempt in catalog.failures(refs)} == ids
+    counts = catalog.funnel(refs, POLICY)
+    assert counts == catalog.funnel(None, POLICY)
+    assert (counts.clips, counts.observed, counts.accepted, counts.sharded) == (5000,) * 4
+    assert counts.failed == {("teach", "disk_full"): 5000}
+    pages = list(catalog.observed(page=999))
+    assert [len(page) for page in pages] == [999] * 5 + [5]
+    assert [file.clip_id for page in pages for file in page] == sorted(ids)
+    assert len(catalog.forget(refs[:1200]).clip_ids) == 1200
+    assert catalog.funnel(None, POLICY).clips == 3800
+
+
+# -------------------------------------------------------------------------------------------------- nothing that tells
+
+
+@pytest.mark.parametrize("path", ["/videos/a.mp4", "../a.mp4", "videos/../../a.mp4", ""])
+def test_only_paths_below_the_work_folder_are_kept(catalog: Catalog, path: str) -> None:
+    catalog.register([ref(1)])
+    digest = catalog.put_provenance({})
+    with pytest.raises(ValueError, match="relative"):
+        catalog.record_video(ref(1).video_key, video_file(), path)
+    with pytest.raises(ValueError, match="relative"):
+        catalog.record_observations([replace(observation(ref(1), digest), path=path)])
+    with pytest.raises(ValueError, match="relative"):
+        catalog.record_outputs([output(ref(1), digest, path)])
+
+
+@pytest.mark.parametrize("place", ["/home/me/yolo.pt", "C:\\me\\yolo.pt", "https://example.org/yolo.pt"])
+def test_provenance_tells_no_place(catalog: Catalog, place: str) -> None:
+    for value in ({"weights": place}, {"models": [{"file": place}]}, {place: 1}, {"models": ({"a": (place,)},)}):
+        with pytest.raises(ValueError, match="provenance"):
+            catalog.put_provenance(value)
+    catalog.put_provenance({"weights": "Ruicheng/moge-2-vitl-normal"})
+
+
+def test_forgetting_removes_all_of_a_video_and_nothing_else(catalog: Catalog) -> None:
+    gone, kept = [ref(1, 0), ref(1, 1)], [ref(2, 0)]
+    fill(catalog, gone + kept)
+    digest = catalog.put_provenance({"a": 1})
+    before = catalog.clip(kept[0].clip_id)
+    answer = catalog.forget([gone[1].clip_id])
+    assert answer.video_keys == (gone[0].video_key,)
+    assert answer.clip_ids == tuple(sorted(clip.clip_id for clip in gone))
+    expected = {f"videos/{gone[0].video_key}/video.mp4"} | {f"observations/{clip.clip_id}.parquet" for clip in gone}
+    assert set(answer.files) == expected
+    assert answer.shards == ("shards/shard-1.parquet",)
+    assert answer.scrubbed
+    assert catalog.clip(kept[0].clip_id) == before
+    assert catalog.funnel(None, POLICY).clips == 1
+    assert not catalog.videos([gone[0].video_key])
+    # a worker that was busy with them comes too late, and nobody brings them back
+    ids = {clip.clip_id for clip in gone}
+    assert catalog.register(gone + kept) == ids
+    assert catalog.record_observations([observation(clip, digest) for clip in gone]) == ids
+    assert not catalog.record_video(gone[0].video_key, video_file(), "videos/k/video.mp4")
+    # again, by video key, by a reference that was never registered, and by what nobody knows
+    assert catalog.forget([gone[0].video_key]).files == ()
+    assert catalog.forget([ref(7)]).clip_ids == ()
+    assert catalog.register([ref(7, 4)]) == {ref(7, 4).clip_id}
+    assert catalog.forget([kept[0].video_key]).clip_ids == (kept[0].clip_id,)
+    assert catalog.funnel(None, POLICY) == FunnelCounts(0, 0, 0, 0, 0, 0, 0, {}, {}, {}, ())
+
+
+def fill(catalog: Catalog, refs: list[ClipRef]) -> None:
+    """Everything that can be known of these clips."""
+    digest = catalog.put_provenance({"a": 1})
+    catalog.register(refs)
+    for key in {clip.video_key for clip in refs}:
+        catalog.record_video(key, video_file(), f"videos/{key}/video.mp4")
+    catalog.record_observations([observation(clip, digest) for clip in refs])
+    catalog.record_verdicts([verdict(clip, "reject") for clip in refs], {clip.clip_id: SHA for clip in refs})
+    catalog.record_outputs([output(clip, digest) for clip in refs])
+    catalog.record_attempts([Attempt(clip.clip_id, "download", FailureCode.GEO, "blocked here") for clip in refs])
+
+
+def test_forgotten_bytes_leave_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "catalog.sqlite"
+    catalog = Catalog(f"sqlite:///{path}")
+    # some builds of SQLite zero what they delete; it must not be left to luck
+    sa.event.listen(catalog._database._engine, "connect", lambda raw, _: raw.execute("PRAGMA secure_delete=OFF"))
+    refs = [ref(n, m) for n in range(90) for m in range(2)]
+    fill(catalog, refs)
+    gone = [clip for clip in refs if clip.video_id in {f"video-{n:05d}" for n in range(0, 90, 3)}]
+    traces = {trace.encode() for clip in gone for trace in (clip.clip_id, clip.video_id)}
+    before = written(path)
+    assert all(trace in before for trace in traces)
+    assert catalog.forget(gone).scrubbed
+    after = written(path)
+    assert [trace for trace in traces if trace in after] == []
+    for clip in gone:  # the hash is the one place where the key, its first digits, is left
+        digest = forgotten_digest(clip.platform, clip.video_id)
+        assert after.count(clip.video_key.encode()) == after.count(digest.encode()) > 0
+    assert all(clip.clip_id.encode() in after for clip in refs if clip not in gone)
+
+
+def written(path: Path) -> bytes:
+    return b"".join(file.read_bytes() for file in sorted(path.parent.glob(path.name + "*")))
+
+
+def test_a_reader_in_the_way_of_scrubbing_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(curation.database, "LOCK_TIMEOUT_S", 0.1)
+    path = tmp_path / "catalog.sqlite"
+    catalog = Catalog(f"sqlite:///{path}")
+    catalog.register([ref(1)])
+    reader = sqlite3.connect(path, isolation_level=None)
+    reader.execute("BEGIN")
+    assert reader.execute("SELECT count(*) FROM clips").fetchone() == (1,)
+    answer = catalog.forget([ref(1)])
+    assert answer.clip_ids == (ref(1).clip_id,)
+    assert not answer.scrubbed
+    reader.close()
+    assert catalog.forget([ref(1)]).scrubbed
+    assert ref(1).video_id.encode() not in written(path)
+
+
+# ------------------------------------------------------------------------------------------------- opening, migrating
+
+
+def test_migrations_make_the_tables_the_code_uses(url: str) -> None:
+    for _ in range(2):
+        catalog = Catalog(url)
+        catalog.register([ref(1)])
+        with catalog._database.transaction() as connection:
+            assert compare_metadata(MigrationContext.configure(connection), metadata) == []
+    assert catalog.funnel(None, POLICY).clips == 1
+    migrations = ScriptDirectory(str(Path(curation.database.__file__).parent / "migrations"))
+    assert migrations.get_current_head() == curation.database.SCHEMA
+
+
+def test_a_newer_schema_is_refused(url: str) -> None:
+    Catalog(url)
+    execute(url, "UPDATE alembic_version SET version_num = '9999'")
+    with pytest.raises(UsageError, match="newer version"):
+        Catalog(url)
+
+
+def open_catalog(url: str, barrier: multiprocessing.synchronize.Barrier) -> None:
+    barrier.wait(timeout=60)
+    Catalog(url).register([ref(os.getpid())])
+
+
+def test_several_processes_open_a_new_catalog_at_once(url: str) -> None:
+    barrier = SPAWN.Barrier(4)
+    run_together([SPAWN.Process(target=open_catalog, args=(url, barrier)) for _ in range(4)])
+    assert Catalog(url).funnel(None, POLICY).clips == 4
+
+
+def test_the_catalog_travels_to_other_processes(url: str) -> None:
+    catalog = Catalog(url)
+    catalog.register([ref(1)])
+    assert pickle.loads(pickle.dumps(catalog)).refs([ref(1)]) == catalog.refs([ref(1)])
+    # a child made by fork uses the parent's object, while the parent goes on
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            catalog.record_attempts([Attempt(ref(1).clip_id, "observe") for _ in range(50)])
+            status = 0
+        finally:
+            os._exit(status)
+    catalog.record_attempts([Attempt(ref(1).clip_id, "download") for _ in range(50)])
+    assert os.waitpid(child, 0)[1] == 0
+    history = catalog.clip(ref(1).clip_id).attempts
+    assert Counter(attempt.stage for attempt in history) == {"observe": 50, "download": 50}
+    assert len({attempt.worker for attempt in history}) == 2
+
+
+def test_sqlite_is_set_up_for_many_writers(tmp_path: Path) -> None:
+    with Catalog(f"sqlite:///{tmp_path / 'new' / 'catalog.sqlite'}")._database.transaction() as connection:
+        pragmas = {
+            name: connection.exec_driver_sql(f"PRAGMA {name}").scalar()
+            for name in ("journal_mode", "busy_timeout", "synchronous", "foreign_keys")
+        }
+    assert pragmas == {"journal_mode": "wal", "busy_timeout": 60_000, "synchronous": 1, "foreign_keys": 1}
+
+
+def test_what_is_no_usable_database_is_named_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(curation.database, "LOCK_TIMEOUT_S", 0.1)
+    path = tmp_path / "catalog.sqlite"
+    Catalog(f"sqlite:///{path}")
+    (tmp_path / "text").write_text("not a database at all, but long enough to be taken for one" * 20)
+    (tmp_path / "folder").mkdir()
+    for url, says in {
+        f"sqlite:///file:{path}?mode=ro&uri=true": "read-only",
+        f"sqlite:///{tmp_path / 'text'}": "something else",
+        f"sqlite:///{tmp_path / 'folder'}": "cannot be opened",
+        f"sqlite:///{tmp_path / 'text' / 'catalog.sqlite'}": "folder cannot be made",
+        "sqlite://": "in memory",
+        "mysql://localhost/x": "SQLite or PostgreSQL",
+        "catalog.sqlite": "not one",
+        "postgresql://nobody@127.0.0.1:1/none": "driver|cannot be used",
+    }.items():
+        with pytest.raises(UsageError, match=says):
+            Catalog(url)
+    catalog = Catalog(f"sqlite:///{path}")
+    writer = sqlite3.connect(path, isolation_level=None)
+    writer.execute("BEGIN IMMEDIATE")
+    with pytest.raises(UsageError, match="held it for too long"):
+        catalog.register([ref(1)])
+    assert catalog.refs([ref(1)]) == {}, "readers do not wait for a writer"
+    writer.close()
+
+
+def test_a_server_that_may_only_read_is_named_in_a_sentence(postgres: str) -> None:
+    Catalog(postgres)
+    with pytest.raises(UsageError, match="read-only"):
+        Catalog(postgres + "?options=-c%20default_transaction_read_only%3Don")
+
+
+# ------------------------------------------------------------------------------------------------------ many writers
+
+
+def run_together(processes: list[multiprocessing.process.BaseProcess]) -> None:
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=120)
+    assert [process.exitcode for process in processes] == [0] * len(processes)
+
+
+def write_records(url: str, stage: str, barrier: multiprocessing.synchronize.Barrier) -> None:
+    catalog = Catalog(url)
+    digest = catalog.put_provenance({"a": 1})
+    barrier.wait(timeout=60)
+    for start in range(0, 500, 10):
+        refs = [ref(n) for n in reversed(range(start, start + 10))]
+        catalog.record_attempts([Attempt(clip.clip_id, stage) for clip in refs])
+        catalog.record_observations([observation(clip, digest) for clip in refs])
+        catalog.record_verdicts(map(verdict, refs), {clip.clip_id: SHA for clip in refs})
+
+
+def test_two_processes_writing_at_once_lose_nothing(url: str) -> None:
+    catalog = Catalog(url)
+    refs = [ref(n) for n in range(500)]
+    catalog.register(refs)
+    barrier = SPAWN.Barrier(2)
+    run_together([SPAWN.Process(target=write_records, args=(url, stage, barrier)) for stage in ("observe", "teach")])
+    counts = catalog.funnel(None, POLICY)
+    assert (counts.clips, counts.observed, counts.accepted) == (500, 500, 500)
+    with catalog._database.transaction() as connection:
+        tries = connection.execute(sa.text("SELECT clip_id, stage FROM attempts")).all()
+    assert Counter(map(tuple, tries)) == {(clip.clip_id, stage): 1 for clip in refs for stage in ("observe", "teach")}
+
+
+def write_for_ever(url: str) -> None:
+    catalog = Catalog(url)
+    refs = [ref(n) for n in range(100)]
+    while True:
+        catalog.record_attempts([Attempt(clip.clip_id, "observe", FailureCode.TIMEOUT) for clip in refs])
+
+
+def test_a_killed_writer_leaves_whole_transactions(url: str) -> None:
+    catalog = Catalog(url)
+    refs = [ref(n) for n in range(100)]
+    catalog.register(refs)
+    written_before = 0
+    for _ in range(2):
+        writer = SPAWN.Process(target=write_for_ever, args=(url,))
+        writer.start()
+        deadline = time.monotonic() + 60
+        while len(catalog.clip(refs[0].clip_id).attempts) < written_before + 5:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert writer.pid is not None
+        os.kill(writer.pid, signal.SIGKILL)
+        writer.join()
+        again = Catalog(url)
+        tries = {len(again.clip(clip.clip_id).attempts) for clip in refs}
+        assert len(tries) == 1, "a batch was written in part"
+        written_before = tries.pop()
+        assert len(again.failures()) == 100
+    again.record_attempts([Attempt(clip.clip_id, "observe") for clip in refs])
+    assert again.failures() == []
+    if url.startswith("sqlite"):
+        with again._database.transaction() as connection:
+            assert connection.exec_driver_sql("PRAGMA integrity_check").scalar() == "ok"
+            assert connection.exec_driver_sql("PRAGMA foreign_key_check").all() == []
+
+
+# ------------------------------------------------------------------------------------------------------------- size
+
+
+def test_every_query_uses_an_index(tmp_path: Path) -> None:
+    """On 100,000 clips no question reads a whole table that has more to it than is asked for."""
+    path = tmp_path / "catalog.sqlite"
+    catalog = Catalog(f"sqlite:///{path}")
+    digest = catalog.put_provenance({})
+    ids = "WITH RECURSIVE n(i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n WHERE i < 99999)"
+    execute(
+        f"sqlite:///{path}",
+        f"{ids} INSERT INTO clips SELECT printf('%016x', i), 'youtube', 'v' || (i/2), printf('%016x', i/2), i, i+1, "
+        "NULL, 0 FROM n",
+        f"{ids} INSERT INTO videos SELECT printf('%016x', i), 'v', 's', 1, 'h264', 1, 1, 1, 1, 0, 1 FROM n "
+        "WHERE i < 40000",
+        f"{ids} INSERT INTO attempts SELECT i, printf('%016x', i), 'download', CASE i % 5 WHEN 0 THEN 'geo' END, 0, "
+        "'', 0, 0, '' FROM n",
+        f"{ids} INSERT INTO observations SELECT printf('%016x', i), 'full', 'o', 's', '{digest}', 0 FROM n",
+        f"{ids} INSERT INTO verdicts SELECT printf('%016x', i), '{POLICY}', 'p', "
+        "CASE i % 4 WHEN 0 THEN 'accept' ELSE 'reject' END, CASE i % 4 WHEN 0 THEN NULL ELSE 'r' || (i % 4) END, "
+        "'[]', 's', 0 FROM n",
+        f"{ids} INSERT INTO outputs SELECT printf('%016x', i), '{digest}', 's' || (i / 5000), 0, 1, 60, 's', 0 FROM n "
+        "WHERE i % 4 = 0",
+    )
+    statements: list[tuple[str, Any]] = []
+
+    @sa.event.listens_for(catalog._database._engine, "before_cursor_execute")
+    def note(_1: object, _2: object, statement: str, parameters: Any, _3: object, _4: object) -> None:
+        if not statement.startswith(("BEGIN", "PRAGMA", "VACUUM")):
+            statements.append((statement, parameters))
+
+    whole = catalog.funnel(None, POLICY)
+    questions = len(statements)
+    assert questions <= 8, "the whole catalog is counted by the database, in a handful of questions"
+    assert whole.failed == {("download", "geo"): 20_000}
+    assert (whole.clips, whole.downloaded, whole.observed, whole.accepted) == (100_000, 80_000, 100_000, 25_000)
+    assert (whole.sharded, len(whole.shards)) == (25_000, 20)
+    assert whole.rejected_by == {"r1": 25_000, "r2": 25_000, "r3": 25_000}
+
+    some = [f"{n:016x}" for n in range(100)]
+    catalog.funnel(None, POLICY, digest)
+    catalog.failures()
+    catalog.failures(code=FailureCode.GEO)
+    whole_catalog = len(statements)
+    catalog.funnel(some, POLICY)
+    catalog.funnel(some, POLICY, digest)
+    catalog.failures(some)
+    catalog.refs(some)
+    catalog.videos(some)
+    catalog.observations(some)
+    catalog.verdicts(some, POLICY)
+    catalog.outputs(some, digest)
+    catalog.provenance(digest)
+    next(catalog.observed())
+    catalog.clip("00000000000000f0")
+    catalog.register([ref(1)])
+    catalog.record_attempts([Attempt(id_, "download") for id_ in some])
+    catalog.record_evicted(some)
+    catalog.forget(some[:2])
+    scans = set()
+    with sqlite3.connect(path) as database:
+        for number, (statement, parameters) in enumerate(statements):
+            one = parameters[0] if isinstance(parameters, list) else parameters
+            for *_, step in database.execute(f"EXPLAIN QUERY PLAN {statement}", one).fetchall():
+                # what asks of some clips must look each of them up; a search by policy or stage alone finds a million
+                narrow = "clip_id[=>]|video_key=|rowid=|provenance |forgotten "
+                if re.search("SCAN|SEARCH", step) and not re.search(
+                    "INDEX" if number < whole_catalog else narrow, step
+                ):
+                    scans.add((step, statement))
+    assert scans == set()
+
+
+# -------------------------------------------------------------------------------------------------------- invariants
+
+
+class CatalogMachine(RuleBasedStateMachine):
+    """The catalog against plain dictionaries, under any order of operations."""
+
+    template: Path
+    refs: ClassVar = [ref(n // 2, n % 2) for n in range(6)]
+    some = st.lists(st.sampled_from(refs), max_size=4)
+
+    @initialize()
+    def open(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="unish-catalog-"))
+        shutil.copy(self.template, self.folder / "catalog.sqlite")
+        self.catalog = Catalog(f"sqlite:///{self.folder / 'catalog.sqlite'}")
+        self.digest = self.catalog.put_provenance({})
+        self.clips: dict[str, ClipRef] = {}
+        self.gone: set[str] = set()
+        self.videos: set[str] = set()
+        self.observed: dict[str, str] = {}
+        self.verdicts: dict[str, Verdict] = {}
+        self.outputs: dict[str, str] = {}
+        self.last: dict[tuple[str, str], FailureCode | None] = {}
+
+    def teardown(self) -> None:
+        if hasattr(self, "folder"):
+            shutil.rmtree(self.folder)
+
+    def held(self, refs: list[ClipRef]) -> tuple[list[ClipRef], set[str]]:
+        known = [clip for clip in refs if clip.clip_id in self.clips]
+        return known, {clip.clip_id for clip in refs} - set(self.clips)
+
+    @rule(refs=some)
+    def register(self, refs: list[ClipRef]) -> None:
+        refused = {clip.clip_id for clip in refs if clip.video_id in self.gone}
+        assert self.catalog.register(refs) == refused
+        self.clips |= {clip.clip_id: clip for clip in refs if clip.clip_id not in refused}
+
+    @rule(clip=st.sampled_from(refs))
+    def download(self, clip: ClipRef) -> None:
+        held = any(clip.video_key == other.video_key for other in self.clips.values())
+        assert self.catalog.record_video(clip.video_key, video_file(), f"videos/{clip.video_key}/v.mp4") == held
+        if held:
+            self.videos.add(clip.video_key)
+
+    @rule(refs=some, stage=st.sampled_from(["download", "observe"]), code=st.sampled_from([None, *FailureCode][:4]))
+    def attempt(self, refs: list[ClipRef], stage: str, code: FailureCode | None) -> None:
+        known, missing = self.held(refs)
+        assert self.catalog.record_attempts([Attempt(clip.clip_id, stage, code) for clip in refs]) == missing
+        self.last |= {(clip.clip_id, stage): code for clip in known}
+
+    @rule(refs=some, sha=st.sampled_from([SHA, OTHER_SHA]))
+    def observe(self, refs: list[ClipRef], sha: str) -> None:
+        known, missing = self.held(refs)
+        assert self.catalog.record_observations([observation(clip, self.digest, sha) for clip in refs]) == missing
+        for clip in known:
+            if self.observed.get(clip.clip_id) != sha:
+                self.verdicts.pop(clip.clip_id, None)
+            self.observed[clip.clip_id] = sha
+
+    @rule(refs=some, sha=st.sampled_from([SHA, OTHER_SHA]), decision=st.sampled_from(["accept", "reject", "unknown"]))
+    def judge(self, refs: list[ClipRef], sha: str, decision: Decision) -> None:
+        fresh = {clip.clip_id for clip in refs if self.observed.get(clip.clip_id) == sha}
+        left_out = self.catalog.record_verdicts(
+            [verdict(clip, decision) for clip in refs], {clip.clip_id: sha for clip in refs}
+        )
+        assert left_out == {clip.clip_id for clip in refs} - fresh
+        self.verdicts |= {clip.clip_id: verdict(clip, decision) for clip in refs if clip.clip_id in fresh}
+
+    @rule(refs=some, shard=st.sampled_from(["shards/1.parquet", "shards/2.parquet"]))
+    def shard(self, refs: list[ClipRef], shard: str) -> None:
+        known, missing = self.held(refs)
+        assert self.catalog.record_outputs([output(clip, self.digest, shard) for clip in refs]) == missing
+        self.outputs |= {clip.clip_id: shard for clip in known}
+
+    @rule(clip=st.sampled_from(refs), how=st.sampled_from(["ref", "clip", "video"]))
+    def forget(self, clip: ClipRef, how: str) -> None:
+        named = how == "ref" or any(clip.video_key == other.video_key for other in self.clips.values())
+        if how == "clip":
+            named = clip.clip_id in self.clips
+        target = clip if how == "ref" else clip.clip_id if how == "clip" else clip.video_key
+        answer = self.catalog.forget([target])
+        ids = {other.clip_id for other in self.refs if other.video_key == clip.video_key} & set(self.clips)
+        if not named:
+            assert answer.clip_ids == answer.files == answer.shards == answer.video_keys == ()
+            return
+        assert set(answer.clip_ids) == ids
+        files = {f"observations/{id_}.parquet" for id_ in ids & set(self.observed)}
+        files |= {f"videos/{key}/v.mp4" for key in self.videos & {clip.video_key}}
+        assert set(answer.files) == files
+        assert set(answer.shards) == {self.outputs[id_] for id_ in ids & set(self.outputs)}
+        self.gone.add(clip.video_id)
+        self.videos.discard(clip.video_key)
+        for id_ in ids:
+            for kept in (self.clips, self.observed, self.verdicts, self.outputs):
+                kept.pop(id_, None)
+        self.last = {key: code for key, code in self.last.items() if key[0] not in ids}
+
+    @invariant()
+    def agrees(self) -> None:
+        if not hasattr(self, "catalog"):
+            return
+        assert self.catalog.refs(self.refs) == self.clips
+        assert {id_: file.sha256 for id_, file in self.catalog.observations(self.refs).items()} == self.observed
+        assert self.catalog.verdicts(self.refs, POLICY) == self.verdicts
+        assert {id_: it.shard for id_, it in self.catalog.outputs(self.refs, self.digest).items()} == self.outputs
+        failing = {key: code for key, code in self.last.items() if code}
+        assert {(it.clip_id, it.stage): it.code for it in self.catalog.failures()} == failing
+        decisions = Counter(it.decision for it in self.verdicts.values())
+        counts = self.catalog.funnel(None, POLICY)
+        assert counts == self.catalog.funnel(self.refs, POLICY)
+        assert counts == FunnelCounts(
+            clips=len(self.clips),
+            downloaded=sum(clip.video_key in self.videos for clip in self.clips.values()),
+            observed=len(self.observed),
+            accepted=decisions["accept"],
+            rejected=decisions["reject"],
+            unknown=decisions["unknown"],
+            sharded=len(self.outputs),
+            failed=dict(Counter((stage, code.value) for (_, stage), code in failing.items() if code)),
+            rejected_by={"one_person": decisions["reject"]} if decisions["reject"] else {},
+            unknown_by={"one_person": decisions["unknown"]} if decisions["unknown"] else {},
+            shards=tuple(sorted(set(self.outputs.values()))),
+        )
+
+
+def test_the_catalog_agrees_with_plain_dictionaries(empty_catalog: Path) -> None:
+    CatalogMachine.template = empty_catalog
+    CatalogMachine.TestCase.settings = settings(
+        max_examples=12, stateful_step_count=15, deadline=None, suppress_health_check=list(HealthCheck)
+    )
+    CatalogMachine.TestCase().runTest()
+
+
+# ------------------------------------------------------------------------------------------------------------- docs
+
+
+def test_the_documented_questions_are_answered(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "catalog.md").read_text()
+    questions = re.findall(r"```sql\n(.*?)```", page, re.DOTALL)[0].split(";")[:-1]
+    assert len(questions) == 5
+    path = tmp_path / "catalog.sqlite"
+    fill(Catalog(f"sqlite:///{path}"), [ref(1), ref(2)])
+    with sqlite3.connect(path) as database:
+        answers = [database.execute(question).fetchall() for question in questions]
+    assert answers[0] == [("paper", "reject", "one_person", 2)]
+    assert len(answers[2]) == 2
