@@ -10,8 +10,8 @@ from __future__ import annotations
 import csv
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ from curation.synthetic.motion import Place, dance
 from curation.synthetic.scene import KINDS, Builder, build_scene
 from curation.synthetic.take import Dancer, Frame, Seen, Take, held_ball
 from curation.synthetic.wardrobe import Dressed, Outfit, dress
+from curation.workers import spread
 
 Array = NDArray[np.float64]
 Image = NDArray[np.uint8]
@@ -102,17 +103,17 @@ def plan_clips(count: int, seed: int = 0, fps: int = 24, seconds: float = 3.0) -
 
 
 def make_clips(
-    folder: Path, plans: Sequence[ClipPlan], workers: int = 2, progress: Callable[[int, int], None] | None = None
+    folder: Path, plans: Sequence[ClipPlan], workers: int | None = None, progress: Callable[[int, int], None] | None = None
 ) -> list[ClipTruth]:
-    """Write every plan's clip and cases.csv, the table of what is true; clips that exist are kept."""
+    """Write every plan's clip and cases.csv, the table of what is true."""
     folder.mkdir(parents=True, exist_ok=True)
     truths: dict[str, ClipTruth] = {}
-    with ProcessPoolExecutor(workers) as pool:
-        jobs = [pool.submit(make_clip, plan, folder) for plan in plans]
-        for done, job in enumerate(as_completed(jobs), 1):
-            truths[job.result().plan.name] = job.result()
-            if progress:
-                progress(done, len(plans))
+    for plan, result in spread(partial(make_clip, folder=folder), plans, workers):
+        if isinstance(result, BaseException):
+            raise result
+        truths[plan.name] = result
+        if progress:
+            progress(len(truths), len(plans))
     ordered = [truths[plan.name] for plan in plans]
     with atomic_path(folder / "cases.csv") as temporary, temporary.open("w", newline="") as stream:
         writer = csv.writer(stream)
@@ -149,6 +150,28 @@ def shoot(plan: ClipPlan) -> Footage:
         if footage is not None:
             return footage
     raise RuntimeError(f"no clear footage for case {plan.case} from seed {plan.seed}")
+
+
+def write_oracle(plan: ClipPlan, clip_id: str, folder: Path) -> None:
+    """The world's own depth of a clip as an entry of a depth folder, for the folder teacher under the name `oracle`.
+
+    Covers the frames that a sampling at 6 per second takes; bars are invalid, and the sky beyond everything is too.
+    """
+    footage = shoot(plan)
+    indices = _sampled(footage.times_s)
+    x0, y0, x1, y1 = footage.active
+    height = _barred(plan.size)[1] if plan.case.startswith("letterbox") else plan.size[1]
+    depth = np.zeros((len(indices), height, plan.size[0]), np.float32)
+    intrinsics = np.empty((len(indices), 3, 3))
+    for row, index in enumerate(indices):
+        take, at = footage.parts[index]
+        depth[row, y0:y1, x0:x1] = take.depth(at)
+        intrinsics[row] = take.cameras[at].intrinsics
+        intrinsics[row, 1, 2] += y0
+    with atomic_path(folder / f"{clip_id}.npz") as temporary, temporary.open("wb") as stream:
+        np.savez_compressed(
+            stream, depth=depth, valid=depth > 0, intrinsics=intrinsics, times_s=footage.times_s[indices]
+        )
 
 
 def truth_of(plan: ClipPlan, footage: Footage, frames: Sequence[Frame]) -> ClipTruth:

@@ -6,7 +6,7 @@ visible pixels; what is nearly hidden or tiny is not labelled.
 
 from __future__ import annotations
 
-from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -20,20 +20,22 @@ from curation.synthetic.motion import Place, dance
 from curation.synthetic.scene import CLASSES, KINDS, Builder, build_scene
 from curation.synthetic.take import Dancer, Frame, Take, held_ball
 from curation.synthetic.wardrobe import Dressed, Outfit, dress
+from curation.workers import spread
 
 PER_SCENE = 12
 MIN_SHOWN, MIN_SIDE = 0.30, 0.02
 
 
-def write_pictures(folder: Path, scenes: int, seed: int, workers: int = 2) -> None:
+def write_pictures(folder: Path, scenes: int, seed: int, workers: int | None = None) -> None:
     """Write scenes * 12 pictures and labels below folder/images and folder/labels."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     (folder / "labels").mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(workers) as pool:
-        list(pool.map(_write_scene, [folder] * scenes, range(seed, seed + scenes)))
+    for _, result in spread(partial(_write_scene, folder=folder), range(seed, seed + scenes), workers):
+        if isinstance(result, BaseException):
+            raise result
 
 
-def _write_scene(folder: Path, seed: int) -> None:
+def _write_scene(seed: int, folder: Path) -> None:
     if (folder / "labels" / f"{seed:06d}_{PER_SCENE - 1:02d}.txt").exists():
         return
     rng = np.random.default_rng(seed)

@@ -177,9 +177,9 @@ def _shadow_map(mesh: Mesh, toward: Array) -> tuple[NDArray[np.float32], Array]:
     side /= np.linalg.norm(side)
     axes = np.stack([side, np.cross(toward, side), -toward])
     faces = mesh.faces[mesh.casts]
-    depth = np.full((_SHADOW_SIZE, _SHADOW_SIZE), np.inf, np.float32)
     if not len(faces):
-        return depth, np.zeros((3, 4))
+        return np.full((1, 1), np.inf, np.float32), np.zeros((3, 4))
+    depth = np.full((_SHADOW_SIZE, _SHADOW_SIZE), np.inf, np.float32)
     seen = mesh.vertices @ axes.T
     used = seen[np.unique(faces)]
     low, high = used.min(0), used.max(0)
@@ -375,7 +375,7 @@ def _shade(
             t10, t11 = start + y1 * side + x0, start + y1 * side + x1
             # light
             lit = nx * toward[0] + ny * toward[1] + nz * toward[2]
-            if lit > 0 and to_shadow[2, 3] != 0:
+            if lit > 0:
                 qx, qy = rx * z, ry * z
                 sx = to_shadow[0, 0] * qx + to_shadow[0, 1] * qy + to_shadow[0, 2] * z + to_shadow[0, 3]
                 sy = to_shadow[1, 0] * qx + to_shadow[1, 1] * qy + to_shadow[1, 2] * z + to_shadow[1, 3]

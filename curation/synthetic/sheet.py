@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from curation.files import atomic_path
 
-TILE = (168, 128)
+TILE = (184, 116)
 PER_CLIP, COLUMNS = 3, 3
 _COLOURS = {"accept": (96, 200, 110), "reject": (90, 120, 235), "error": (180, 180, 180)}  # BGR
 
@@ -52,7 +52,7 @@ def _frames(path: Path) -> list[NDArray[np.uint8]]:
 def _tile(frame: NDArray[np.uint8] | None) -> NDArray[np.uint8]:
     tile = np.full((TILE[1], TILE[0], 3), 70, np.uint8)
     if frame is None:
-        cv2.putText(tile, "not decodable", (34, 68), cv2.FONT_HERSHEY_SIMPLEX, 0.42, (200, 200, 200), 1, cv2.LINE_AA)
+        cv2.putText(tile, "not decodable", (44, 62), cv2.FONT_HERSHEY_SIMPLEX, 0.42, (200, 200, 200), 1, cv2.LINE_AA)
         return tile
     scale = min(TILE[0] / frame.shape[1], TILE[1] / frame.shape[0])
     small = cv2.resize(frame, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)

@@ -103,6 +103,11 @@ class Take:
         )
         return Frame(rendered, camera, tuple(self._seen(parts, camera, rendered)) if measure else (), bodies)
 
+    def depth(self, index: int) -> NDArray[np.float32]:
+        """(H, W) metric depth of one frame, 0 where nothing is hit; as in `frame`, without colour."""
+        moving = [mesh for _, mesh in self._moving(self.posed(index))]
+        return render_depth(merge([self.scene.mesh, *moving]), self.cameras[index])[0]
+
     def boxes(self, index: int) -> dict[int, Array]:
         """Instance id to box (xyxy, not cut at the borders), from geometry alone, without rendering."""
         camera = self.cameras[index]

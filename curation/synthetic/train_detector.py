@@ -23,7 +23,7 @@ IMAGE_SIZE = 320
 HELD_OUT_SEED = 900_000
 
 
-def train(work: Path, scenes: int, epochs: int, seed: int = 1000, workers: int = 2, device: str = "cpu") -> dict[str, float]:
+def train(work: Path, scenes: int, epochs: int, seed: int = 1000, workers: int | None = None, device: str = "cpu") -> dict[str, float]:
     """Render what is missing, train, and return the figures on held-out pictures."""
     os.environ.setdefault("YOLO_AUTOINSTALL", "false")
     from ultralytics import YOLO, settings
