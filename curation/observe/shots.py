@@ -20,7 +20,7 @@ from scenedetect.detectors import ContentDetector
 
 THUMB_LONG_SIDE = 256  # what PySceneDetect itself would scale down to
 _SMALL_LONG_SIDE = 64
-_BRIDGE_S = 0.15  # frames this close on either side may bridge a moment
+_BRIDGE_S = 0.2  # frames this close on either side may bridge a moment; strobes go dark for up to 0.1 s
 _DISSOLVE_S = 0.5  # half the longest dissolve that is recognised
 _CONTRAST_FLOOR = 4.0  # grey levels; keeps noise in a black frame from counting as structure
 
@@ -50,7 +50,7 @@ class ShotMeter:
         """frame_s: the clip's median time between frames, seconds."""
         self._detector = ContentDetector()
         self._rate = 1.0 / frame_s
-        self._bridge = int(np.clip(round(_BRIDGE_S / frame_s), 2, 10))
+        self._bridge = int(np.clip(round(_BRIDGE_S / frame_s), 3, 12))
         self._reach = int(np.clip(round(_DISSOLVE_S / frame_s), 4, 30))
         self._small: deque[NDArray[np.float32]] = deque(maxlen=2 * self._reach + 1)
         self._person: deque[tuple[slice, slice] | None] = deque(maxlen=2 * self._reach + 1)

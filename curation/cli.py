@@ -1,0 +1,275 @@
+"""The command `curation`: check a manifest, run the pipeline, judge again, and ask what became of each clip.
+
+Thin: every command calls one function of the library. Errors a user can mend are one sentence, without a traceback.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from curation.ingest.failures import FailureCode, UsageError
+from curation.settings import DownloadSettings, ObserveSettings, Settings, TeacherSettings
+
+if TYPE_CHECKING:
+    from curation.pipeline import Funnel
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
+console = Console()
+
+Manifest = Annotated[Path, typer.Argument(help="CSV, JSONL or Parquet with platform, video_id, start_s, end_s.")]
+Out = Annotated[Path, typer.Option(help="Folder of the run: catalog, videos, observations, shards.")]
+PolicyOption = Annotated[Path, typer.Option(help="A policy file, or the name of a built-in one: default, paper.")]
+Detector = Annotated[str | None, typer.Option(help="ultralytics weights; the policy's own by default.")]
+Hosts = Annotated[list[str] | None, typer.Option("--http-host", help="Host allowed for platform http; repeatable.")]
+Loopback = Annotated[bool, typer.Option("--allow-loopback", help="Permit loopback addresses; for tests only.")]
+CatalogUrl = Annotated[str | None, typer.Option(help="SQLAlchemy URL of the catalog; SQLite below --out by default.")]
+TeacherOption = Annotated[
+    str, typer.Option(help="Depth teacher: a MoGe-2 Hugging Face id or file, a folder of depth, or none.")
+]
+
+
+@app.command("check-manifest")
+def check_manifest(manifest: Manifest, http_host: Hosts = None, allow_loopback: Loopback = False) -> None:
+    """Read a manifest and say what is wrong with it, every row at once. Touches no network."""
+    from curation.manifest import read_manifest
+
+    refs = read_manifest(manifest, http_hosts=tuple(http_host or ()), allow_loopback=allow_loopback)
+    videos = len({ref.video_key for ref in refs})
+    console.print(f"{manifest.name} is good: {len(refs)} clips of {videos} videos")
+
+
+@app.command()
+def run(
+    manifest: Manifest,
+    out: Out,
+    policy: PolicyOption = Path("default"),
+    detector: Detector = None,
+    teacher: TeacherOption = "Ruicheng/moge-2-vitl-normal",
+    teacher_name: Annotated[str | None, typer.Option(help="Name recorded for a depth folder, such as megasam.")] = None,
+    num_tokens: Annotated[int, typer.Option(help="MoGe-2 tokens per frame.")] = 1800,
+    http_host: Hosts = None,
+    local_root: Annotated[Path | None, typer.Option(help="Folder below which platform local may read.")] = None,
+    max_height: Annotated[int, typer.Option(help="No stream taller than this is fetched.")] = 1080,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    batch_clips: Annotated[int, typer.Option(help="Clips per batch and shard.")] = 32,
+    workers: Annotated[int | None, typer.Option(help="Observing processes; one per core by default.")] = None,
+    retry: Annotated[list[str] | None, typer.Option(help="Failure code to try again; repeatable.")] = None,
+    catalog_url: CatalogUrl = None,
+    allow_loopback: Loopback = False,
+) -> None:
+    """Download, observe, judge, teach and shard the clips of a manifest, here, without Prefect.
+
+    Run it again after anything: it does only what is missing.
+    """
+    from curation import pipeline
+    from curation.manifest import read_manifest
+
+    settings = Settings(
+        out=out,
+        policy=policy,
+        download=DownloadSettings(
+            max_height=max_height, http_hosts=tuple(http_host or ()), local_root=local_root,
+            allow_loopback=allow_loopback,
+        ),
+        observe=ObserveSettings(detector=detector, device=device),
+        teacher=teacher_settings(teacher, teacher_name, num_tokens, device),
+        batch_clips=batch_clips,
+        workers=workers,
+        retry=tuple(retry or ()),
+        catalog_url=catalog_url,
+    )  # fmt: skip
+    for code in settings.retry:
+        if code not in set(FailureCode):
+            raise UsageError(f"--retry {code} is no failure code; known are {', '.join(FailureCode)}.")
+    refs = read_manifest(manifest, http_hosts=settings.download.http_hosts, allow_loopback=allow_loopback)
+    with _bars() as show:
+        funnel = pipeline.run(settings, refs, show)
+    _print_funnel(funnel)
+    console.print(f"shards: {funnel.folder}", soft_wrap=True)
+    if funnel.failed:
+        console.print(f"what failed, and what to do: curation failures --out {out}", soft_wrap=True)
+
+
+@app.command()
+def judge(out: Out, policy: PolicyOption = Path("default"), catalog_url: CatalogUrl = None) -> None:
+    """Judge every observed clip under a policy. Decodes nothing; needs no video."""
+    from curation import pipeline
+    from curation.catalog import Catalog
+    from curation.policy import load_policy
+
+    settings = _existing(out, catalog_url).model_copy(update={"policy": policy})
+    with _bars() as show:
+        judged = pipeline.judge_all(settings, lambda done, total: show("judge", done, total))
+    rule = load_policy(policy)
+    counts = Catalog(settings.database).funnel(None, rule.hash)
+    console.print(f"{judged} clips judged anew under {rule.name} ({rule.hash})")
+    table = Table("decision", "first reason", "clips")
+    table.add_row("accept", "", str(counts.accepted))
+    for reason, clips in sorted(counts.rejected_by.items()):
+        table.add_row("reject", reason, str(clips))
+    for reason, clips in sorted(counts.unknown_by.items()):
+        table.add_row("unknown", reason, str(clips))
+    console.print(table)
+
+
+@app.command()
+def status(out: Out, policy: PolicyOption = Path("default"), catalog_url: CatalogUrl = None) -> None:
+    """How many clips got how far."""
+    from curation.catalog import Catalog
+    from curation.policy import load_policy
+
+    counts = Catalog(_existing(out, catalog_url).database).funnel(None, load_policy(policy).hash)
+    table = Table("stage", "clips", "share")
+    rows = [("registered", counts.clips), ("downloaded", counts.downloaded), ("observed", counts.observed)]
+    rows += [("accepted", counts.accepted)]
+    rows += [(f"rejected: {reason}", clips) for reason, clips in sorted(counts.rejected_by.items())]
+    rows += [("undecided", counts.unknown)]
+    rows += [(f"failed in {stage}: {code}", clips) for (stage, code), clips in sorted(counts.failed.items())]
+    rows += [("in shards", counts.sharded)]
+    for name, clips in rows:
+        table.add_row(name, str(clips), f"{clips / max(counts.clips, 1):.1%}")
+    console.print(table)
+
+
+@app.command()
+def failures(
+    out: Out,
+    code: Annotated[str | None, typer.Option(help="Only this failure code.")] = None,
+    catalog_url: CatalogUrl = None,
+) -> None:
+    """Which clips failed, why, and what to do about it."""
+    from curation.catalog import Catalog
+
+    if code is not None and code not in set(FailureCode):
+        raise UsageError(f"--code {code} is no failure code; known are {', '.join(FailureCode)}.")
+    found = Catalog(_existing(out, catalog_url).database).failures(code=FailureCode(code) if code else None)
+    table = Table("clip", "stage", "code", "what", title=f"{len(found)} failures")
+    for attempt in found:
+        table.add_row(attempt.clip_id, attempt.stage, str(attempt.code), escape(attempt.message))
+    console.print(table)
+    for each in sorted({attempt.code for attempt in found if attempt.code}):
+        again = "may work if run again" if each.transient else f"tried again only with --retry {each.value}"
+        console.print(f"{each.value} ({again}): {each.advice}", soft_wrap=True)
+
+
+@app.command()
+def inspect(
+    clip_id: Annotated[str, typer.Argument(help="A clip id, or its first digits.")],
+    out: Out,
+    catalog_url: CatalogUrl = None,
+) -> None:
+    """Everything known of one clip: video, measurements, verdicts with every reason, tries, shards."""
+    from curation.catalog import Catalog
+
+    catalog = Catalog(_existing(out, catalog_url).database)
+    history = catalog.clip(clip_id)
+    record: dict[str, Any] = {"clip_id": history.ref.clip_id, **asdict(history)}
+    if history.observation is not None:
+        record["measured_with"] = catalog.provenance(history.observation.provenance_hash)
+    console.print_json(json.dumps(record, default=str))
+
+
+@app.command()
+def evaluate(
+    cases: Annotated[Path, typer.Option(help="CSV of file, expected, first_reason and, optionally, the criteria.")],
+    detector: Detector = None,
+    policy: PolicyOption = Path("default"),
+    json_out: Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes; one per core by default.")] = None,
+) -> None:
+    """Observe and judge labelled clips that lie beside a CSV, and show where the policy disagrees with the labels."""
+    from curation import evaluate as evaluation
+    from curation.policy import load_policy
+
+    rule = load_policy(policy)
+    labelled = evaluation.read_cases(cases)
+    settings = ObserveSettings(detector=detector)
+    with _bars() as show:
+        results = evaluation.evaluate(
+            labelled, cases.parent, rule, settings, workers, lambda done, total: show("evaluate", done, total)
+        )
+    if json_out is not None:
+        evaluation.write_results(results, json_out)
+    console.print(evaluation.summary(results), markup=False, highlight=False, soft_wrap=True)
+
+
+def teacher_settings(teacher: str, name: str | None, num_tokens: int, device: str) -> TeacherSettings:
+    """The teacher that one word means: none, a folder of depth, or a MoGe-2 model by file or Hugging Face id."""
+    if teacher == "none":
+        return TeacherSettings(kind="none")
+    path = Path(teacher).expanduser()
+    if path.is_dir() and not (path / "model.pt").is_file():
+        return TeacherSettings(kind="folder", model=str(path), name=name)
+    return TeacherSettings(kind="moge", model=teacher, name=name, num_tokens=num_tokens, device=device)
+
+
+def _existing(out: Path, catalog_url: str | None) -> Settings:
+    if catalog_url is None and not (out / "catalog.sqlite").is_file():
+        raise UsageError(f"There is no catalog in {out}; give the --out of a run.")
+    return Settings(out=out, catalog_url=catalog_url)
+
+
+def _print_funnel(funnel: Funnel) -> None:
+    table = Table("stage", "clips", "share")
+    for row in funnel.table():
+        table.add_row(row["stage"], str(row["clips"]), row["share"])
+    console.print(table)
+
+
+@contextmanager
+def _bars() -> Iterator[Callable[[str, int, int], None]]:
+    """Progress bars, one per stage, with the time left; on standard error, so that output can be piped."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description:9}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        tasks: dict[str, Any] = {}
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(stage, total=total)
+            progress.update(tasks[stage], completed=done, total=total)
+
+        yield show
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one sentence and exit code 2."""
+    try:
+        app()
+    except UsageError as error:
+        _fail(str(error))
+    except ValidationError as error:
+        first = error.errors()[0]
+        _fail(f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}.")
+
+
+def _fail(sentence: str) -> NoReturn:
+    Console(stderr=True).print(f"error: {sentence}", style="red", markup=False, soft_wrap=True)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
