@@ -1,7 +1,8 @@
-"""A body in the SMPL format: the embedded one, or a user's licensed SMPL file through the same loader; and its skinning.
+"""A body in the SMPL format, embedded or from a user's licensed SMPL file, and its skinning.
 
-The embedded body has SMPL's layout (6890 vertices, 13776 faces, 24 joints, 10 shapes, 207 pose directions) and none of its
-data. Frame: metres, y up, facing +z at rest, the body's left is +x. This module never unpickles arbitrary objects.
+The embedded body has SMPL's layout (6890 vertices, 13776 faces, 24 joints, 10 shapes, 207 pose directions) and none
+of its data. Frame: metres, y up, facing +z at rest, the body's left is +x. This module never unpickles arbitrary
+objects.
 """
 
 from __future__ import annotations
@@ -21,11 +22,32 @@ from curation.ingest.failures import UsageError
 Array = NDArray[np.float64]
 VERTEX_COUNT, FACE_COUNT, JOINT_COUNT, SHAPE_COUNT, POSE_COUNT = 6890, 13776, 24, 10, 207
 PARENTS = (-1, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9, 12, 13, 14, 16, 17, 18, 19, 20, 21)
-JOINTS = (
-    "pelvis left_hip right_hip spine1 left_knee right_knee spine2 left_ankle right_ankle spine3 left_foot right_foot neck "
-    "left_collar right_collar head left_shoulder right_shoulder left_elbow right_elbow left_wrist right_wrist left_hand "
-    "right_hand"
-).split()
+JOINTS = [
+    "pelvis",
+    "left_hip",
+    "right_hip",
+    "spine1",
+    "left_knee",
+    "right_knee",
+    "spine2",
+    "left_ankle",
+    "right_ankle",
+    "spine3",
+    "left_foot",
+    "right_foot",
+    "neck",
+    "left_collar",
+    "right_collar",
+    "head",
+    "left_shoulder",
+    "right_shoulder",
+    "left_elbow",
+    "right_elbow",
+    "left_wrist",
+    "right_wrist",
+    "left_hand",
+    "right_hand",
+]
 # vertex ids that smplx reads as extra joints; ours are permuted so that the right vertex sits there
 LANDMARKS = {
     "nose": 332, "right_eye": 6260, "left_eye": 2800, "right_ear": 4071, "left_ear": 583,
@@ -94,7 +116,9 @@ def load_body(path: Path | None = None) -> Body:
             kintree_table=_kintree(_dense(raw["kintree_table"])),
         )
     except (KeyError, ValueError, OSError, EOFError, pickle.UnpicklingError) as error:
-        raise UsageError(f"{path.name} is not an SMPL body ({error}); give the .npz or .pkl of a neutral SMPL.") from error
+        raise UsageError(
+            f"{path.name} is not an SMPL body ({error}); give the .npz or .pkl of a neutral SMPL."
+        ) from error
 
 
 def save_body(body: Body, path: Path) -> None:
@@ -108,8 +132,8 @@ def save_body(body: Body, path: Path) -> None:
 def pose_body(body: Body, betas: Array, pose: Array, transl: Array, padding: Array | None = None) -> Posed:
     """Linear blend skinning as SMPL defines it.
 
-    betas (10,); pose (24, 3) axis-angle, the first the root's orientation in the world; transl (3,) m. padding (6890, 3) m
-    is added to the rest vertices, as clothes are, and moves no joint.
+    betas (10,); pose (24, 3) axis-angle, the first the root's orientation in the world; transl (3,) m. padding
+    (6890, 3) m is added to the rest vertices, as clothes are, and moves no joint.
     """
     shaped = body.v_template + body.shapedirs @ betas
     joints = body.J_regressor @ shaped
@@ -153,7 +177,9 @@ def _embedded() -> Body:
     with np.load(EMBEDDED) as stored:
         template = stored["v_template"].astype(np.float64)
         weights = np.zeros((VERTEX_COUNT, JOINT_COUNT))
-        np.put_along_axis(weights, stored["weight_joint"].astype(np.int64), stored["weight_value"].astype(np.float64), 1)
+        np.put_along_axis(
+            weights, stored["weight_joint"].astype(np.int64), stored["weight_value"].astype(np.float64), 1
+        )
         weights /= weights.sum(1, keepdims=True)
         regressor = np.zeros((JOINT_COUNT, VERTEX_COUNT))
         regressor[stored["regressor_joint"], stored["regressor_vertex"]] = stored["regressor_value"]
@@ -167,8 +193,8 @@ def _embedded() -> Body:
 def _pose_directions(template: Array, weights: Array, joints: Array) -> Array:
     """Pose directions that undo most of the volume that linear blending loses at a bent joint.
 
-    Each vertex should turn about the joint by its share w of the rotation (R^w) rather than be averaged; the difference,
-    seen before skinning, is fitted linearly to R - 1 over rotations of up to 100 degrees.
+    Each vertex should turn about the joint by its share w of the rotation (R^w) rather than be averaged; the
+    difference, seen before skinning, is fitted linearly to R - 1 over rotations of up to 100 degrees.
     """
     directions = np.zeros((VERTEX_COUNT, 3, POSE_COUNT))
     axes = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1], [0, 1, 1], [1, -1, 0], [0, 1, -1]], float)
@@ -218,7 +244,7 @@ class _Chumpy:
 
 
 class _RestrictedUnpickler(pickle.Unpickler):
-    """Reads arrays, sparse matrices and chumpy arrays; refuses every other global, so a hostile file cannot run code."""
+    """Reads arrays, sparse matrices and chumpy arrays; refuses any other global, so no file can run code."""
 
     @classmethod
     def read(cls, path: Path) -> dict[str, Any]:

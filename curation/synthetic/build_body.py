@@ -2,17 +2,20 @@
 
     python -m curation.synthetic.build_body curation/synthetic/body.npz
 
-Smooth union of ellipsoids and round cones -> marching cubes -> simplification -> exactly 6890 vertices -> relaxation ->
-skinning by bone distance and diffusion -> shape directions from bone offsets -> joint regressor by non-negative least
-squares. Every number below is our own; none of SMPL's data is used, only its format (vertex, face and joint counts, joint
-order, and the vertex ids that `smplx` reads as extra joints). Frame: metres, y up, facing +z, the body's left is +x.
+Smooth union of ellipsoids and round cones -> marching cubes -> simplification -> exactly 6890 vertices -> relaxation
+-> skinning by bone distance and diffusion -> shape directions from bone offsets -> joint regressor by non-negative
+least squares. Every number below is our own; none of SMPL's data is used, only its format (vertex, face and joint
+counts, joint order, and the vertex ids that `smplx` reads as extra joints). Frame: metres, y up, facing +z, the
+body's left is +x.
 """
 
 from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,10 +51,32 @@ _CENTRE = {
     "neck": (0.0, 1.455, -0.022),
     "head": (0.0, 1.535, 0.000),
 }
-_ORDER = (
-    "pelvis hip hip spine1 knee knee spine2 ankle ankle spine3 foot foot neck collar collar head shoulder shoulder "
-    "elbow elbow wrist wrist hand hand"
-).split()
+_ORDER = [
+    "pelvis",
+    "hip",
+    "hip",
+    "spine1",
+    "knee",
+    "knee",
+    "spine2",
+    "ankle",
+    "ankle",
+    "spine3",
+    "foot",
+    "foot",
+    "neck",
+    "collar",
+    "collar",
+    "head",
+    "shoulder",
+    "shoulder",
+    "elbow",
+    "elbow",
+    "wrist",
+    "wrist",
+    "hand",
+    "hand",
+]
 
 
 def joint_positions() -> Array:
@@ -140,7 +165,9 @@ def _parts() -> list[Part]:
         Cone((0.725, 1.396, 0.010), (0.765, 1.390, 0.040), 0.014, 0.0105, 0.008),  # thumb
         Cone((0.765, 1.390, 0.040), (0.792, 1.387, 0.053), 0.0105, 0.0085, 0.005),
     ]
-    for (x, z), length in zip(((0.790, 0.018), (0.795, -0.006), (0.792, -0.029), (0.784, -0.050)), _FINGERS, strict=True):
+    for (x, z), length in zip(
+        ((0.790, 0.018), (0.795, -0.006), (0.792, -0.029), (0.784, -0.050)), _FINGERS, strict=True
+    ):
         spread = (z + 0.016) * 0.35
         tip = (x + length, 1.395, z + spread)
         left.append(Cone((x - 0.02, 1.399, z * 0.9 - 0.002), tip, 0.0105, 0.0080, 0.004))
@@ -244,7 +271,7 @@ def _exact_count(vertices: Array, faces: NDArray[np.int64]) -> tuple[Array, NDAr
     return np.array(corners), np.array(table)
 
 
-def _laplacian(vertices: Array, faces: NDArray[np.int64]):  # noqa: ANN202 - a scipy sparse matrix has no useful type
+def _laplacian(vertices: Array, faces: NDArray[np.int64]) -> Any:
     """Row-normalised neighbour average."""
     from scipy.sparse import coo_matrix, diags
 
@@ -324,7 +351,7 @@ def _shape_directions(vertices: Array, weights: Array, joints: Array) -> tuple[A
     stretch = {2: ((1, 4, 7, 10), 0.06), 3: ((16, 18, 20, 22), 0.05)}
     for index, (chain, factor) in stretch.items():
         for side in (0, 1):
-            for above, below in zip(chain, chain[1:], strict=False):
+            for above, below in pairwise(chain):
                 if below + side in (10, 11):
                     moves[index, below + side] = moves[index, above + side]
                     continue
@@ -425,7 +452,7 @@ def main() -> None:
     """Write the body file to the path given on the command line."""
     arrays = build()
     with atomic_path(Path(sys.argv[1])) as temporary, temporary.open("wb") as stream:
-        np.savez_compressed(stream, **arrays)
+        np.savez_compressed(stream, **arrays)  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ MOVES = ("static", "handheld", "pan", "orbit", "dolly")
 class Shot:
     """How to film: height of the dancer relative to the picture, the move, and where the dancer stands in the picture.
 
-    yaw: direction from dancer to camera, radians about y (0: the camera stands toward +z). shift: of the dancer's middle,
-    as a share of the picture (right, down).
+    yaw: direction from dancer to camera, radians about y (0: the camera stands toward +z). shift: of the dancer's
+    middle, as a share of the picture (right, down).
     """
 
     height: float

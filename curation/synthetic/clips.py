@@ -1,8 +1,8 @@
 """Clips for every way a video can go, as H.264 files, each with its true verdict per criterion, derived from geometry.
 
-A clip is drawn again until geometry shows its case clearly: a good dancer stays well inside the picture, a truncated one is
-truncated for most of the clip. What is true is then measured on the frames that were rendered, with the same definitions
-for every case; no detector and no policy is asked. Frames are a pure function of the plan.
+A clip is drawn again until geometry shows its case clearly: a good dancer stays well inside the picture, a truncated
+one is truncated for most of the clip. What is true is then measured on the frames that were rendered, with the same
+definitions for every case; no detector and no policy is asked. Frames are a pure function of the plan.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from curation.files import atomic_path
 from curation.records import Outcome
 from curation.synthetic.body import load_body
 from curation.synthetic.camera import Shot, film
+from curation.synthetic.raster import Camera
 from curation.synthetic.motion import Place, dance
 from curation.synthetic.scene import KINDS, Builder, build_scene
 from curation.synthetic.take import Dancer, Frame, Seen, Take, held_ball
@@ -32,10 +33,35 @@ Image = NDArray[np.uint8]
 CRITERIA = ("shot", "single", "height", "border", "overlap")
 MIN_HEIGHT, TOLERATED, MARGIN, MIN_SHOWN, MIN_SECONDS = 0.40, 0.10, 0.005, 0.25, 1.0
 CASES = (
-    "good", "hard_cut", "good", "two_people", "truncated_bottom", "good", "fade", "small", "good", "occluded", "jump_cut",
-    "good", "truncated_left", "strobe", "no_person", "good", "held_object", "letterboxed", "truncated_right", "good", "rotated",
-    "truncated_top", "variable_rate", "too_short", "corrupt", "good", "letterbox_truncated", "good",
-)  # fmt: skip
+    "good",
+    "hard_cut",
+    "good",
+    "two_people",
+    "truncated_bottom",
+    "good",
+    "fade",
+    "small",
+    "good",
+    "occluded",
+    "jump_cut",
+    "good",
+    "truncated_left",
+    "strobe",
+    "no_person",
+    "good",
+    "held_object",
+    "letterboxed",
+    "truncated_right",
+    "good",
+    "rotated",
+    "truncated_top",
+    "variable_rate",
+    "too_short",
+    "corrupt",
+    "good",
+    "letterbox_truncated",
+    "good",
+)
 
 
 @dataclass(frozen=True)
@@ -54,8 +80,8 @@ class ClipPlan:
 class ClipTruth:
     """What is true of a clip.
 
-    criteria: pass or fail per criterion, unknown where there is nobody to ask it of. first_reason: the first that fails,
-    in CRITERIA's order; too_short or decode for clips that never get there; "" for an accepted one.
+    criteria: pass or fail per criterion, unknown where there is nobody to ask it of. first_reason: the first that
+    fails, in CRITERIA's order; too_short or decode for clips that never get there; "" for an accepted one.
     """
 
     plan: ClipPlan
@@ -70,8 +96,8 @@ class ClipTruth:
 class Footage:
     """A clip before encoding: takes one after the other, and what the editor does to each picture.
 
-    parts: (take, index) per frame; finish(image, i) gives the picture as shown; times_s (N,) presentation times; active:
-    the part of the picture that is not bars, as xyxy.
+    parts: (take, index) per frame; finish(image, i) gives the picture as shown; times_s (N,) presentation times;
+    active: the part of the picture that is not bars, as xyxy.
     """
 
     parts: tuple[tuple[Take, int], ...]
@@ -92,18 +118,27 @@ def plan_clips(count: int, seed: int = 0, fps: int = 24, seconds: float = 3.0) -
     for index in range(count):
         rng = np.random.default_rng([seed, index])
         case = CASES[index % len(CASES)]
-        upright = case in ("rotated",) or (case in ("good", "strobe", "truncated_bottom", "two_people") and rng.random() < 0.3)
+        upright = case in ("rotated",) or (
+            case in ("good", "strobe", "truncated_bottom", "two_people") and rng.random() < 0.3
+        )
         plans.append(
             ClipPlan(
-                f"{index:03d}_{case}", case, int(rng.integers(2**31)), (360, 640) if upright else (640, 360), fps,
+                f"{index:03d}_{case}",
+                case,
+                int(rng.integers(2**31)),
+                (360, 640) if upright else (640, 360),
+                fps,
                 0.4 if case == "too_short" else seconds,
             )
-        )  # fmt: skip
+        )
     return plans
 
 
 def make_clips(
-    folder: Path, plans: Sequence[ClipPlan], workers: int | None = None, progress: Callable[[int, int], None] | None = None
+    folder: Path,
+    plans: Sequence[ClipPlan],
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[ClipTruth]:
     """Write every plan's clip and cases.csv, the table of what is true."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -201,14 +236,17 @@ def truth_of(plan: ClipPlan, footage: Footage, frames: Sequence[Frame]) -> ClipT
 def measure(footage: Footage, frames: Sequence[Frame]) -> dict[str, float]:
     """Shares and means over sampled frames.
 
-    people: mean count of people of whom at least a quarter shows. one_person: share of frames with exactly one. height: mean
-    height of the largest one's visible box, relative to the picture inside bars. truncated: share of frames in which its body
-    leaves that picture. overlapped: share in which its visible box meets the visible box of anything else.
+    people: mean count of people of whom at least a quarter shows. one_person: share of frames with exactly one.
+    height: mean height of the largest one's visible box, relative to the picture inside bars. truncated: share of
+    frames in which its body leaves that picture. overlapped: share in which its visible box meets the visible box of
+    anything else.
     """
     counts, heights, truncated, overlapped = [], [], [], []
     for frame in frames:
         width, height = frame.camera.size
-        people = [one for one in frame.seen if one.name == "person" and one.visible is not None and one.shown > MIN_SHOWN]
+        people = [
+            one for one in frame.seen if one.name == "person" and one.visible is not None and one.shown > MIN_SHOWN
+        ]
         counts.append(len(people))
         if not people:
             continue
@@ -234,14 +272,48 @@ def encode(pictures: Iterator[Image], times_s: Array, plan: ClipPlan, target: Pa
     width, height = plan.size[::-1] if rotated else plan.size
     if plan.case.startswith("letterbox"):
         height = _barred(plan.size)[1]
-    uneven = ["-vf", f"setpts='{_pts_expression(plan.fps)}'", "-fps_mode", "passthrough"] if plan.case == "variable_rate" else []
+    uneven = (
+        ["-vf", f"setpts='{_pts_expression(plan.fps)}'", "-fps_mode", "passthrough"]
+        if plan.case == "variable_rate"
+        else []
+    )
     stored = target.with_name(f"{target.stem}-stored.mp4") if rotated else target
     command = [
-        get_ffmpeg_exe(), "-v", "error", "-y", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}",
-        "-r", str(plan.fps), "-i", "-", *uneven, "-c:v", "libx264", "-preset", "veryfast", "-crf", "23", "-pix_fmt", "yuv420p",
-        "-threads", "1", "-video_track_timescale", "24000", "-fflags", "+bitexact", "-flags:v", "+bitexact",
-        "-map_metadata", "-1", str(stored),
-    ]  # fmt: skip
+        get_ffmpeg_exe(),
+        "-v",
+        "error",
+        "-y",
+        "-f",
+        "rawvideo",
+        "-pix_fmt",
+        "rgb24",
+        "-s",
+        f"{width}x{height}",
+        "-r",
+        str(plan.fps),
+        "-i",
+        "-",
+        *uneven,
+        "-c:v",
+        "libx264",
+        "-preset",
+        "veryfast",
+        "-crf",
+        "23",
+        "-pix_fmt",
+        "yuv420p",
+        "-threads",
+        "1",
+        "-video_track_timescale",
+        "24000",
+        "-fflags",
+        "+bitexact",
+        "-flags:v",
+        "+bitexact",
+        "-map_metadata",
+        "-1",
+        str(stored),
+    ]
     process = subprocess.Popen(command, stdin=subprocess.PIPE)
     assert process.stdin is not None
     for picture in pictures:
@@ -309,7 +381,10 @@ def _draw(plan: ClipPlan, rng: np.random.Generator) -> Footage | None:
         one = _take(plan, rng, first, times[:at], -aside)
         two = _take(plan, rng, second, times[at:], aside)
         if case == "jump_cut":  # the camera does not move: only the dancer is elsewhere
-            one, two = replace(one, cameras=(one.cameras[0],) * at), replace(two, cameras=(one.cameras[0],) * (len(times) - at))
+            one, two = (
+                replace(one, cameras=(one.cameras[0],) * at),
+                replace(two, cameras=(one.cameras[0],) * (len(times) - at)),
+            )
         if not (_clear(one, case) and _clear(two, case)):
             return None
         takes = [(one, i) for i in range(at)] + [(two, i) for i in range(len(times) - at)]
@@ -352,7 +427,15 @@ def _set(plan: ClipPlan, rng: np.random.Generator) -> _Set:
         height = rng.uniform(0.42, 0.46)
     elif case in ("hard_cut", "jump_cut", "fade"):
         move = "static"
-    shot = Shot(float(height), move, float(yaw), float(rng.uniform(0.9, 1.5)), float(rng.uniform(34, 52)), shift, int(rng.integers(2**31)))
+    shot = Shot(
+        float(height),
+        move,
+        float(yaw),
+        float(rng.uniform(0.9, 1.5)),
+        float(rng.uniform(34, 52)),
+        shift,
+        int(rng.integers(2**31)),
+    )
     kind = str(rng.choice(list(KINDS)))
     body_count = 2 if case == "two_people" else 1
     wearers = tuple(dress(Outfit.draw(rng)) for _ in range(body_count))
@@ -395,7 +478,9 @@ def _take(plan: ClipPlan, rng: np.random.Generator, stage: _Set, times: Array, a
     for wearer, betas, offset in zip(stage.wearers, stage.betas, apart, strict=True):
         at = across * offset
         place = Place(float(at[0]), float(at[1]), float(yaw + rng.normal(0, 0.3)), 0.16)
-        dancers.append(Dancer(wearer, dance(load_body(), betas, times + rng.uniform(0, 3), int(rng.integers(2**31)), place)))
+        dancers.append(
+            Dancer(wearer, dance(load_body(), betas, times + rng.uniform(0, 3), int(rng.integers(2**31)), place))
+        )
     stride = max(1, len(times) // 12)
     clouds = np.stack([_cloud(dancers, i) for i in range(0, len(times), stride)])
     still = times[::stride]
@@ -407,7 +492,7 @@ def _take(plan: ClipPlan, rng: np.random.Generator, stage: _Set, times: Array, a
     return Take(scene, people, tuple(cameras), times, held)
 
 
-def _between(clouds: Array, still: Array, times: Array, size: tuple[int, int], shot: Shot):  # noqa: ANN202
+def _between(clouds: Array, still: Array, times: Array, size: tuple[int, int], shot: Shot) -> list[Camera]:
     index = np.interp(times, still, np.arange(len(still)))
     low = np.floor(index).astype(int)
     high = np.minimum(low + 1, len(still) - 1)
@@ -417,7 +502,8 @@ def _between(clouds: Array, still: Array, times: Array, size: tuple[int, int], s
 
 def _cloud(dancers: Sequence[Dancer], index: int) -> Array:
     clouds = [
-        one.dressed.pose(one.motion.betas, one.motion.pose[index], one.motion.transl[index]).vertices[::40] for one in dancers
+        one.dressed.pose(one.motion.betas, one.motion.pose[index], one.motion.transl[index]).vertices[::40]
+        for one in dancers
     ]
     return np.concatenate(clouds)
 
@@ -439,14 +525,18 @@ def _clear(take: Take, case: str) -> bool:
         gap = np.maximum(other[:, :2] - person[:, 2:], person[:, :2] - other[:, 2:]).max(1)
         seen = (other[:, :2] < 1).all(1) & (other[:, 2:] > 0).all(1)
         meets |= (gap < 0.02) & seen
-        shared = np.prod(np.maximum(np.minimum(other[:, 2:], person[:, 2:]) - np.maximum(other[:, :2], person[:, :2]), 0), 1)
+        shared = np.prod(
+            np.maximum(np.minimum(other[:, 2:], person[:, 2:]) - np.maximum(other[:, :2], person[:, :2]), 0), 1
+        )
         covers |= (shared > 0.08 * np.prod(person[:, 2:] - person[:, :2], 1)) | (
             shared > 0.7 * np.prod(other[:, 2:] - other[:, :2], 1)
         )
     inside = (beyond < -0.025).all()
     if case.startswith("truncated") or case == "letterbox_truncated":
         side = {"left": 0, "top": 1, "right": 2, "bottom": 3}.get(case.split("_")[1], 3)
-        cut = beyond[:, side] * size[side] > 0.10 * (person[:, 3] - person[:, 1]) * height * (0.6 if side in (0, 2) else 1)
+        cut = beyond[:, side] * size[side] > 0.10 * (person[:, 3] - person[:, 1]) * height * (
+            0.6 if side in (0, 2) else 1
+        )
         shows = (np.clip(person[:, 2], 0, 1) - np.clip(person[:, 0], 0, 1)) / (person[:, 2] - person[:, 0])
         return bool(cut.mean() > 0.8 and tall.min() > 0.45 and shows.min() > 0.35 and not meets.any())
     if case == "small":

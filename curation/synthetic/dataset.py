@@ -2,8 +2,9 @@
 
     python -m curation.synthetic.dataset FOLDER --clips 200 --seed 0
 
-The shards have the ordinary schema, with exact depth and masks, and further columns of ground truth (LABELS). Frames: the
-world is metric, y up; extrinsics map it to an OpenCV camera. Provenance says `synthetic`, so no one can take them for real.
+The shards have the ordinary schema, with exact depth and masks, and further columns of ground truth (LABELS).
+Frames: the world is metric, y up; extrinsics map it to an OpenCV camera. Provenance says `synthetic`, so no one can
+take them for real.
 """
 
 from __future__ import annotations
@@ -45,10 +46,17 @@ LABELS = (
     Label("smpl_pose", 72, "rad", "24 axis-angle rotations; the first is the root's orientation in the world."),
     Label("smpl_betas", 10, "", "Shape, constant over a clip."),
     Label("smpl_transl", 3, "m", "Added to the posed vertices, in the world."),
-    Label("extrinsics", 16, "m", "World to camera, 4 x 4: OpenCV camera (x right, y down, z forward); the world has y up."),
+    Label(
+        "extrinsics", 16, "m", "World to camera, 4 x 4: OpenCV camera (x right, y down, z forward); the world has y up."
+    ),
     Label("joints_3d", 72, "m", "24 joints in the world."),
-    Label("joints_2d", 48, "px", "24 joints on the training grid, also where hidden or outside; the first pixel's centre is (0.5, 0.5)."),
-)  # fmt: skip
+    Label(
+        "joints_2d",
+        48,
+        "px",
+        "24 joints on the training grid, also where hidden or outside; the first pixel's centre is (0.5, 0.5).",
+    ),
+)
 
 
 def write_dataset(
@@ -154,9 +162,13 @@ def main() -> None:
     with Progress() as bar:
         task = bar.add_task("labelled clips", total=arguments.clips)
         write_dataset(
-            arguments.folder, arguments.clips, arguments.seed, arguments.frames, arguments.workers,
+            arguments.folder,
+            arguments.clips,
+            arguments.seed,
+            arguments.frames,
+            arguments.workers,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )  # fmt: skip
+        )
 
 
 if __name__ == "__main__":

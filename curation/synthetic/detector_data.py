@@ -1,7 +1,7 @@
 """Labelled pictures of the synthetic world for the demo detector: YOLO's folder layout, deterministic per seed.
 
-Framings are those of clips: mostly one large dancer, often cut by a border, small, hidden, or not alone. Labels are boxes of
-visible pixels; what is nearly hidden or tiny is not labelled.
+Framings are those of clips: mostly one large dancer, often cut by a border, small, hidden, or not alone. Labels are
+boxes of visible pixels; what is nearly hidden or tiny is not labelled.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ def labels(frame: Frame) -> list[tuple[int, float, float, float, float]]:
             whole = (seen.box[2] - seen.box[0]) * (seen.box[3] - seen.box[1])
             if (x1 - x0) * (y1 - y0) < 0.04 * whole:
                 continue
-        row = ((x0 + x1) / 2 / width, (y0 + y1) / 2 / height, (x1 - x0) / width, (y1 - y0) / height)
-        rows.append((CLASSES.index(seen.name), *(float(v) for v in row)))
+        x, y, w, h = (x0 + x1) / 2 / width, (y0 + y1) / 2 / height, (x1 - x0) / width, (y1 - y0) / height
+        rows.append((CLASSES.index(seen.name), float(x), float(y), float(w), float(h)))
     return rows
 
 
@@ -97,16 +97,25 @@ def _picture(rng: np.random.Generator, kind: str, scene_seed: int, wearers: list
     times = np.array([0.0, 0.1]) + rng.uniform(0, 4)
     dancers = []
     for index in range(max(people, 1)):
-        spot = np.zeros(2) if index == 0 else across * rng.choice([-1, 1]) * rng.uniform(0.7, 2) + toward * rng.uniform(-1.6, 0.4)
+        spot = (
+            np.zeros(2)
+            if index == 0
+            else across * rng.choice([-1, 1]) * rng.uniform(0.7, 2) + toward * rng.uniform(-1.6, 0.4)
+        )
         place = Place(float(spot[0]), float(spot[1]), yaw + rng.normal(0, 0.8), 0.2)
         motion = dance(load_body(), rng.normal(0, 0.9, 10), times, int(rng.integers(2**31)), place)
         dancers.append(Dancer(wearers[int(rng.integers(len(wearers)))], motion))
     height = rng.choice([rng.uniform(0.45, 0.9), rng.uniform(0.15, 0.45), rng.uniform(0.9, 1.5)], p=[0.68, 0.18, 0.14])
     loose = 0.32 if rng.random() < 0.35 else 0.08
     shot = Shot(
-        float(height), str(rng.choice(MOVES)), yaw, float(rng.uniform(0.7, 1.8)), float(rng.uniform(32, 62)),
-        (float(rng.normal(0, loose)), float(rng.normal(0, loose / 2))), int(rng.integers(2**31)),
-    )  # fmt: skip
+        float(height),
+        str(rng.choice(MOVES)),
+        yaw,
+        float(rng.uniform(0.7, 1.8)),
+        float(rng.uniform(32, 62)),
+        (float(rng.normal(0, loose)), float(rng.normal(0, loose / 2))),
+        int(rng.integers(2**31)),
+    )
     first = dancers[0]
     body = first.dressed.pose(first.motion.betas, first.motion.pose[0], first.motion.transl[0])
     cameras = tuple(film(np.repeat(body.vertices[None, ::20], 2, 0), times, size, shot))

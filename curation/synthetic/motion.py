@@ -48,7 +48,7 @@ class Motion:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a dancer stays: centre (x, z) m on the floor, facing (radians about y, 0 looks along +z), roaming radius m."""
+    """Where a dancer stays: x, z and roaming radius in metres; yaw about y in radians, 0 looks along +z."""
 
     x: float = 0.0
     z: float = 0.0

@@ -1,4 +1,4 @@
-"""Procedural textures: small paintings of floors, walls, leaves and cloth, each from a random generator and nothing else."""
+"""Procedural textures: floors, walls, leaves and cloth, each from a random generator alone."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """A z-buffer renderer in numba: colour, exact metric depth and instance ids, with no GL and no system library.
 
-Triangles are rasterised in homogeneous form (edge functions of the camera-space corners), so nothing is ever clipped and
-depth is exact: each pixel's ray, through its centre, meets the triangle's plane. Same input, same pixels. It never moves
-anything and knows nothing about people. Frames: world y up; camera x right, y down, z forward (OpenCV); pixel (row i,
-column j) has its centre at image coordinates (j + 0.5, i + 0.5).
+Triangles are rasterised in homogeneous form (edge functions of the camera-space corners), so nothing is ever clipped
+and depth is exact: each pixel's ray, through its centre, meets the triangle's plane. Same input, same pixels. It
+never moves anything and knows nothing about people. Frames: world y up; camera x right, y down, z forward (OpenCV);
+pixel (row i, column j) has its centre at image coordinates (j + 0.5, i + 0.5).
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ def merge(meshes: Sequence[Mesh]) -> Mesh:
     """One mesh of several."""
     offsets = np.cumsum([0] + [len(mesh.vertices) for mesh in meshes[:-1]])
     return Mesh(
-        *(np.concatenate([getattr(mesh, name) for mesh in meshes]) for name in ("vertices", "normals")),
+        vertices=np.concatenate([mesh.vertices for mesh in meshes]),
+        normals=np.concatenate([mesh.normals for mesh in meshes]),
         faces=np.concatenate([m.faces + np.int32(o) for m, o in zip(meshes, offsets, strict=True)]).astype(np.int32),
         uv=np.concatenate([mesh.uv for mesh in meshes]),
         texture=np.concatenate([mesh.texture for mesh in meshes]),
@@ -111,7 +112,9 @@ def merge(meshes: Sequence[Mesh]) -> Mesh:
 def render(
     mesh: Mesh, camera: Camera, textures: NDArray[np.uint8], light: Light, contacts: Array | None = None
 ) -> Rendered:
-    """Render a mesh; textures (T, N, 3) are stacked, and a face's texture is its number there. contacts (N, 4): points on the floor and radii in metres that are darkened a little, as feet do."""
+    """Render a mesh; textures (T, N, 3) are stacked, and a face's texture is its number there. contacts (N, 4): points
+    on the floor and radii in metres that are darkened a little, as feet do.
+    """
     width, height = camera.size
     corners = np.ascontiguousarray(camera.to_camera(mesh.vertices))
     inverse, hit, triangle, planes = _rasterise(mesh, camera, corners)
@@ -121,14 +124,35 @@ def render(
     # camera -> world -> shadow map, so that a pixel needs one product
     back = np.linalg.inv(camera.extrinsics)
     to_shadow = to_shadow @ back
-    spots = np.zeros((0, 4)) if contacts is None else np.column_stack([camera.to_camera(contacts[:, :3]), contacts[:, 3]])
+    spots = (
+        np.zeros((0, 4)) if contacts is None else np.column_stack([camera.to_camera(contacts[:, :3]), contacts[:, 3]])
+    )
     rgb = np.empty((height, width, 3), np.float32)
-    _sky(rgb, camera.intrinsics, rotation, (np.array(light.horizon) / 255.0) ** 2, (np.array(light.zenith) / 255.0) ** 2)
+    _sky(
+        rgb, camera.intrinsics, rotation, (np.array(light.horizon) / 255.0) ** 2, (np.array(light.zenith) / 255.0) ** 2
+    )
     _shade(
-        rgb, inverse, triangle, planes, mesh.faces, np.ascontiguousarray(mesh.normals), mesh.uv, mesh.texture,
-        textures, _LINEAR, _densities(mesh), camera.intrinsics, rotation, toward, np.array(light.sun), np.array(light.sky),
-        np.array(light.ground), shadow, to_shadow, spots,
-    )  # fmt: skip
+        rgb,
+        inverse,
+        triangle,
+        planes,
+        mesh.faces,
+        np.ascontiguousarray(mesh.normals),
+        mesh.uv,
+        mesh.texture,
+        textures,
+        _LINEAR,
+        _densities(mesh),
+        camera.intrinsics,
+        rotation,
+        toward,
+        np.array(light.sun),
+        np.array(light.sky),
+        np.array(light.ground),
+        shadow,
+        to_shadow,
+        spots,
+    )
     instances = np.where(hit, mesh.instance[np.maximum(triangle, 0)], 0).astype(np.uint8)
     image = _finish(rgb, inverse, instances)
     return Rendered(image, _depth(inverse, hit), instances)
@@ -147,9 +171,7 @@ def vertex_normals(vertices: Array, faces: NDArray[np.int32]) -> Array:
     return normals
 
 
-def _rasterise(
-    mesh: Mesh, camera: Camera, corners: Array
-) -> tuple[Array, NDArray[np.bool_], NDArray[np.int32], Array]:
+def _rasterise(mesh: Mesh, camera: Camera, corners: Array) -> tuple[Array, NDArray[np.bool_], NDArray[np.int32], Array]:
     width, height = camera.size
     inverse = np.zeros((height, width))
     triangle = np.full((height, width), -1, np.int32)
@@ -172,7 +194,7 @@ def _densities(mesh: Mesh) -> NDArray[np.float32]:
 
 
 def _shadow_map(mesh: Mesh, toward: Array) -> tuple[NDArray[np.float32], Array]:
-    """Distances seen from the light over all that casts shadow, and the (3, 4) map from world to its pixels and depth."""
+    """Distances from the light to all that casts shadow, and the (3, 4) map from world to its pixels."""
     side = np.cross(toward, [0.0, 0.0, 1.0] if abs(toward[2]) < 0.9 else [1.0, 0.0, 0.0])
     side /= np.linalg.norm(side)
     axes = np.stack([side, np.cross(toward, side), -toward])
@@ -221,7 +243,12 @@ def _span(slope: float, offset: float, start: int, stop: int) -> tuple[int, int]
 
 @njit(cache=True, nogil=True)
 def _fill(
-    corners: Array, faces: NDArray[np.int32], intrinsics: Array, inverse: Array, triangle: NDArray[np.int32], planes: Array
+    corners: Array,
+    faces: NDArray[np.int32],
+    intrinsics: Array,
+    inverse: Array,
+    triangle: NDArray[np.int32],
+    planes: Array,
 ) -> None:
     height, width = inverse.shape
     fx, fy, cx, cy = intrinsics[0, 0], intrinsics[1, 1], intrinsics[0, 2], intrinsics[1, 2]

@@ -1,7 +1,8 @@
 """Places: rooms, studios, streets, parks and stages with things in them, each from a seed.
 
-A place is built around the origin with its open side toward +z, where cameras stand; walls are seen from inside only, so a
-camera may stand behind one. Things of the four classes that the demo detector knows are instances; all else is backdrop.
+A place is built around the origin with its open side toward +z, where cameras stand; walls are seen from inside
+only, so a camera may stand behind one. Things of the four classes that the demo detector knows are instances; all
+else is backdrop.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,7 +61,9 @@ class Builder:
         self.textures.append(texture(painter(self.rng, (int(tinted[0]), int(tinted[1]), int(tinted[2])))))
         return len(self.textures) - 1
 
-    def quad(self, corner: Array, right: Array, up: Array, texture: int, repeat: float | None, instance: int = 0) -> None:
+    def quad(
+        self, corner: Array, right: Array, up: Array, texture: int, repeat: float | None, instance: int = 0
+    ) -> None:
         """A flat parallelogram that faces right x up. repeat: metres per texture, or None to show the texture once."""
         corner, right, up = (np.asarray(v, float) for v in (corner, right, up))
         vertices = np.array([corner, corner + right, corner + right + up, corner + up])
@@ -67,12 +71,26 @@ class Builder:
         wide, high = (np.linalg.norm(v) / repeat if repeat else 1.0 for v in (right, up))
         uv = np.array([[0, high], [wide, high], [wide, 0], [0, 0]], np.float32)
         faces = np.array([[0, 1, 2], [0, 2, 3]], np.int32)
-        self._add(vertices, np.tile(normal / np.linalg.norm(normal), (4, 1)), faces, uv[faces], texture, instance, instance > 0)
+        self._add(
+            vertices,
+            np.tile(normal / np.linalg.norm(normal), (4, 1)),
+            faces,
+            uv[faces],
+            texture,
+            instance,
+            instance > 0,
+        )
 
     def box(
-        self, centre: tuple[float, float, float], size: tuple[float, float, float], texture: int,
-        repeat: float | None = 1.0, yaw: float = 0.0, instance: int = 0, casts: bool = True,
-    ) -> None:  # fmt: skip
+        self,
+        centre: tuple[float, float, float],
+        size: tuple[float, float, float],
+        texture: int,
+        repeat: float | None = 1.0,
+        yaw: float = 0.0,
+        instance: int = 0,
+        casts: bool = True,
+    ) -> None:
         """A box about its centre, turned about y."""
         c, s = np.cos(yaw), np.sin(yaw)
         axes = np.array([[c, 0, -s], [0, 1, 0], [s, 0, c]]) * np.array(size)[:, None] / 2
@@ -82,14 +100,22 @@ class Builder:
                 right, up = (a, b) if axis == 2 else ((b, a) if axis == 0 else (a, b))
                 flip = sign * np.sign(np.dot(np.cross(right, up), axes[axis]))
                 right = right * flip
-                self.quad(np.array(centre) + sign * axes[axis] - right - up, 2 * right, 2 * up, texture, repeat, instance)
+                self.quad(
+                    np.array(centre) + sign * axes[axis] - right - up, 2 * right, 2 * up, texture, repeat, instance
+                )
                 if not casts or instance == 0:
                     self.meshes[-1] = replace(self.meshes[-1], casts=np.full(2, casts))
 
     def round(
-        self, base: tuple[float, float, float], profile: Array, texture: int,
-        repeat: tuple[float, float] = (1.0, 1.0), instance: int = 0, casts: bool = True, segments: int = 14,
-    ) -> None:  # fmt: skip
+        self,
+        base: tuple[float, float, float],
+        profile: Array,
+        texture: int,
+        repeat: tuple[float, float] = (1.0, 1.0),
+        instance: int = 0,
+        casts: bool = True,
+        segments: int = 14,
+    ) -> None:
         """A surface of revolution about y; profile (K, 2): radius and height from bottom to top."""
         angle = np.linspace(0, 2 * np.pi, segments + 1)
         radius, height = profile.T
@@ -99,24 +125,41 @@ class Builder:
         uv = np.stack([u, v], -1).reshape(-1, 2).astype(np.float32)
         index = np.arange((len(profile) - 1) * (segments + 1)).reshape(-1, segments + 1)[:, :-1].reshape(-1)
         up = index + segments + 1
-        faces = np.concatenate([np.stack([index, index + 1, up + 1], 1), np.stack([index, up + 1, up], 1)]).astype(np.int32)
+        faces = np.concatenate([np.stack([index, index + 1, up + 1], 1), np.stack([index, up + 1, up], 1)]).astype(
+            np.int32
+        )
         self._add(vertices, vertex_normals(vertices, faces), faces, uv[faces], texture, instance, casts)
 
-    def ball(self, centre: tuple[float, float, float], radii: tuple[float, float], texture: int, instance: int = 0) -> None:
+    def ball(
+        self, centre: tuple[float, float, float], radii: tuple[float, float], texture: int, instance: int = 0
+    ) -> None:
         """A spheroid of horizontal and vertical radius."""
         angle = np.linspace(-np.pi / 2, np.pi / 2, 11)
         profile = np.column_stack([np.cos(angle) * radii[0], np.sin(angle) * radii[1]])
         self.round(centre, profile, texture, (2.0, 1.0), instance, segments=18)
 
     def _add(
-        self, vertices: Array, normals: Array, faces: NDArray[np.int32], uv: NDArray[np.float32], texture: int,
-        instance: int, casts: bool,
-    ) -> None:  # fmt: skip
+        self,
+        vertices: Array,
+        normals: Array,
+        faces: NDArray[np.int32],
+        uv: NDArray[np.float32],
+        texture: int,
+        instance: int,
+        casts: bool,
+    ) -> None:
         count = len(faces)
         self.meshes.append(
-            Mesh(vertices, normals, faces, uv, np.full(count, texture, np.int16), np.full(count, instance, np.uint8),
-                 np.full(count, casts))
-        )  # fmt: skip
+            Mesh(
+                vertices,
+                normals,
+                faces,
+                uv,
+                np.full(count, texture, np.int16),
+                np.full(count, instance, np.uint8),
+                np.full(count, casts),
+            )
+        )
 
     # things with a class
 
@@ -148,7 +191,13 @@ class Builder:
         instance = self._thing("potted plant", x, z, 0.35)
         pot = self.texture(paint.speckle, self.colour(((178, 92, 60), (220, 216, 208), (60, 64, 70))))
         leaf = self.texture(paint.leaves, self.colour(((52, 110, 48), (80, 130, 60), (40, 90, 64))))
-        self.round((x, 0, z), np.array([[0.0, 0.0], [0.13, 0.0], [0.19, 0.32], [0.17, 0.33], [0.0, 0.30]]), pot, (2, 1), instance)
+        self.round(
+            (x, 0, z),
+            np.array([[0.0, 0.0], [0.13, 0.0], [0.19, 0.32], [0.17, 0.33], [0.0, 0.30]]),
+            pot,
+            (2, 1),
+            instance,
+        )
         for _ in range(18):
             turn, lean = self.rng.uniform(0, 2 * np.pi), self.rng.uniform(0.15, 0.9)
             length = (height - 0.3) * self.rng.uniform(0.6, 1.0)
@@ -169,7 +218,9 @@ class Builder:
     def toy_ball(self, x: float, y: float, z: float, radius: float = 0.13) -> int:
         """A ball of six panels; gives its instance id."""
         instance = self._thing("sports ball", x, z, radius)
-        texture = self.texture(paint.panels, self.colour(((220, 110, 40), (40, 90, 190), (200, 40, 50), (240, 200, 60))))
+        texture = self.texture(
+            paint.panels, self.colour(((220, 110, 40), (40, 90, 190), (200, 40, 50), (240, 200, 60)))
+        )
         self.ball((x, y, z), (radius, radius), texture, instance)
         return instance
 
@@ -201,13 +252,17 @@ class Builder:
 
     def picture(self, x: float, y: float, z: float, wide: float, high: float, texture: int) -> None:
         """A flat picture on a wall that faces +z."""
-        self.quad(np.array([x - wide / 2, y - high / 2, z]), np.array([wide, 0, 0]), np.array([0, high, 0]), texture, None)
+        self.quad(
+            np.array([x - wide / 2, y - high / 2, z]), np.array([wide, 0, 0]), np.array([0, high, 0]), texture, None
+        )
 
     def tree(self, x: float, z: float, height: float) -> None:
         """A trunk and a few spheroids of leaves."""
         bark = self.texture(paint.speckle, (96, 76, 58))
         crown = self.texture(paint.leaves, self.colour(((62, 104, 44), (84, 120, 56), (110, 112, 50))))
-        self.round((x, 0, z), np.array([[0.22, 0.0], [0.15, height * 0.3], [0.10, height * 0.65]]), bark, (2, 3), casts=False)
+        self.round(
+            (x, 0, z), np.array([[0.22, 0.0], [0.15, height * 0.3], [0.10, height * 0.65]]), bark, (2, 3), casts=False
+        )
         for _ in range(5):
             dx, dy, dz = self.rng.uniform(-0.9, 0.9, 3)
             size = height * self.rng.uniform(0.14, 0.24)
@@ -220,15 +275,28 @@ class Builder:
 
 
 _WALLS: tuple[Colour, ...] = (
-    (226, 220, 208), (196, 208, 214), (214, 196, 176), (176, 196, 180), (230, 230, 232), (150, 166, 186), (206, 178, 168),
-)  # fmt: skip
+    (226, 220, 208),
+    (196, 208, 214),
+    (214, 196, 176),
+    (176, 196, 180),
+    (230, 230, 232),
+    (150, 166, 186),
+    (206, 178, 168),
+)
 
 
 def _studio(b: Builder) -> Light:
     rng = b.rng
     b.floor(b.texture(paint.planks, (190, 142, 92)), 1.3)
     far = rng.uniform(2.2, 3.4)
-    b.room(rng.uniform(3.6, 5), far, 3.2, b.texture(paint.plaster, b.colour(_WALLS)), 3.0, b.texture(paint.plaster, (238, 238, 236)))
+    b.room(
+        rng.uniform(3.6, 5),
+        far,
+        3.2,
+        b.texture(paint.plaster, b.colour(_WALLS)),
+        3.0,
+        b.texture(paint.plaster, (238, 238, 236)),
+    )
     glass = b.texture(paint.window, (214, 228, 240), 0.03)
     for x in np.arange(-3.2, 3.3, 1.6) + rng.uniform(-0.2, 0.2):
         if rng.random() < 0.75:
@@ -240,7 +308,9 @@ def _studio(b: Builder) -> Light:
             b.box((x, 0.5, -far + 0.14), (0.04, 1.0, 0.04), rail, casts=False)
     box = b.texture(paint.speckle, (36, 36, 40))
     b.box((-3.1, 0.45, -far + 0.45), (0.42, 0.9, 0.4), box)
-    return Light(toward=(rng.uniform(-0.5, 0.5), 0.9, rng.uniform(0.2, 0.5)), sun=(0.62, 0.60, 0.56), sky=(0.55, 0.55, 0.55))
+    return Light(
+        toward=(rng.uniform(-0.5, 0.5), 0.9, rng.uniform(0.2, 0.5)), sun=(0.62, 0.60, 0.56), sky=(0.55, 0.55, 0.55)
+    )
 
 
 def _living(b: Builder) -> Light:
@@ -248,8 +318,21 @@ def _living(b: Builder) -> Light:
     painter, colour = (paint.planks, (150, 104, 66)) if rng.random() < 0.6 else (paint.speckle, (168, 158, 146))
     b.floor(b.texture(painter, colour), 1.2)
     far = rng.uniform(1.9, 2.9)
-    b.room(rng.uniform(2.8, 3.8), far, 2.6, b.texture(paint.plaster, b.colour(_WALLS)), 2.5, b.texture(paint.plaster, (240, 238, 232)))
-    b.quad(np.array([-1.3, 0.006, 1.0]), np.array([2.6, 0, 0]), np.array([0, 0, -1.9]), b.texture(paint.speckle, b.colour(((130, 60, 60), (90, 110, 130), (190, 176, 150)))), 1.0)
+    b.room(
+        rng.uniform(2.8, 3.8),
+        far,
+        2.6,
+        b.texture(paint.plaster, b.colour(_WALLS)),
+        2.5,
+        b.texture(paint.plaster, (240, 238, 232)),
+    )
+    b.quad(
+        np.array([-1.3, 0.006, 1.0]),
+        np.array([2.6, 0, 0]),
+        np.array([0, 0, -1.9]),
+        b.texture(paint.speckle, b.colour(((130, 60, 60), (90, 110, 130), (190, 176, 150)))),
+        1.0,
+    )
     b.picture(rng.uniform(-0.9, 0.9), 1.65, -far + 0.01, 0.9, 0.65, b.texture(paint.poster, b.colour(_WALLS)))
     b.picture(-1.9, 1.5, -far + 0.01, 1.0, 1.3, b.texture(paint.window, (206, 222, 238), 0.03))
     cloth = b.texture(paint.curtain, b.colour(((170, 150, 130), (120, 136, 150), (176, 110, 96))))
@@ -257,7 +340,12 @@ def _living(b: Builder) -> Light:
         b.picture(x, 1.2, -far + 0.03, 0.38, 2.3, cloth)
     b.box((2.0, 0.95, -far + 0.2), (1.0, 1.9, 0.36), b.texture(paint.books, (120, 84, 54)), None)
     b.box((-2.2, 0.3, -far + 0.3), (1.2, 0.6, 0.45), b.texture(paint.planks, (120, 84, 54)))
-    return Light(toward=(rng.uniform(-0.6, 0.6), 0.85, 0.45), sun=(0.55, 0.50, 0.42), sky=(0.52, 0.50, 0.47), ground=(0.3, 0.26, 0.22))
+    return Light(
+        toward=(rng.uniform(-0.6, 0.6), 0.85, 0.45),
+        sun=(0.55, 0.50, 0.42),
+        sky=(0.52, 0.50, 0.47),
+        ground=(0.3, 0.26, 0.22),
+    )
 
 
 def _street(b: Builder) -> Light:
@@ -269,14 +357,27 @@ def _street(b: Builder) -> Light:
     while x < 22:
         wide, high = rng.uniform(5, 8), rng.uniform(6, 11)
         painter = paint.facade if rng.random() < 0.75 else paint.bricks
-        front = b.texture(painter, b.colour(((196, 176, 150), (170, 150, 140), (150, 90, 70), (186, 190, 192), (206, 196, 168))))
-        b.box((x + wide / 2, high / 2, -far - 3), (wide, high, 6), front, 5.5 if painter is paint.facade else 2.5, casts=False)
+        front = b.texture(
+            painter, b.colour(((196, 176, 150), (170, 150, 140), (150, 90, 70), (186, 190, 192), (206, 196, 168)))
+        )
+        b.box(
+            (x + wide / 2, high / 2, -far - 3),
+            (wide, high, 6),
+            front,
+            5.5 if painter is paint.facade else 2.5,
+            casts=False,
+        )
         door = b.texture(paint.plaster, b.colour(((70, 50, 40), (40, 66, 60), (110, 36, 36))))
         b.box((x + wide * rng.uniform(0.2, 0.8), 1.1, -far + 0.02), (1.0, 2.1, 0.08), door, casts=False)
         x += wide
     post = b.texture(paint.speckle, (60, 62, 64))
     for x in (-6.5, 4.5):
-        b.round((x + rng.uniform(-1, 1), 0, -far + 2.2), np.array([[0.09, 0.0], [0.06, 0.6], [0.05, 4.5], [0.0, 4.5]]), post, casts=False)
+        b.round(
+            (x + rng.uniform(-1, 1), 0, -far + 2.2),
+            np.array([[0.09, 0.0], [0.06, 0.6], [0.05, 4.5], [0.0, 4.5]]),
+            post,
+            casts=False,
+        )
     if rng.random() < 0.6:
         b.tree(rng.choice([-4.5, 4.8]), -far + 1.6, rng.uniform(4, 5.5))
     return Light(toward=(rng.uniform(-0.7, 0.7), 0.8, rng.uniform(0.1, 0.7)), sun=(0.95, 0.88, 0.75))
@@ -285,12 +386,20 @@ def _street(b: Builder) -> Light:
 def _park(b: Builder) -> Light:
     rng = b.rng
     b.floor(b.texture(paint.grass, b.colour(((92, 128, 58), (110, 132, 66)))), 2.4, 40)
-    b.quad(np.array([-40, 0.008, 1.4]), np.array([80, 0, 0]), np.array([0, 0, -2.6]), b.texture(paint.speckle, (184, 170, 146)), 2.0)
+    b.quad(
+        np.array([-40, 0.008, 1.4]),
+        np.array([80, 0, 0]),
+        np.array([0, 0, -2.6]),
+        b.texture(paint.speckle, (184, 170, 146)),
+        2.0,
+    )
     hedge = b.texture(paint.leaves, (58, 92, 44))
     b.box((0, 0.7, -rng.uniform(8, 12)), (60, 1.4, 1.2), hedge, 1.5, casts=False)
     for _ in range(7):
         b.tree(rng.uniform(-12, 12), -rng.uniform(5.5, 14), rng.uniform(4, 7))
-    return Light(toward=(rng.uniform(-0.7, 0.7), 0.8, rng.uniform(0.1, 0.7)), sun=(1.0, 0.92, 0.78), ground=(0.2, 0.24, 0.15))
+    return Light(
+        toward=(rng.uniform(-0.7, 0.7), 0.8, rng.uniform(0.1, 0.7)), sun=(1.0, 0.92, 0.78), ground=(0.2, 0.24, 0.15)
+    )
 
 
 def _stage(b: Builder) -> Light:
@@ -300,18 +409,36 @@ def _stage(b: Builder) -> Light:
     drape = b.texture(paint.curtain, b.colour(((150, 26, 36), (30, 36, 90), (60, 60, 64), (90, 30, 90))))
     for x in np.arange(-7.5, 7.5, 2.5):
         b.quad(np.array([x, 0, -far]), np.array([2.5, 0, 0]), np.array([0, 4.5, 0]), drape, None)
-    b.quad(np.array([-9, 4.5, -far]), np.array([18, 0, 0]), np.array([0, 0, 14]), b.texture(paint.plaster, (30, 28, 30)), 2.0)
+    b.quad(
+        np.array([-9, 4.5, -far]),
+        np.array([18, 0, 0]),
+        np.array([0, 0, 14]),
+        b.texture(paint.plaster, (30, 28, 30)),
+        2.0,
+    )
     box = b.texture(paint.speckle, (28, 28, 30))
     for x in (-3.4, 3.4):
         b.box((x, 0.8, -far + 0.6), (0.6, 1.6, 0.5), box)
-    return Light(toward=(rng.uniform(-0.3, 0.3), 0.8, 0.6), sun=(1.05, 0.98, 0.86), sky=(0.26, 0.25, 0.30), ground=(0.12, 0.10, 0.10))
+    return Light(
+        toward=(rng.uniform(-0.3, 0.3), 0.8, 0.6),
+        sun=(1.05, 0.98, 0.86),
+        sky=(0.26, 0.25, 0.30),
+        ground=(0.12, 0.10, 0.10),
+    )
 
 
 def _gym(b: Builder) -> Light:
     rng = b.rng
     b.floor(b.texture(paint.tiles, b.colour(((120, 130, 140), (90, 110, 150), (140, 150, 130)))), 2.4)
     far = rng.uniform(2.6, 4)
-    b.room(rng.uniform(4, 5.5), far, 3.8, b.texture(paint.bricks, b.colour(((168, 110, 88), (210, 206, 196), (150, 130, 120)))), 2.2, b.texture(paint.speckle, (120, 122, 126)))
+    b.room(
+        rng.uniform(4, 5.5),
+        far,
+        3.8,
+        b.texture(paint.bricks, b.colour(((168, 110, 88), (210, 206, 196), (150, 130, 120)))),
+        2.2,
+        b.texture(paint.speckle, (120, 122, 126)),
+    )
     bars = b.texture(paint.planks, (176, 130, 84))
     start = rng.choice([-3.3, 1.6])
     for i in range(10):
@@ -326,20 +453,35 @@ def _gym(b: Builder) -> Light:
 
 def _backdrop(b: Builder) -> Light:
     rng = b.rng
-    paper = b.texture(paint.plaster, b.colour(((196, 200, 206), (90, 120, 160), (200, 150, 150), (90, 150, 130), (222, 196, 130))), 0.05)
+    paper = b.texture(
+        paint.plaster,
+        b.colour(((196, 200, 206), (90, 120, 160), (200, 150, 150), (90, 150, 130), (222, 196, 130))),
+        0.05,
+    )
     far = rng.uniform(1.8, 2.6)
     b.floor(paper, 4.0)
     angle = np.linspace(0, np.pi / 2, 7)
     curve = np.column_stack([1 - np.cos(angle), np.sin(angle)])
-    for (y0, z0), (y1, z1) in zip(curve, curve[1:], strict=False):
+    for (y0, z0), (y1, z1) in pairwise(curve):
         b.quad(np.array([-14, y0, -far - z0]), np.array([28, 0, 0]), np.array([0, y1 - y0, z0 - z1]), paper, 4.0)
     b.quad(np.array([-14, 1, -far - 1]), np.array([28, 0, 0]), np.array([0, 7, 0]), paper, 4.0)
-    return Light(toward=(rng.uniform(-0.5, 0.5), 0.75, 0.6), sun=(0.6, 0.6, 0.6), sky=(0.55, 0.55, 0.56), ground=(0.36, 0.36, 0.36))
+    return Light(
+        toward=(rng.uniform(-0.5, 0.5), 0.75, 0.6),
+        sun=(0.6, 0.6, 0.6),
+        sky=(0.55, 0.55, 0.56),
+        ground=(0.36, 0.36, 0.36),
+    )
 
 
 KINDS: dict[str, Callable[[Builder], Light]] = {
-    "studio": _studio, "living": _living, "street": _street, "park": _park, "stage": _stage, "gym": _gym, "backdrop": _backdrop,
-}  # fmt: skip
+    "studio": _studio,
+    "living": _living,
+    "street": _street,
+    "park": _park,
+    "stage": _stage,
+    "gym": _gym,
+    "backdrop": _backdrop,
+}
 Furnish = Callable[[Builder], None]
 
 

@@ -1,4 +1,4 @@
-"""A contact sheet: a few frames of every clip in a folder of clips, with what is true of each. For looking, not for tests."""
+"""A contact sheet: a few frames of every clip in a folder of clips, with what is true of each."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _strip(path: Path, case: dict[str, str]) -> NDArray[np.uint8]:
 def _frames(path: Path) -> list[NDArray[np.uint8]]:
     """All frames as displayed; none of a file that cannot be decoded."""
     capture = cv2.VideoCapture(str(path))
-    frames = []
+    frames: list[NDArray[np.uint8]] = []
     while True:
         ok, frame = capture.read()
         if not ok:

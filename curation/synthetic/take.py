@@ -28,7 +28,7 @@ class Dancer:
 
 @dataclass(frozen=True, eq=False)
 class Held:
-    """A thing carried in the first dancer's left (0) or right (1) hand; mesh about the origin, its class and its reach, m."""
+    """A thing carried in the first dancer's left (0) or right (1) hand; mesh about the origin, radius in metres."""
 
     mesh: Mesh
     texture: Texture
@@ -41,8 +41,8 @@ class Held:
 class Seen:
     """One person or thing in one frame.
 
-    box: xyxy of all of it in image coordinates, also where hidden or outside. visible: xyxy of its visible pixels, or None.
-    shown: visible pixels as a share of those that would be in the picture if nothing stood before it.
+    box: xyxy of all of it in image coordinates, also where hidden or outside. visible: xyxy of its visible pixels,
+    or None. shown: visible pixels as a share of those that would be in the picture if nothing stood before it.
     """
 
     instance: int
@@ -111,9 +111,7 @@ class Take:
     def boxes(self, index: int) -> dict[int, Array]:
         """Instance id to box (xyxy, not cut at the borders), from geometry alone, without rendering."""
         camera = self.cameras[index]
-        return {
-            int(mesh.instance[0]): _box(mesh, camera) for _, mesh in self._moving(self.posed(index)) + self._things
-        }
+        return {int(mesh.instance[0]): _box(mesh, camera) for _, mesh in self._moving(self.posed(index)) + self._things}
 
     def _moving(self, bodies: tuple[Posed, ...]) -> list[tuple[str, Mesh]]:
         first = len(self.scene.textures)
@@ -178,4 +176,3 @@ def _contacts(body: Posed) -> Array:
     at = body.joints[[10, 11, 7, 8, 0]] * (1, 0, 1)
     lift = np.maximum(body.joints[[10, 11, 7, 8, 0], 1:2] - 0.1, 0)
     return np.column_stack([at, np.array([[0.18], [0.18], [0.16], [0.16], [0.40]]) + 0.3 * lift])
-

@@ -23,7 +23,9 @@ IMAGE_SIZE = 320
 HELD_OUT_SEED = 900_000
 
 
-def train(work: Path, scenes: int, epochs: int, seed: int = 1000, workers: int | None = None, device: str = "cpu") -> dict[str, float]:
+def train(
+    work: Path, scenes: int, epochs: int, seed: int = 1000, workers: int | None = None, device: str = "cpu"
+) -> dict[str, float]:
     """Render what is missing, train, and return the figures on held-out pictures."""
     os.environ.setdefault("YOLO_AUTOINSTALL", "false")
     from ultralytics import YOLO, settings
@@ -34,17 +36,50 @@ def train(work: Path, scenes: int, epochs: int, seed: int = 1000, workers: int |
     data = work / "data.yaml"
     data.write_text(
         yaml.safe_dump(
-            {"path": str(work.absolute()), "train": "train/images", "val": "val/images", "names": dict(enumerate(CLASSES))}
+            {
+                "path": str(work.absolute()),
+                "train": "train/images",
+                "val": "val/images",
+                "names": dict(enumerate(CLASSES)),
+            }
         )
     )
     model = YOLO(str(LAYOUT), task="detect")
     model.train(
-        data=str(data), epochs=epochs, imgsz=IMAGE_SIZE, batch=16, device=device, workers=0, cache="ram", plots=False,
-        amp=False, val=False, save_period=5, optimizer="AdamW", lr0=0.003, lrf=0.02, cos_lr=True, warmup_epochs=1.0, weight_decay=0.0005,
-        mosaic=1.0, close_mosaic=max(1, round(0.45 * epochs)), scale=0.4, translate=0.1, fliplr=0.5, hsv_h=0.02, hsv_s=0.5,
-        hsv_v=0.35, degrees=0.0, erasing=0.0, seed=0, project=str(work / "runs"), name="demo", exist_ok=True, verbose=False,
+        data=str(data),
+        epochs=epochs,
+        imgsz=IMAGE_SIZE,
+        batch=16,
+        device=device,
+        workers=0,
+        cache="ram",
+        plots=False,
+        amp=False,
+        val=False,
+        save_period=5,
+        optimizer="AdamW",
+        lr0=0.003,
+        lrf=0.02,
+        cos_lr=True,
+        warmup_epochs=1.0,
+        weight_decay=0.0005,
+        mosaic=1.0,
+        close_mosaic=max(1, round(0.45 * epochs)),
+        scale=0.4,
+        translate=0.1,
+        fliplr=0.5,
+        hsv_h=0.02,
+        hsv_s=0.5,
+        hsv_v=0.35,
+        degrees=0.0,
+        erasing=0.0,
+        seed=0,
+        project=str(work / "runs"),
+        name="demo",
+        exist_ok=True,
+        verbose=False,
         patience=0,
-    )  # fmt: skip
+    )
     shutil.copyfile(work / "runs" / "demo" / "weights" / "last.pt", work / "demo.pt")
     return measure(work / "demo.pt", data)
 
@@ -53,7 +88,9 @@ def measure(weights: Path, data: Path) -> dict[str, float]:
     """mAP50 of the person class and of all classes on the held-out pictures of a data file."""
     from ultralytics import YOLO
 
-    result = YOLO(str(weights)).val(data=str(data), imgsz=IMAGE_SIZE, plots=False, verbose=False, workers=0, device="cpu")
+    result = YOLO(str(weights)).val(
+        data=str(data), imgsz=IMAGE_SIZE, plots=False, verbose=False, workers=0, device="cpu"
+    )
     per_class = dict(zip((int(i) for i in result.box.ap_class_index), result.box.ap50, strict=True))
     return {"person_map50": float(per_class[0]), "map50": float(result.box.map50), "map50_95": float(result.box.map)}
 

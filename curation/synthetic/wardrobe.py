@@ -20,9 +20,21 @@ _SPAN, _LEFT, _TOP = 1.86, -0.93, 0.60  # metres covered by a chart, and its lef
 _SKIN = ((241, 208, 184), (224, 172, 140), (198, 140, 104), (160, 104, 72), (116, 74, 50), (84, 54, 40))
 _HAIR = ((28, 22, 20), (60, 38, 24), (104, 68, 36), (168, 124, 66), (196, 168, 120), (120, 46, 28), (150, 150, 150))
 _CLOTH = (
-    (24, 26, 32), (46, 50, 60), (235, 235, 232), (188, 30, 40), (30, 62, 140), (20, 110, 96), (232, 178, 40),
-    (226, 96, 40), (120, 40, 120), (90, 140, 200), (214, 130, 160), (88, 96, 60), (150, 150, 156), (70, 44, 34),
-)  # fmt: skip
+    (24, 26, 32),
+    (46, 50, 60),
+    (235, 235, 232),
+    (188, 30, 40),
+    (30, 62, 140),
+    (20, 110, 96),
+    (232, 178, 40),
+    (226, 96, 40),
+    (120, 40, 120),
+    (90, 140, 200),
+    (214, 130, 160),
+    (88, 96, 60),
+    (150, 150, 156),
+    (70, 44, 34),
+)
 
 
 @dataclass(frozen=True)
@@ -52,7 +64,12 @@ class Outfit:
             return colours[int(rng.integers(len(colours)))]
 
         return cls(
-            skin=pick(_SKIN), hair=pick(_HAIR), top=pick(_CLOTH), bottom=pick(_CLOTH), shoes=pick(_CLOTH), accent=pick(_CLOTH),
+            skin=pick(_SKIN),
+            hair=pick(_HAIR),
+            top=pick(_CLOTH),
+            bottom=pick(_CLOTH),
+            shoes=pick(_CLOTH),
+            accent=pick(_CLOTH),
             sleeve=float(rng.choice([0.16, 0.32, 0.34, 0.44, 0.67])),
             hem=float(rng.choice([-0.50, -0.66, -1.06, -1.09, -1.09, -1.09])),
             waist=float(rng.uniform(-0.20, -0.08)),
@@ -61,7 +78,7 @@ class Outfit:
             long_hair=bool(rng.random() < 0.5),
             loose=float(rng.uniform(0.004, 0.018)),
             seed=int(rng.integers(2**31)),
-        )  # fmt: skip
+        )
 
 
 @dataclass(frozen=True, eq=False)

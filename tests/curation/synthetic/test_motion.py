@@ -2,13 +2,16 @@
 
 import numpy as np
 import pytest
+
 from curation.synthetic.body import LANDMARKS, load_body, pose_body
 from curation.synthetic.motion import Place, dance
 
 
 def joints_of(motion):
     body = load_body()
-    return np.array([pose_body(body, motion.betas, p, t).joints for p, t in zip(motion.pose, motion.transl, strict=True)])
+    return np.array(
+        [pose_body(body, motion.betas, p, t).joints for p, t in zip(motion.pose, motion.transl, strict=True)]
+    )
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -6,7 +6,18 @@ import sys
 import time
 
 import numpy as np
-from curation.synthetic.raster import TEXTURE_SIZE, Camera, Light, Mesh, merge, render, render_depth, texture, vertex_normals
+
+from curation.synthetic.raster import (
+    TEXTURE_SIZE,
+    Camera,
+    Light,
+    Mesh,
+    merge,
+    render,
+    render_depth,
+    texture,
+    vertex_normals,
+)
 
 SIZE = (320, 180)
 GREY = np.stack([texture(np.full((TEXTURE_SIZE, TEXTURE_SIZE, 3), 180, np.uint8))])
