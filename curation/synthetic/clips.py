@@ -21,8 +21,8 @@ from curation.files import atomic_path
 from curation.records import Outcome
 from curation.synthetic.body import load_body
 from curation.synthetic.camera import Shot, film
-from curation.synthetic.raster import Camera
 from curation.synthetic.motion import Place, dance
+from curation.synthetic.raster import Camera
 from curation.synthetic.scene import KINDS, Builder, build_scene
 from curation.synthetic.take import Dancer, Frame, Seen, Take, held_ball
 from curation.synthetic.wardrobe import Dressed, Outfit, dress

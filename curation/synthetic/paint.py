@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from curation.synthetic.raster import TEXTURE_SIZE as SIZE
+from curation.synthetic.raster import Texture, texture
 
 Array = NDArray[np.float64]
 Image = NDArray[np.uint8]
@@ -179,3 +182,18 @@ def panels(rng: np.random.Generator, colour: Colour) -> Image:
 
 
 Painter = Callable[[np.random.Generator, Colour], Image]
+
+
+@dataclass(frozen=True)
+class Paint:
+    """A texture before it is painted: painting is most of the work of building a place, and drafts go unseen."""
+
+    painter: Painter
+    colour: Colour
+    seed: int
+
+
+@lru_cache(maxsize=96)
+def painted(paint: Paint) -> Texture:
+    """The texture, painted once."""
+    return texture(paint.painter(np.random.default_rng(paint.seed), paint.colour))

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from curation.synthetic import paint
-from curation.synthetic.paint import Colour, Painter
-from curation.synthetic.raster import Light, Mesh, Texture, merge, texture, vertex_normals
+from curation.synthetic.paint import Colour, Paint, Painter
+from curation.synthetic.raster import Light, Mesh, merge, vertex_normals
 
 Array = NDArray[np.float64]
 CLASSES = ("person", "chair", "potted plant", "sports ball")
@@ -37,29 +37,30 @@ class Thing:
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """A place: one mesh, its textures, its light and the things in it."""
+    """A place: one mesh, the paints of its textures, its light and the things in it."""
 
     kind: str
     mesh: Mesh
-    textures: tuple[Texture, ...]
+    paints: tuple[Paint, ...]
     light: Light
     things: tuple[Thing, ...]
 
 
 class Builder:
-    """Collects meshes and the textures they use."""
+    """Collects meshes and the paints they use."""
 
     def __init__(self, rng: np.random.Generator) -> None:
         self.rng = rng
         self.meshes: list[Mesh] = []
-        self.textures: list[Texture] = []
+        self.paints: list[Paint] = []
         self.things: list[Thing] = []
 
     def texture(self, painter: Painter, colour: Colour, vary: float = 0.12) -> int:
-        """Paint a texture in about this colour; gives its id."""
+        """A texture in about this colour; gives its id."""
         tinted = np.clip(np.array(colour) * (1 + self.rng.uniform(-vary, vary, 3)), 5, 250).astype(int)
-        self.textures.append(texture(painter(self.rng, (int(tinted[0]), int(tinted[1]), int(tinted[2])))))
-        return len(self.textures) - 1
+        chosen = (int(tinted[0]), int(tinted[1]), int(tinted[2]))
+        self.paints.append(Paint(painter, chosen, int(self.rng.integers(2**31))))
+        return len(self.paints) - 1
 
     def quad(
         self, corner: Array, right: Array, up: Array, texture: int, repeat: float | None, instance: int = 0
@@ -271,7 +272,7 @@ class Builder:
 
     def build(self, kind: str, light: Light) -> Scene:
         """All of it as one scene."""
-        return Scene(kind, merge(self.meshes), tuple(self.textures), light, tuple(self.things))
+        return Scene(kind, merge(self.meshes), tuple(self.paints), light, tuple(self.things))
 
 
 _WALLS: tuple[Colour, ...] = (
@@ -489,7 +490,7 @@ def build_scene(kind: str, seed: int, furnish: Furnish | None = None) -> Scene:
     """A place of one of KINDS; `furnish` may put chairs, plants and balls into it."""
     empty, light = _empty(kind, seed)
     builder = Builder(np.random.default_rng(seed + 1))
-    builder.meshes, builder.textures = list(empty.meshes), list(empty.textures)
+    builder.meshes, builder.paints = list(empty.meshes), list(empty.paints)
     if furnish is not None:
         furnish(builder)
     return builder.build(kind, light)
@@ -497,6 +498,6 @@ def build_scene(kind: str, seed: int, furnish: Furnish | None = None) -> Scene:
 
 @lru_cache(maxsize=4)
 def _empty(kind: str, seed: int) -> tuple[Builder, Light]:
-    """The place without things: painting it is most of the work, and it is used for many takes."""
+    """The place without things: it serves many takes."""
     builder = Builder(np.random.default_rng(seed))
     return builder, KINDS[kind](builder)

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from curation.synthetic.body import Posed
 from curation.synthetic.motion import Motion
-from curation.synthetic.raster import Camera, Mesh, Rendered, Texture, merge, render, render_depth
+from curation.synthetic.paint import Paint, painted
+from curation.synthetic.raster import Camera, Mesh, Rendered, merge, render, render_depth
 from curation.synthetic.scene import Builder, Scene
 from curation.synthetic.wardrobe import Dressed
 
@@ -31,7 +32,7 @@ class Held:
     """A thing carried in the first dancer's left (0) or right (1) hand; mesh about the origin, radius in metres."""
 
     mesh: Mesh
-    texture: Texture
+    paint: Paint
     name: str
     hand: int
     radius: float
@@ -75,8 +76,9 @@ class Take:
     @cached_property
     def textures(self) -> NDArray[np.uint8]:
         """The scene's textures, then two charts per dancer, then the held thing's; stacked."""
+        held = [painted(self.held.paint)] if self.held else []
         charts = [chart for dancer in self.dancers for chart in dancer.dressed.charts]
-        return np.stack([*self.scene.textures, *charts, *([self.held.texture] if self.held else [])])
+        return np.stack([*(painted(one) for one in self.scene.paints), *charts, *held])
 
     @cached_property
     def _things(self) -> list[tuple[str, Mesh]]:
@@ -114,7 +116,7 @@ class Take:
         return {int(mesh.instance[0]): _box(mesh, camera) for _, mesh in self._moving(self.posed(index)) + self._things}
 
     def _moving(self, bodies: tuple[Posed, ...]) -> list[tuple[str, Mesh]]:
-        first = len(self.scene.textures)
+        first = len(self.scene.paints)
         parts = [
             ("person", dancer.dressed.mesh(body.vertices, first + 2 * i, i + 1))
             for i, (dancer, body) in enumerate(zip(self.dancers, bodies, strict=True))
@@ -147,7 +149,7 @@ def held_ball(seed: int, hand: int) -> Held:
     builder.toy_ball(0, 0, 0, float(builder.rng.uniform(0.11, 0.16)))
     mesh = merge(builder.meshes)
     mesh = replace(mesh, instance=np.full_like(mesh.instance, HELD))
-    return Held(mesh, builder.textures[0], "sports ball", hand, builder.things[0].radius)
+    return Held(mesh, builder.paints[0], "sports ball", hand, builder.things[0].radius)
 
 
 def _box(mesh: Mesh, camera: Camera) -> Array:

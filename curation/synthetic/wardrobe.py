@@ -83,11 +83,16 @@ class Outfit:
 
 @dataclass(frozen=True, eq=False)
 class Dressed:
-    """A body ready to be rendered: charts (two textures), uv per face corner, cloth thickness per vertex (V, 3) m."""
+    """A body in an outfit; padding (V, 3) is the thickness of cloth and hair in metres."""
 
     body: Body
-    charts: tuple[Texture, Texture]
+    outfit: Outfit
     padding: Array = field(repr=False)
+
+    @property
+    def charts(self) -> tuple[Texture, Texture]:
+        """The two textures, front and back of the rest pose."""
+        return _charts(self.outfit)
 
     def pose(self, betas: Array, pose: Array, transl: Array) -> Posed:
         """The clothed skin and the naked body's joints."""
@@ -118,7 +123,12 @@ def dress(outfit: Outfit, body: Body | None = None) -> Dressed:
     thickness = 0.022 * hair + (0.004 + outfit.loose * _slack(y)) * cloth + 0.008 * shoe
     padding = normals * thickness[:, None]
     padding[:, 1] *= 1 - shoe  # soles stay on the floor
-    return Dressed(body, (texture(_chart(outfit, front=True)), texture(_chart(outfit, front=False))), padding)
+    return Dressed(body, outfit, padding)
+
+
+@lru_cache(maxsize=16)
+def _charts(outfit: Outfit) -> tuple[Texture, Texture]:
+    return texture(_chart(outfit, front=True)), texture(_chart(outfit, front=False))
 
 
 @lru_cache(maxsize=1)
