@@ -33,19 +33,22 @@ class Shot:
     seed: int = 0
 
 
-def film(points: Array, times_s: Array, size: tuple[int, int], shot: Shot) -> list[Camera]:
-    """One camera per time for points (N, P, 3) of the dancer's surface, metres.
+def film(points: Array, at_s: Array, times_s: Array, size: tuple[int, int], shot: Shot) -> list[Camera]:
+    """One camera per time for a dancer whose surface is known at a few times: points (M, P, 3) in metres at at_s (M,).
 
     The distance is such that the dancer's mean height in the picture is shot.height of it.
     """
+    centres = (points.min(1) + points.max(1)) / 2
+    overall = (points.min((0, 1)) + points.max((0, 1))) / 2
     near, far = 0.8, 80.0
-    for _ in range(24):  # the height falls with distance
+    for _ in range(14):  # the height falls with distance
         middle = np.sqrt(near * far)
-        if _mean_height(points, _path(points, times_s, size, shot, middle), size) > shot.height:
+        if _mean_height(points, _path(centres, overall, at_s, size, shot, middle), size) > shot.height:
             near = middle
         else:
             far = middle
-    return _path(points, times_s, size, shot, far)
+    between = np.column_stack([np.interp(times_s, at_s, column) for column in centres.T])
+    return _path(between, overall, times_s, size, shot, far)
 
 
 def projected_boxes(points: Array, cameras: list[Camera]) -> Array:
@@ -59,12 +62,12 @@ def _mean_height(points: Array, cameras: list[Camera], size: tuple[int, int]) ->
     return float(np.mean(boxes[:, 3] - boxes[:, 1])) / size[1]
 
 
-def _path(points: Array, times_s: Array, size: tuple[int, int], shot: Shot, distance: float) -> list[Camera]:
+def _path(
+    centres: Array, overall: Array, times_s: Array, size: tuple[int, int], shot: Shot, distance: float
+) -> list[Camera]:
     rng = np.random.default_rng(shot.seed)
     phase, rate = rng.uniform(0, 2 * np.pi, 8), rng.uniform(0.3, 1.1, 8)
     direction = rng.choice([-1.0, 1.0])
-    centres = (points.min(1) + points.max(1)) / 2
-    overall = (points.min((0, 1)) + points.max((0, 1))) / 2
     focal = size[1] / 2 / np.tan(np.deg2rad(shot.fov_deg) / 2)
     intrinsics = np.array([[focal, 0, size[0] / 2], [0, focal, size[1] / 2], [0, 0, 1.0]])
     span = max(float(times_s[-1] - times_s[0]), 1e-6)

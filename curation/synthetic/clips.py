@@ -22,7 +22,6 @@ from curation.records import Outcome
 from curation.synthetic.body import load_body
 from curation.synthetic.camera import Shot, film
 from curation.synthetic.motion import Place, dance
-from curation.synthetic.raster import Camera
 from curation.synthetic.scene import KINDS, Builder, build_scene
 from curation.synthetic.take import Dancer, Frame, Seen, Take, held_ball
 from curation.synthetic.wardrobe import Dressed, Outfit, dress
@@ -483,21 +482,10 @@ def _take(plan: ClipPlan, rng: np.random.Generator, stage: _Set, times: Array, a
         )
     stride = max(1, len(times) // 12)
     clouds = np.stack([_cloud(dancers, i) for i in range(0, len(times), stride)])
-    still = times[::stride]
-    cameras = film(clouds, still, plan.size, stage.shot)
-    if stride > 1 or stage.shot.move != "static":
-        cameras = _between(clouds, still, times, plan.size, stage.shot)
+    cameras = film(clouds, times[::stride], times, plan.size, stage.shot)
     held = held_ball(int(rng.integers(2**31)), int(rng.integers(2))) if plan.case == "held_object" else None
     people = () if plan.case == "no_person" else tuple(dancers)
     return Take(scene, people, tuple(cameras), times, held)
-
-
-def _between(clouds: Array, still: Array, times: Array, size: tuple[int, int], shot: Shot) -> list[Camera]:
-    index = np.interp(times, still, np.arange(len(still)))
-    low = np.floor(index).astype(int)
-    high = np.minimum(low + 1, len(still) - 1)
-    share = (index - low)[:, None, None]
-    return film(clouds[low] * (1 - share) + clouds[high] * share, times, size, shot)
 
 
 def _cloud(dancers: Sequence[Dancer], index: int) -> Array:

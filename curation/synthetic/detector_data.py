@@ -118,7 +118,7 @@ def _picture(rng: np.random.Generator, kind: str, scene_seed: int, wearers: list
     )
     first = dancers[0]
     body = first.dressed.pose(first.motion.betas, first.motion.pose[0], first.motion.transl[0])
-    cameras = tuple(film(np.repeat(body.vertices[None, ::20], 2, 0), times, size, shot))
+    cameras = tuple(film(np.repeat(body.vertices[None, ::20], 2, 0), times, times, size, shot))
     held = None
     if people and rng.random() < 0.15:
         held = held_ball(int(rng.integers(2**31)), int(rng.integers(2)))
