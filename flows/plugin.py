@@ -1,0 +1,82 @@
+"""Lets `prefect deployment run curate` mean `prefect deployment run curate/curate` in a checkout.
+
+Prefect's own client asks for FLOW/DEPLOYMENT. This `prefect.plugins` hook runs before the command line is parsed and
+completes exactly that one positional argument; every other command line is left as it is. It is active only where
+`[tool.prefect.plugins]` of pyproject.toml allows it.
+"""
+
+from __future__ import annotations
+
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from prefect.plugins import HookContext, SetupResult, register_hook
+
+DEPLOYMENTS = {"curate": "curate/curate"}
+
+# The options of `prefect deployment run`, and the global ones, by whether a value follows. An option that is not
+# listed may or may not take a value, so nothing after it can be told apart and the arguments stay as they are.
+TAKES_VALUE = {"--profile", "--name", "--id", "--job-variable", "-jv", "--param", "-p", "--params", "--tag"}
+TAKES_VALUE |= {"--start-in", "--start-at", "--watch-interval", "--watch-timeout", "--flow-run-name"}
+FLAGS = {"--watch", "--no-watch", "--prompt", "--no-prompt", "--help"}
+
+
+@register_hook
+def setup_environment(*, ctx: HookContext) -> SetupResult:
+    """Complete the deployment's name in `sys.argv`, and switch the client's usage reports off.
+
+    Ends the command with a sentence if it is completed and no server of this machine would take it.
+    """
+    if _is_prefect_cli(sys.argv, sys.orig_argv):
+        arguments = completed(sys.argv[1:])
+        if arguments != sys.argv[1:]:
+            sys.argv[1:] = arguments
+            _need_server(ctx.api_url)
+    return SetupResult(env={"DO_NOT_TRACK": "1"})
+
+
+def completed(arguments: Sequence[str]) -> list[str]:
+    """The arguments of the `prefect` command with the name of a known deployment completed."""
+    result = list(arguments)
+    words = _positional(result)
+    if len(words) == 3 and result[words[0]] in ("deployment", "deployments") and result[words[1]] == "run":
+        result[words[2]] = DEPLOYMENTS.get(result[words[2]], result[words[2]])
+    return result
+
+
+def _positional(arguments: Sequence[str]) -> list[int]:
+    """Where the positional arguments are, or nothing if an unknown option makes that unknowable."""
+    found: list[int] = []
+    index = 0
+    while index < len(arguments):
+        argument = arguments[index]
+        if argument == "--":
+            return found + list(range(index + 1, len(arguments)))
+        if not argument.startswith("-"):
+            found.append(index)
+        elif argument in TAKES_VALUE:
+            index += 1
+        elif argument not in FLAGS and argument.partition("=")[0] not in TAKES_VALUE | FLAGS:
+            return []
+        index += 1
+    return found
+
+
+def _is_prefect_cli(argv: Sequence[str], original: Sequence[str]) -> bool:
+    """True for `prefect ...` and for `python -m prefect ...`, which has argv[0] == "-m" while prefect is imported."""
+    if argv[:1] == ["-m"]:
+        return original[len(original) - len(argv)] == "prefect"
+    return bool(argv) and Path(argv[0]).stem == "prefect"
+
+
+def _need_server(api_url: str | None) -> None:
+    address = urlsplit(api_url or "")
+    if address.hostname not in ("127.0.0.1", "localhost"):
+        return  # another machine's server; Prefect itself says what is wrong with it
+    try:
+        socket.create_connection((address.hostname, address.port or 80), timeout=5).close()
+    except OSError:
+        sys.exit(f"Error: No Prefect server runs at {api_url}; start it with: python -m flows.service start")

@@ -1,0 +1,422 @@
+"""One command starts the Prefect server and serves the deployments of this checkout, one stops them.
+
+    python -m flows.service start | status | stop
+
+The server listens on loopback only; its database, logs and the record of what was started lie in PREFECT_HOME
+(.state of the checkout). Every process started here, and every process they start, carries a token of this
+service in its environment; only processes with that token are ever signalled. What survives a killed server, worker or
+machine is put right by the next `start`. This module never runs a flow and never talks to another machine.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import tomllib
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from urllib.parse import urlsplit
+
+import psutil  # type: ignore[import-untyped]
+import typer
+
+from curation.files import atomic_path
+from curation.ingest.failures import UsageError
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
+    from prefect.deployments.runner import RunnerDeployment
+
+ROOT = Path(__file__).resolve().parents[1]
+TOKEN = "UNISH_SERVICE"  # environment variable, "<token>:<role>"
+DOWNLOADS = "UNISH_DOWNLOADS"  # environment variable: batches fetched at once over all runs, when first started
+POLL_S = 0.25
+GRACE_S = 20.0  # from SIGTERM to SIGKILL
+Role = Literal["server", "worker"]
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+@dataclass(frozen=True)
+class Service:
+    """What was started: enough to find it again, and nothing else.
+
+    home: absolute PREFECT_HOME; api_url: of the server; token: in the environment of every process of this service;
+    server, worker: process ids, None if not started.
+    """
+
+    home: Path
+    api_url: str
+    token: str
+    server: int | None = None
+    worker: int | None = None
+
+    @property
+    def ui_url(self) -> str:
+        """The address for a browser."""
+        return self.api_url.removesuffix("/api")
+
+    def alive(self, role: Role) -> bool:
+        """Whether the recorded process lives and is ours: a reused process id does not carry the token."""
+        pid = self.server if role == "server" else self.worker
+        try:
+            return pid is not None and _role(psutil.Process(pid), self.token) == role
+        except psutil.NoSuchProcess:
+            return False
+
+    def members(self, role: Role) -> list[psutil.Process]:
+        """Every living process of the role: those with the token, and their children."""
+        found = {process for process in psutil.process_iter() if _role(process, self.token) == role}
+        for process in list(found):
+            with suppress(psutil.Error):
+                found.update(process.children(recursive=True))
+        return list(found)
+
+    def healthy(self) -> bool:
+        """Whether a Prefect API answers at the address."""
+        with suppress(OSError, urllib.error.URLError, ValueError), _open(f"{self.api_url}/health") as answer:
+            return json.load(answer) is True
+        return False
+
+    def save(self) -> None:
+        """Record the service."""
+        with atomic_path(_record(self.home)) as path:
+            path.write_text(json.dumps(asdict(self) | {"home": str(self.home)}))
+
+    def environment(self, role: Role) -> dict[str, str]:
+        """The environment of a process of this service. Nothing in it lets usage figures leave the machine."""
+        extra = {
+            TOKEN: f"{self.token}:{role}",
+            "PREFECT_HOME": str(self.home),
+            "PREFECT_API_URL": self.api_url,
+            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "PREFECT_SERVER_EPHEMERAL_ENABLED": "false",
+            "PREFECT_SERVER_LOGS_STREAM_OUT_ENABLED": "true",  # both, so that --watch shows what a run says
+            "PREFECT_SERVER_LOGS_STREAM_PUBLISHING_ENABLED": "true",
+            "DO_NOT_TRACK": "1",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "NO_PROXY": ",".join(filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1", "localhost"])),
+        }
+        if role == "server":
+            # Prefect looks its collections up on the web and has a local copy; there is no setting. A proxy that
+            # refuses every connection keeps the server, which has nothing else to fetch, from leaving the machine.
+            extra |= dict.fromkeys(("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy"), "http://127.0.0.1:9")
+        return os.environ | extra
+
+
+def start(timeout_s: float = 180.0) -> Service:
+    """Start what does not run, put right what a killed process left, and wait until runs would be taken.
+
+    Raises UsageError if the port is taken, or if something does not come up within `timeout_s` seconds.
+    """
+    deadline = time.monotonic() + timeout_s
+    with _locked():
+        service = _load() or Service(home=_home(), api_url=_api_url(), token=uuid.uuid4().hex)
+        if not service.alive("server"):
+            _end(service, "worker")  # a flow whose server vanished cannot report; the catalog keeps what it did
+            _end(service, "server")
+            service = replace(service, api_url=_api_url(), server=None, worker=None)
+            _refuse_taken_port(service)
+            host, port = _address(service.api_url)
+            command = ["prefect", "server", "start", "--host", host, "--port", str(port)]
+            service = _spawn(service, "server", command)
+        _wait(service, "server", service.healthy, deadline)
+        if not service.alive("worker"):
+            _end(service, "worker")
+            with _client(service) as client:
+                _close_stale_runs(client, "The process that ran it was killed; run it again, what is done is kept.")
+                _limit_downloads(client)
+            _ready(service).unlink(missing_ok=True)
+            service = _spawn(service, "worker", ["flows.service", "serve"])
+        _wait(service, "worker", lambda: _serving(service), deadline)
+    return service
+
+
+def stop() -> bool:
+    """Stop exactly the processes that `start` started, and theirs; False if there were none."""
+    with _locked():
+        service = _load()
+        if service is None:
+            return False
+        running = bool(service.members("worker") + service.members("server"))
+        _end(service, "worker")
+        if service.alive("server") and service.healthy():
+            with _client(service) as client:
+                _close_stale_runs(client, "The service was stopped; run it again, what is done is kept.")
+        _end(service, "server")
+        _record(service.home).unlink(missing_ok=True)
+        _ready(service).unlink(missing_ok=True)
+    return running
+
+
+def serve() -> None:
+    """Serve the deployments in this process until it is told to stop. `start` runs this in the background."""
+    import asyncio
+
+    from prefect.runner import Runner
+    from prefect.types.entrypoint import EntrypointType
+
+    from flows.curate import curate
+
+    # one run at a time: a run uses every core of the machine by itself
+    runner = Runner(name="unish", limit=1, query_seconds=2, pause_on_shutdown=False)
+    # by module, so that Dask and Ray workers, which get the flow with each task, find it under the same name
+    deployment = curate.to_deployment("curate", tags=["unish"], entrypoint_type=EntrypointType.MODULE_PATH)
+    runner.add_deployment(cast("RunnerDeployment", deployment))
+    (_home() / "worker.ready").write_text(str(os.getpid()))
+    asyncio.run(runner.start())
+
+
+def _home() -> Path:
+    return Path(os.environ.get("PREFECT_HOME") or ROOT / _prefect_table().get("home", ".state")).resolve()
+
+
+def _api_url() -> str:
+    return (
+        os.environ.get("PREFECT_API_URL") or _prefect_table().get("api", {}).get("url") or "http://127.0.0.1:4210/api"
+    )
+
+
+def _prefect_table() -> dict[str, Any]:
+    """[tool.prefect] of the checkout, which the `prefect` command reads there too."""
+    path = ROOT / "pyproject.toml"
+    return tomllib.loads(path.read_text()).get("tool", {}).get("prefect", {}) if path.is_file() else {}
+
+
+def _record(home: Path) -> Path:
+    return home / "service.json"
+
+
+def _ready(service: Service) -> Path:
+    return service.home / "worker.ready"
+
+
+def _load() -> Service | None:
+    try:
+        values = json.loads(_record(_home()).read_text())
+    except FileNotFoundError:
+        return None
+    return Service(**values | {"home": Path(values["home"])})
+
+
+@contextmanager
+def _locked() -> Iterator[None]:
+    """One start or stop at a time."""
+    home = _home()
+    home.mkdir(parents=True, exist_ok=True)
+    with (home / "service.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _address(api_url: str) -> tuple[str, int]:
+    parts = urlsplit(api_url)
+    if parts.hostname not in ("127.0.0.1", "localhost") or parts.scheme != "http" or parts.path != "/api":
+        raise UsageError(
+            f"PREFECT_API_URL is {api_url}, which is no server this command can start; unset it,"
+            " or set it to http://127.0.0.1:PORT/api."
+        )
+    return "127.0.0.1", parts.port or 80
+
+
+def _refuse_taken_port(service: Service) -> None:
+    host, port = _address(service.api_url)
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            other = "another Prefect server" if service.healthy() else "another program"
+            raise UsageError(
+                f"Port {port} is used by {other}; stop it, or choose another port for this command and for every"
+                f" prefect command with: export PREFECT_API_URL=http://127.0.0.1:{port + 1}/api"
+            ) from None
+
+
+def _open(url: str):  # type: ignore[no-untyped-def]  # noqa: ANN202
+    # never through a proxy: the address is this machine
+    return urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=5)
+
+
+def _spawn(service: Service, role: Role, module: list[str]) -> Service:
+    service.save()  # the token first: whatever happens next, the process can be found again
+    log = _log(service, role)
+    with suppress(FileNotFoundError):
+        log.replace(log.with_suffix(".log.1"))
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *module],
+            cwd=ROOT,
+            env=service.environment(role),
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    service = replace(service, server=process.pid) if role == "server" else replace(service, worker=process.pid)
+    service.save()
+    return service
+
+
+def _log(service: Service, role: Role) -> Path:
+    return service.home / f"{role}.log"
+
+
+def _wait(service: Service, role: Role, ready: Callable[[], bool], deadline: float) -> None:
+    while not ready():
+        if not service.alive(role):
+            tail = "\n".join(_log(service, role).read_text(errors="replace").splitlines()[-5:])
+            raise UsageError(f"The Prefect {role} ended while starting; see {_log(service, role)}:\n{tail}")
+        if time.monotonic() > deadline:
+            raise UsageError(f"The Prefect {role} is not ready in time; see {_log(service, role)}, and start again.")
+        time.sleep(POLL_S)
+
+
+def _serving(service: Service) -> bool:
+    """The worker has registered its deployments: this worker, not an earlier one whose deployment is still known."""
+    with suppress(FileNotFoundError):
+        return _ready(service).read_text() == str(service.worker)
+    return False
+
+
+def _role(process: psutil.Process, token: str) -> str | None:
+    """The role of a living process of this service, None for every other process."""
+    try:
+        value = process.environ().get(TOKEN, "")
+        alive = process.status() != psutil.STATUS_ZOMBIE
+    except (psutil.Error, OSError):
+        return None
+    owner, _, role = value.partition(":")
+    return role if owner == token and alive else None
+
+
+def _end(service: Service, role: Role) -> None:
+    """End every process of the role: the recorded one is asked first, so that it can end its children in order."""
+    if service.alive(role):
+        members = service.members(role)
+        for process in members:
+            if process.pid in (service.server, service.worker):
+                with suppress(psutil.NoSuchProcess):
+                    process.terminate()
+        psutil.wait_procs(members, timeout=GRACE_S)
+    for stop_signal, timeout_s in ((signal.SIGTERM, 3.0), (signal.SIGKILL, 10.0)):
+        left = service.members(role)
+        for process in left:
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(stop_signal)
+        psutil.wait_procs(left, timeout=timeout_s)
+
+
+@contextmanager
+def _client(service: Service) -> Iterator[SyncPrefectClient]:
+    os.environ |= {"PREFECT_HOME": str(service.home), "PREFECT_API_URL": service.api_url, "DO_NOT_TRACK": "1"}
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    with temporary_settings({PREFECT_API_URL: service.api_url}), get_client(sync_client=True) as client:
+        yield client
+
+
+def _close_stale_runs(client: SyncPrefectClient, message: str) -> None:
+    """Mark served runs that nothing runs any more as Crashed, with their tasks.
+
+    Runs of a work pool belong to workers that may live on other machines; runs called from Python have no deployment.
+    """
+    from prefect.client.schemas import filters
+    from prefect.client.schemas.objects import StateType
+    from prefect.states import Crashed
+
+    active = [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING]
+    runs = client.read_flow_runs(
+        flow_run_filter=filters.FlowRunFilter(
+            state=filters.FlowRunFilterState(type=filters.FlowRunFilterStateType(any_=active)),
+        )
+    )
+    for run in runs:
+        if run.deployment_id is None or run.work_pool_name is not None:
+            continue
+        tasks = client.read_task_runs(
+            flow_run_filter=filters.FlowRunFilter(id=filters.FlowRunFilterId(any_=[run.id])),
+            task_run_filter=filters.TaskRunFilter(
+                state=filters.TaskRunFilterState(type=filters.TaskRunFilterStateType(any_=active))
+            ),
+        )
+        for task in tasks:
+            client.set_task_run_state(task.id, Crashed(message=message), force=True)
+        client.set_flow_run_state(run.id, Crashed(message=message), force=True)
+
+
+def _limit_downloads(client: SyncPrefectClient) -> None:
+    """Have a concurrency limit for downloads, with the user's number if there is one.
+
+    It is made anew each time: slots taken by killed tasks are never given back, and a reset leaves them counted.
+    """
+    from prefect.exceptions import ObjectNotFound
+
+    from flows.stages import DOWNLOAD_TAG
+
+    limit = int(os.environ.get(DOWNLOADS, "1"))
+    with suppress(ObjectNotFound):
+        limit = client.read_concurrency_limit_by_tag(DOWNLOAD_TAG).concurrency_limit
+        client.delete_concurrency_limit_by_tag(DOWNLOAD_TAG)
+    client.create_concurrency_limit(DOWNLOAD_TAG, limit)
+
+
+@app.command("start")
+def _start(
+    timeout: Annotated[float, typer.Option(help="Seconds to wait until runs are taken.")] = 180.0,
+) -> None:
+    """Start the server and serve the deployments, in the background; harmless when they run."""
+    typer.echo("Starting the Prefect server and the deployments (about 20 seconds) ...")
+    service = start(timeout)
+    typer.echo(f"Running. UI: {service.ui_url}   logs: {service.home}/server.log, worker.log")
+    if service.api_url != _prefect_table().get("api", {}).get("url"):
+        typer.echo(f"Prefect commands need: export PREFECT_API_URL={service.api_url}")
+    typer.echo("Next: prefect deployment run curate --watch --param manifest=MANIFEST --param out=OUT")
+
+
+@app.command("stop")
+def _stop() -> None:
+    """Stop what start started, running flows included; their catalog keeps what was done."""
+    typer.echo("Stopped." if stop() else "Nothing is running.")
+
+
+@app.command("status")
+def _status() -> None:
+    """Say what is running; exit code 1 if not everything is."""
+    service = _load()
+    server = service is not None and service.alive("server") and service.healthy()
+    worker = service is not None and service.alive("worker") and _serving(service)
+    typer.echo(f"server: {'running' if server else 'not running'}\nworker: {'running' if worker else 'not running'}")
+    if service is not None and server:
+        typer.echo(f"UI: {service.ui_url}")
+    raise typer.Exit(0 if server and worker else 1)
+
+
+@app.command("serve", hidden=True)
+def _serve() -> None:
+    serve()
+
+
+def main() -> None:
+    """The console command; an error the user can put right is one sentence, without a traceback."""
+    try:
+        app()
+    except UsageError as error:
+        sys.exit(f"Error: {error}")
+
+
+if __name__ == "__main__":
+    main()

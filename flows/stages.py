@@ -1,0 +1,136 @@
+"""The stages of curation as Prefect tasks: each takes one batch of clips and calls one function of curation.pipeline.
+
+What fails for a clip is recorded in the catalog and is no failure of a task; a task fails only when something dies
+unexpectedly, and is then tried again, which is safe because the stages do only what is missing. The tasks live at
+module level so that Dask and Ray workers can import them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from uuid import UUID
+
+import anyio
+import httpx
+from prefect import State, task
+from prefect.artifacts import aupdate_progress_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import TaskRun
+from prefect.logging import get_run_logger
+
+from curation import pipeline
+from curation.ingest.failures import UsageError
+from curation.pipeline import Batch, StageReport
+from curation.settings import Settings
+
+DOWNLOAD_TAG = "download"  # the tag whose concurrency limit bounds parallel downloads over all runs and machines
+RETRY_DELAYS_S = [5.0, 60.0]
+REFRESH_S = 2.0  # how often a progress bar is written
+
+
+@dataclass(frozen=True)
+class Bar:
+    """The progress artifact of one stage of a run, and where a batch lies in it.
+
+    before: clips of earlier batches; clips: clips of this batch; total: clips of the run.
+    """
+
+    artifact: UUID
+    before: int
+    clips: int
+    total: int
+
+    async def show(self, done: int) -> None:
+        """Write that `done` clips of this batch are done. A server that does not answer costs only the bar."""
+        clips = self.before + done
+        try:
+            await aupdate_progress_artifact(self.artifact, 100.0 * clips / self.total, f"{clips} of {self.total} clips")
+        except httpx.HTTPError as error:
+            get_run_logger().warning("The progress bar could not be updated: %s", error)
+
+
+def worth_retrying(_task: Any, _run: TaskRun, state: State[Any]) -> bool:
+    """A wrong set-up stays wrong however often it is tried."""
+    return not isinstance(state.data, UsageError)
+
+
+_stage = partial(
+    task,
+    retries=len(RETRY_DELAYS_S),
+    retry_delay_seconds=RETRY_DELAYS_S,
+    retry_condition_fn=worth_retrying,
+    cache_policy=NO_CACHE,
+    persist_result=False,
+)
+
+
+@_stage(name="download", tags={DOWNLOAD_TAG})
+async def download(settings: Settings, batch: Batch, bar: Bar) -> StageReport:
+    """Fetch and verify the batch's videos."""
+    return await _in_thread(partial(pipeline.download, settings, batch), bar)
+
+
+@_stage(name="observe")
+async def observe(settings: Settings, batch: Batch, bar: Bar) -> StageReport:
+    """Decode each clip once and store what is seen."""
+    return await _in_thread(partial(pipeline.observe, settings, batch), bar)
+
+
+@_stage(name="judge")
+async def judge(settings: Settings, batch: Batch) -> StageReport:
+    """Apply the policy to what was observed."""
+    return await _in_thread(partial(pipeline.judge, settings, batch), None)
+
+
+@_stage(name="teach")
+async def teach(settings: Settings, batch: Batch, bar: Bar) -> StageReport:
+    """Run the depth teacher on accepted clips and write the batch's shard."""
+    return await _in_thread(partial(pipeline.teach, settings, batch), bar)
+
+
+@dataclass
+class _Progress:
+    """What the pipeline calls with (done, total): no waiting there, only a number for the event loop to show."""
+
+    done: int = 0
+    given_up: bool = False
+
+    def __call__(self, done: int, total: int) -> None:
+        if self.given_up:  # ends a stage whose task has timed out, at its next clip
+            raise TimeoutError("The task that ran this stage was given up.")
+        self.done = done
+
+
+async def _in_thread(stage: Callable[..., StageReport], bar: Bar | None) -> StageReport:
+    """Run a blocking stage beside the event loop: so a task's timeout takes effect whatever the stage waits for."""
+    logger = get_run_logger()
+    progress = _Progress()
+    refresh = asyncio.create_task(_refresh(progress, bar)) if bar else None
+    try:
+        call = partial(stage, progress=progress) if bar else stage
+        report = await anyio.to_thread.run_sync(call, abandon_on_cancel=True)
+    finally:
+        progress.given_up = True
+        if refresh:
+            refresh.cancel()
+            with suppress(asyncio.CancelledError):
+                await refresh
+    if bar:
+        await bar.show(bar.clips)
+    failed = ", ".join(f"{code} {clips}" for code, clips in sorted(report.failed.items())) or "none"
+    logger.info("%s: %d done, %d already there, failed: %s", report.stage, report.done, report.skipped, failed)
+    return report
+
+
+async def _refresh(progress: _Progress, bar: Bar) -> None:
+    shown = 0
+    while True:
+        await asyncio.sleep(REFRESH_S)
+        if progress.done != shown:
+            shown = progress.done
+            await bar.show(shown)

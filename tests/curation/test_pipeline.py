@@ -1,0 +1,243 @@
+"""Whole runs on small real clips: every stage, again, after changes, and after being killed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from curation import pipeline
+from curation.catalog import Catalog
+from curation.files import sha256_file
+from curation.ingest.failures import FailureCode, UsageError
+from curation.manifest import ClipRef, write_manifest
+from curation.settings import DownloadSettings, ObserveSettings, Settings, TeacherSettings
+from curation.shards.reader import ShardReader, verify
+from curation.workers import spread
+
+
+@pytest.fixture
+def settings(tmp_path: Path, clips: Path, seer: Path, tolerant: Path) -> Settings:
+    return Settings(
+        out=tmp_path / "out",
+        policy=tolerant,
+        download=DownloadSettings(local_root=clips),
+        observe=ObserveSettings(detector=str(seer), detector_long_side=192, frame_long_side=126),
+        teacher=TeacherSettings(kind="none"),
+        batch_clips=4,
+        workers=2,
+    )
+
+
+def local(name: str, start_s: float | None = None, end_s: float | None = None) -> ClipRef:
+    def micro(value: float | None) -> int | None:
+        return None if value is None else round(value * 1e6)
+
+    return ClipRef("local", f"{name}.mp4", micro(start_s), micro(end_s))
+
+
+REFS = [
+    local("bars"),
+    local("broken"),
+    local("cut"),
+    local("set", 0.0, 1.5),
+    local("set", 5.0, 6.0),
+    local("count"),
+    local("nowhere"),
+]
+
+
+def shard_bytes(funnel: pipeline.Funnel) -> dict[str, str]:
+    return {name: sha256_file(Path(funnel.folder) / name) for name in funnel.shards}
+
+
+def test_a_run_gives_verdicts_typed_failures_and_shards(settings: Settings):
+    seen: list[tuple[str, int, int]] = []
+    funnel = pipeline.run(settings, REFS, lambda *state: seen.append(state))
+    assert (funnel.clips, funnel.observed, funnel.accepted, funnel.sharded) == (7, 4, 3, 3)
+    assert funnel.rejected_by == {"shot": 1}
+    assert funnel.failed == {"corrupt": 1, "span_out_of_range": 1, "removed": 1}
+    assert max(done for stage, done, _ in seen if stage == "teach") == 7
+    verify(Path(funnel.folder))
+    reader = ShardReader(Path(funnel.folder))
+    window = reader.frames(local("set", 0.0, 1.5).clip_id)
+    np.testing.assert_allclose(window.times_s, np.arange(9) / 6, atol=1e-6)
+    assert window.rgb.shape == (9, 126, 70, 3) and window.depth_m is None
+    assert not list((settings.out / "frames").glob("*")), "frames are kept only until the shard is written"
+
+
+def test_the_second_run_does_only_what_is_missing(settings: Settings):
+    first = pipeline.run(settings, REFS[:4])
+    catalog = Catalog(settings.database)
+    tries = {ref.clip_id: catalog.clip(ref.clip_id).attempts for ref in REFS[:4]}
+    before = {path: path.stat().st_mtime_ns for path in settings.out.rglob("*.parquet") if path.name != "index.parquet"}
+    again = pipeline.run(settings, REFS)
+    assert {ref.clip_id: catalog.clip(ref.clip_id).attempts for ref in REFS[:4]} == tries
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in before.items())
+    assert set(first.shards) < set(again.shards) and again.sharded == 3
+
+
+def test_a_permanent_failure_is_tried_again_only_on_request(settings: Settings, clips: Path, tmp_path: Path):
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "bars.mp4").write_bytes(b"half a video")
+    settings = settings.model_copy(update={"download": DownloadSettings(local_root=root)})
+    refs = [local("bars")]
+    assert pipeline.run(settings, refs).failed == {"corrupt": 1}
+    shutil.copy(clips / "bars.mp4", root)
+    assert pipeline.run(settings, refs).failed == {"corrupt": 1}
+    funnel = pipeline.run(settings.model_copy(update={"retry": ("corrupt",)}), refs)
+    assert funnel.failed == {} and funnel.sharded == 1
+
+
+def test_judging_again_needs_no_video(settings: Settings, tolerant: Path, tmp_path: Path):
+    funnel = pipeline.run(settings, REFS)
+    (settings.out / "videos").rename(tmp_path / "videos-moved-away")
+    values = yaml.safe_load(tolerant.read_text())
+    values["shot"] |= {"edits": [], "cut_gap": 2.0, "fade_s": 100, "dissolve": 1.0}
+    blind = tmp_path / "blind.yaml"
+    blind.write_text(yaml.safe_dump(values))
+    changed = settings.model_copy(update={"policy": blind})
+    assert pipeline.judge_all(changed) == 4
+    assert pipeline.judge_all(changed) == 0
+    counts = pipeline.funnel(pipeline.preflight(changed), REFS)
+    assert (funnel.accepted, counts.accepted, counts.rejected) == (3, 4, 0)
+
+
+def test_frames_decoded_later_are_the_same_bytes(settings: Settings):
+    """A clip whose kept frames are gone is decoded again by random access: the shard is the same."""
+    ready = pipeline.preflight(settings)
+    once = pipeline.run(settings, REFS[:1])
+    first = shard_bytes(once)
+    shutil.rmtree(Path(once.folder))
+    (batch,) = pipeline.read_batches(REFS[:1], ready)
+    assert pipeline.download(ready, batch).done == 0
+    assert pipeline.teach(ready, batch).done == 1
+    (output,) = Catalog(ready.database).clip(REFS[0].clip_id).outputs
+    assert shard_bytes(pipeline.funnel(ready, REFS[:1])) == {output.shard: output.sha256} == first
+
+
+def test_a_depth_folder_is_another_teacher_in_a_data_set_of_its_own(settings: Settings, tmp_path: Path):
+    plain = pipeline.run(settings, REFS[:1])
+    frames = ShardReader(Path(plain.folder)).frames(REFS[0].clip_id)
+    depths = tmp_path / "depths"
+    depths.mkdir()
+    shape = frames.rgb.shape[:3]
+    depth = np.linspace(1, 9, num=int(np.prod(shape)), dtype=np.float32).reshape(shape)
+    camera = np.broadcast_to(np.array([[100, 0, 63], [0, 100, 35], [0, 0, 1]], np.float32), (shape[0], 3, 3))
+    np.savez(depths / f"{REFS[0].clip_id}.npz", depth=depth, intrinsics=camera)
+    taught = settings.model_copy(update={"teacher": TeacherSettings(kind="folder", model=str(depths), name="megasam")})
+    funnel = pipeline.run(taught, REFS[:1])
+    assert funnel.folder != plain.folder and "megasam" in funnel.folder
+    stored = ShardReader(Path(funnel.folder)).frames(REFS[0].clip_id)
+    np.testing.assert_allclose(stored.depth_m, depth, rtol=5e-4)
+    missing = pipeline.run(taught, REFS[:3])
+    assert missing.failed["corrupt"] == 1 and missing.sharded == 1
+    missing = pipeline.run(taught, [local("count")])
+    assert missing.failed == {"missing_depth": 1}
+
+
+def test_a_forgotten_clip_stays_out(settings: Settings):
+    pipeline.run(settings, REFS[:1])
+    Catalog(settings.database).forget([REFS[0]])
+    funnel = pipeline.run(settings, REFS[:1])
+    assert funnel.failed == {"forgotten": 1} and funnel.sharded == 0
+
+
+def test_batches_keep_videos_together_and_do_not_depend_on_what_follows(settings: Settings):
+    refs = [local("a", n, n + 1) for n in range(3)] + [local("b"), local("c", 0, 1), local("d"), local("c", 1, 2)]
+    batches = pipeline.read_batches(refs, settings)
+    assert [len(batch.refs) for batch in batches] == [4, 3]
+    assert {ref.video_id for ref in batches[1].refs} == {"c.mp4", "d.mp4"}
+    assert pipeline.read_batches([*refs, local("e")], settings)[0] == batches[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"policy": Path("nothing.yaml")}, "cannot be read"),
+        ({"observe": ObserveSettings(detector="nothing.pt")}, "--detector PATH"),
+        ({"teacher": TeacherSettings(model="nothing.pt")}, "nothing.pt"),
+        ({"download": DownloadSettings(local_root=Path("nowhere"))}, "--local-root"),
+        ({"out": Path("/proc/nothing")}, "cannot be written"),
+    ],
+)
+def test_a_wrong_set_up_is_one_sentence_before_any_work(settings: Settings, change: dict, said: str):
+    with pytest.raises(UsageError, match=said):
+        pipeline.run(settings.model_copy(update=change), REFS)
+    assert not (settings.out / "videos").exists()
+
+
+def test_a_worker_that_dies_costs_its_own_clip_only():
+    results = dict(spread(_die_on_three, list(range(6)), 2))
+    assert {task: result for task, result in results.items() if task != 3} == {n: n * n for n in (0, 1, 2, 4, 5)}
+    assert type(results[3]).__name__ == "BrokenProcessPool"
+
+
+def _die_on_three(number: int) -> int:
+    if number == 3:
+        os._exit(9)
+    return number * number
+
+
+def test_killed_anywhere_and_run_again_gives_the_same_shards(
+    settings: Settings, tmp_path: Path, clips: Path, seer: Path
+):
+    """kill -9 of the whole run at growing moments; what the last run leaves equals an undisturbed run's."""
+    undisturbed = shard_bytes(pipeline.run(settings, REFS))
+    manifest = tmp_path / "manifest.csv"
+    write_manifest(REFS, manifest)
+    out = tmp_path / "killed"
+    code = (
+        "import sys, pickle; from pathlib import Path; from curation import pipeline; "
+        "from curation.manifest import read_manifest; settings, path = pickle.loads(sys.stdin.buffer.read());\n"
+        "if __name__ == '__main__': pipeline.run(settings, read_manifest(path))"
+    )
+    import pickle
+
+    killed = settings.model_copy(update={"out": out})
+    script = tmp_path / "run.py"
+    script.write_text(code)
+    moments = 0
+    for wait_s in (1.5, 3.0, 5.0, 8.0):
+        process = subprocess.Popen([sys.executable, script], stdin=subprocess.PIPE, start_new_session=True)
+        assert process.stdin is not None
+        process.stdin.write(pickle.dumps((killed, manifest)))
+        process.stdin.close()
+        try:
+            process.wait(timeout=wait_s)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)  # the parent alone: its workers must notice by themselves
+            process.wait()
+            moments += 1
+    assert moments, "the machine is too fast for these moments; make them earlier"
+    _wait_until_gone(process.pid)
+    funnel = pipeline.run(killed, REFS)
+    assert shard_bytes(funnel) == undisturbed
+    assert funnel.failed == {"corrupt": 1, "span_out_of_range": 1, "removed": 1}
+    assert not list(out.rglob(".*.parquet")), "no half-written file stays in the data set"
+
+
+def _wait_until_gone(group: int) -> None:
+    """No process of the killed run's group may stay behind."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    raise AssertionError("workers of a killed run are still there")
+
+
+def test_every_failure_code_has_advice():
+    for code in FailureCode:
+        assert code.advice.endswith(".") and isinstance(code.transient, bool)

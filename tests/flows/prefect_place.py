@@ -1,0 +1,87 @@
+"""Where a test's Prefect service lives, and commands as a user types them."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
+
+ROOT = Path(__file__).parents[2]
+
+
+def free_port() -> int:
+    """A port nobody listens on now."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def command(*arguments: str | Path, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command of the checkout's environment in the checkout, as a user would."""
+    program, *rest = map(str, arguments)
+    return subprocess.run(
+        [Path(sys.executable).with_name(program), *rest],
+        cwd=ROOT,
+        env=os.environ | environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the session's service lives."""
+
+    home: Path
+    api_url: str
+
+    def service(self, action: str) -> subprocess.CompletedProcess[str]:
+        """`python -m flows.service ACTION`."""
+        return command("python", "-m", "flows.service", action)
+
+    @property
+    def record(self) -> dict:
+        """What the service wrote down about itself."""
+        return json.loads((self.home / "service.json").read_text())
+
+    def processes(self, token: str) -> list[psutil.Process]:
+        """Living processes that the service started, directly or not."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                mine = process.environ().get("UNISH_SERVICE", "").startswith(token)
+                if mine and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+    @contextmanager
+    def client(self) -> Iterator[SyncPrefectClient]:
+        """A client of the server."""
+        from prefect.client.orchestration import get_client
+
+        with get_client(sync_client=True) as client:
+            yield client
+
+
+def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 60) -> None:
+    """Poll until the condition holds; fails with `what` after the deadline."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {timeout_s} s for {what}"
+        time.sleep(0.1)

@@ -1,0 +1,280 @@
+"""The flow and its tasks in this process beside a real server: what is refused, retried, given up and shown."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from prefect import flow
+from prefect.artifacts import Artifact, create_progress_artifact
+from pydantic import BaseModel
+
+from curation import pipeline
+from curation.ingest.failures import UsageError
+from curation.manifest import ClipRef
+from curation.pipeline import Batch, StageReport
+from curation.settings import Settings
+from flows import curate as curate_module
+from flows import stages
+from flows.curate import curate
+from flows.runners import make_task_runner
+
+# Parameters that go by another name than the setting; one device serves detector and teacher.
+RENAMED = {
+    "download.timeout_s": "download_timeout_s",
+    "download.retries": "download_retries",
+    "observe.device": "device",
+    "teacher.kind": "teacher",
+    "teacher.model": "teacher_model",
+    "teacher.name": "teacher_name",
+    "teacher.batch_size": "teacher_batch",
+    "teacher.device": "device",
+}
+OF_THE_FLOW = {"manifest", "parallel_batches", "stage_timeout_hours", "task_runner", "cluster"}
+REFS = tuple(ClipRef("local", f"clip{n}.mp4") for n in range(3))
+
+
+def leaves(model: type[BaseModel], prefix: str = "") -> dict[str, object]:
+    found: dict[str, object] = {}
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found |= leaves(field.annotation, f"{name}.")
+        else:
+            found[prefix + name] = field.default
+    return found
+
+
+def parameter_of(setting: str) -> str:
+    return RENAMED.get(setting, setting.rpartition(".")[2])
+
+
+def test_every_setting_is_a_parameter_with_the_same_default():
+    schema = curate.parameters.model_dump()["properties"]
+    settings = leaves(Settings)
+    assert {parameter_of(name) for name in settings} | OF_THE_FLOW == set(schema)
+    for name, default in settings.items():
+        shown = schema[parameter_of(name)].get("default")
+        assert shown == (list(default) if isinstance(default, tuple) else default) or name in ("out", "policy"), name
+    assert all(entry.get("description") for entry in schema.values())
+
+
+def test_every_parameter_reaches_the_settings(service, monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(pipeline, "preflight", lambda settings: seen.append(settings) or refuse("enough"))
+    manifest = tmp_path / "m.csv"
+    manifest.write_text("platform,video_id,start_s,end_s\nlocal,a.mp4,,\n")
+    given = {
+        "policy": Path("paper"), "detector": "d.pt", "teacher": "folder", "teacher_model": "m",
+        "teacher_name": "megasam", "num_tokens": 7, "teacher_batch": 3, "device": "cpu", "sample_fps": 5.0,
+        "detector_long_side": 320, "detector_confidence": 0.3, "prescreen_key_frames": 5,
+        "frame_long_side": 28, "max_height": 240,
+        "download_timeout_s": 9.0, "download_retries": 1, "http_hosts": ["example.org"], "local_root": tmp_path,
+        "allow_loopback": True, "catalog_url": "sqlite:///c", "batch_clips": 2, "workers": 4, "shard_mb": 9,
+        "retry": ["corrupt"],
+    }  # fmt: skip
+    curate(manifest=manifest, out=tmp_path, **given, return_state=True)
+    (settings,) = seen
+    got = settings.model_dump()
+    for name in leaves(Settings):
+        group, _, field = name.rpartition(".")
+        value = (got[group] if group else got)[field]
+        expected = given.get(parameter_of(name), tmp_path)  # the only other one is `out`
+        assert value == (tuple(expected) if isinstance(expected, list) else expected), name
+
+
+def refuse(sentence: str) -> None:
+    raise UsageError(sentence)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"manifest": Path("/nowhere/m.csv")}, "There is no file /nowhere/m.csv"),
+        ({"manifest": "empty"}, "lists no clips"),
+        ({"policy": "/nowhere/policy.yaml"}, "policy"),
+        ({"cluster": "tcp://localhost:1"}, "needs the task runner dask or ray"),
+    ],
+)
+def test_a_wrong_set_up_is_a_failed_run_with_one_sentence(service, tmp_path, change, sentence):
+    manifest = tmp_path / "m.csv"
+    manifest.write_text("platform,video_id,start_s,end_s\n")
+    if change.get("manifest") == "empty":
+        change = {}
+    elif "manifest" not in change:
+        manifest.write_text("platform,video_id,start_s,end_s\nlocal,a.mp4,,\n")
+    state = curate(**{"manifest": manifest, "out": tmp_path / "out", "teacher": "none", **change}, return_state=True)
+    assert state.is_failed() and sentence in state.message and "\n" not in state.message
+
+
+def test_an_unknown_task_runner_and_a_missing_extra_say_what_to_do(monkeypatch):
+    monkeypatch.setenv("UNISH_TASK_RUNNER", "spark")
+    with pytest.raises(UsageError, match="choose threads, dask or ray"):
+        make_task_runner(None, None, 1)
+    monkeypatch.setattr("flows.runners.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"pip install 'unish\[ray\]'"):
+        make_task_runner("ray", None, 1)
+
+
+@pytest.mark.parametrize("name", ["dask", "ray"])
+def test_the_cluster_runners_are_made_by_name(monkeypatch, name):
+    pytest.importorskip(f"prefect_{name}")
+    monkeypatch.setenv("UNISH_TASK_RUNNER", name)
+    assert type(make_task_runner(None, None, 2)).__name__ == f"{name.capitalize()}TaskRunner"
+
+
+class Stages:
+    """Stands in for the pipeline: records when each stage of each batch ran, and does what the test asks."""
+
+    def __init__(self, monkeypatch, **actions):
+        self.events: list[tuple[str, str, int]] = []
+        self.lock = threading.Lock()
+        for stage in ("download", "observe", "judge", "teach"):
+            monkeypatch.setattr(pipeline, stage, self.make(stage, actions.get(stage)))
+
+    def make(self, stage, action):
+        def run(settings, batch, progress=None):
+            self.note("begin", stage, batch.index)
+            try:
+                if action:
+                    action(batch, progress)
+            finally:
+                self.note("end", stage, batch.index)
+            return StageReport(stage, len(batch.refs), 0, {})
+
+        return run
+
+    def note(self, what, stage, index):
+        with self.lock:
+            self.events.append((what, stage, index))
+
+    def wait_for(self, *event):
+        deadline = time.monotonic() + 30
+        while event not in self.events:
+            assert time.monotonic() < deadline, f"{event} never came"
+            time.sleep(0.05)
+
+    def place(self, what, stage, index):
+        return self.events.index((what, stage, index))
+
+
+def work(batches, lanes=1, timeout_s=60.0):
+    @flow
+    def working():
+        with make_task_runner("threads", None, lanes) as runner:
+            return curate_module._work(runner, Settings(out=Path("out")), batches, lanes, timeout_s)
+
+    return working()
+
+
+def make_batches(count):
+    return [Batch(index, (ClipRef("local", f"clip{index}.mp4"),), f"batch{index}") for index in range(count)]
+
+
+def test_stages_overlap_between_batches_and_never_within_one(service, monkeypatch):
+    ran = Stages(
+        monkeypatch,
+        observe=lambda batch, progress: batch.index == 2 or ran.wait_for("end", "download", batch.index + 1),
+        teach=lambda batch, progress: batch.index == 2 or ran.wait_for("begin", "observe", batch.index + 1),
+    )
+    assert work(make_batches(3)) == []
+    for index in range(3):
+        order = [
+            ran.place(what, stage, index)
+            for stage in ("download", "observe", "judge", "teach")
+            for what in ("begin", "end")
+        ]
+        assert order == sorted(order)
+    for index in range(2):  # one batch is observed at a time
+        assert ran.place("end", "observe", index) < ran.place("begin", "observe", index + 1)
+        assert ran.place("end", "download", index) < ran.place("begin", "download", index + 1)
+
+
+def test_a_stage_that_dies_is_tried_again(service, monkeypatch):
+    tries = []
+
+    def dies_once(batch, progress):
+        tries.append(batch.index)
+        if len(tries) == 1:
+            raise RuntimeError("a worker was killed")
+
+    Stages(monkeypatch, observe=dies_once)
+    monkeypatch.setattr(stages, "observe", stages.observe.with_options(retry_delay_seconds=0))
+    assert work(make_batches(1)) == []
+    assert tries == [0, 0]
+
+
+def test_a_batch_that_cannot_be_finished_does_not_stop_the_others(service, monkeypatch):
+    def dies(batch, progress):
+        if batch.index == 0:
+            raise RuntimeError("always")
+
+    ran = Stages(monkeypatch, observe=dies)
+    monkeypatch.setattr(stages, "observe", stages.observe.with_options(retry_delay_seconds=0))
+    (sentence,) = work(make_batches(2))
+    assert sentence.startswith("batch 0, observe: ") and "always" in sentence
+    assert ("end", "teach", 1) in ran.events and ("begin", "judge", 0) not in ran.events
+
+
+def test_a_wrong_set_up_found_late_is_not_retried_and_ends_the_run(service, monkeypatch):
+    tries = []
+    Stages(monkeypatch, teach=lambda batch, progress: tries.append(1) or refuse("no weights"))
+    with pytest.raises(UsageError, match="no weights"):
+        work(make_batches(1))
+    assert tries == [1]
+
+
+def test_a_stage_that_takes_too_long_is_given_up_and_ends_at_its_next_clip(service, monkeypatch):
+    ended = threading.Event()
+
+    def endless(batch, progress):
+        try:
+            while True:
+                time.sleep(0.05)
+                progress(0, 1)
+        finally:
+            ended.set()
+
+    Stages(monkeypatch, observe=endless)
+    monkeypatch.setattr(stages, "observe", stages.observe.with_options(retries=0))
+    begin = time.monotonic()
+    (sentence,) = work(make_batches(1), timeout_s=0.5)
+    assert "timeout" in sentence and time.monotonic() - begin < 20
+    assert ended.wait(5)
+
+
+def shown_progress() -> float:
+    return Artifact.get("curate-test", _sync=True).data
+
+
+def test_progress_is_shown_while_a_stage_runs(service, monkeypatch):
+    monkeypatch.setattr(stages, "REFRESH_S", 0.05)
+    seen = []
+
+    def slow(settings, batch, progress):
+        progress(1, 3)
+        deadline = time.monotonic() + 20
+        while not seen and time.monotonic() < deadline:
+            time.sleep(0.1)
+            seen.extend([shown] if (shown := shown_progress()) else [])
+        return StageReport("observe", 3, 0, {"corrupt": 1})
+
+    monkeypatch.setattr(pipeline, "observe", slow)
+
+    @flow
+    def showing():
+        bar = stages.Bar(create_progress_artifact(0.0, "curate-test"), before=1, clips=3, total=4)
+        stages.observe.with_options(retries=0).submit(Settings(out=Path("out")), Batch(0, REFS, "batch"), bar).result()
+
+    showing()
+    assert seen == [50.0]  # one of this batch's three clips, after one of the batch before
+    assert shown_progress() == 100.0
+
+
+def test_importing_the_library_does_not_import_prefect():
+    import subprocess
+
+    code = "import sys, curation.pipeline; sys.exit('prefect' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

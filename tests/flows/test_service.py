@@ -1,0 +1,182 @@
+"""The service's life: started once, watched through the literal command, killed, put right, stopped without a trace."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+
+import pytest
+from prefect_place import Place, command, free_port, wait_until
+from servers import Fault, serve
+
+ACTIVE = {"RUNNING", "PENDING", "CANCELLING"}
+
+
+def write_manifest(path, rows):
+    path.write_text("\n".join(["platform,video_id,start_s,end_s", *rows]) + "\n")
+    return path
+
+
+def parameters(**values):
+    return [part for name, value in values.items() for part in ("--param", f"{name}={value}")]
+
+
+def active_runs(place: Place):
+    with place.client() as client:
+        return [run for run in client.read_flow_runs() if run.state_type in ACTIVE]
+
+
+def artifacts(place: Place, flow_run_id):
+    from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
+
+    with place.client() as client:
+        found = client.read_artifacts(
+            artifact_filter=ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run_id]))
+        )
+    return {artifact.key: artifact for artifact in found}
+
+
+def last_run(place: Place):
+    from prefect.client.schemas.sorting import FlowRunSort
+
+    with place.client() as client:
+        return client.read_flow_runs(sort=FlowRunSort.EXPECTED_START_TIME_DESC, limit=1)[0]
+
+
+def test_starting_twice_is_harmless(service):
+    before = service.record
+    again = service.service("start")
+    assert again.returncode == 0 and service.api_url.removesuffix("/api") in again.stdout
+    assert service.record == before
+    assert service.service("status").returncode == 0
+    with service.client() as client:
+        assert client.read_concurrency_limit_by_tag("download").concurrency_limit >= 1
+
+
+def test_the_literal_command_curates_a_manifest(service, clips, detector, tmp_path):
+    manifest = write_manifest(tmp_path / "m.csv", ["local,bars.mp4,0,1.5", "local,noise.mp4,,", "local,broken.mp4,,"])
+    out = tmp_path / "out"
+    settings = parameters(manifest=manifest, out=out, local_root=clips, detector=detector, teacher="none", workers=1)
+    done = command("prefect", "deployment", "run", "curate", "--watch", *settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Creating flow run for deployment 'curate/curate'" in done.stdout
+    assert "3 clips in 1 batches" in done.stdout  # what the run says is shown while it is watched
+
+    run = last_run(service)
+    assert run.state_name == "Completed" and run.state.message.startswith("0 of 3 clips accepted")
+    made = artifacts(service, run.id)
+    assert {key: made[key].type for key in made} == {
+        "curate-download": "progress",
+        "curate-observe": "progress",
+        "curate-teach": "progress",
+        "curate-funnel": "table",
+        "curate-failures": "markdown",
+    }
+    assert [made[f"curate-{stage}"].data for stage in ("download", "observe", "teach")] == [100.0] * 3
+    assert "| 1 |" in made["curate-failures"].data and "corrupt" in made["curate-failures"].data
+    assert (out / "catalog.sqlite").is_file()
+
+
+def test_a_wrong_set_up_fails_with_its_sentence_and_no_traceback(service, tmp_path):
+    settings = parameters(manifest=tmp_path / "none.csv", out=tmp_path)
+    done = command("prefect", "deployment", "run", "curate", "--watch", *settings)
+    assert done.returncode == 1
+    assert "There is no file" in done.stdout and "Traceback" not in done.stdout
+    assert last_run(service).state.message == f"There is no file {tmp_path}/none.csv; give the path of a manifest."
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"manifest": "m.csv", "out": "o", "polcy": "paper"}, "polcy"),
+        ({"manifest": "m.csv", "out": "o", "teacher": "oracle"}, "teacher"),
+        ({"manifest": "m.csv"}, "'out' is a required"),
+    ],
+)
+def test_unknown_and_wrong_parameters_are_refused_before_a_run_is_made(service, settings, sentence):
+    done = command("prefect", "deployment", "run", "curate", *parameters(**settings))
+    assert done.returncode == 1 and sentence in done.stdout and "Created flow run" not in done.stdout
+
+
+def test_a_killed_worker_is_put_right_by_the_next_start(service, clips, detector, tmp_path):
+    from prefect.client.schemas.objects import StateType
+
+    with serve(clips, {"/bars.mp4": Fault(hang=True)}) as files:
+        manifest = write_manifest(tmp_path / "m.csv", [f"http,{files.url('/bars.mp4')},,"])
+        settings = parameters(manifest=manifest, out=tmp_path / "out", detector=detector, teacher="none", workers=1)
+        settings += parameters(http_hosts=f'["{files.host}"]', allow_loopback="true")
+        made = command("prefect", "deployment", "run", "curate", *settings)
+        assert made.returncode == 0, made.stdout + made.stderr
+        wait_until(lambda: files.hits["/bars.mp4"] > 0, "the download to begin")
+        before = service.record
+        os.killpg(before["worker"], signal.SIGKILL)  # the serving process and the flow it runs
+        wait_until(lambda: len(service.processes(before["token"])) == 1, "all but the server to be gone")
+        assert [run.state_type for run in active_runs(service)] == [StateType.RUNNING]
+        with service.client() as client:
+            assert client.read_concurrency_limit_by_tag("download").active_slots
+            client.create_concurrency_limit("download", 2)  # the user's own number
+
+        assert service.service("start").returncode == 0
+        after = service.record
+        assert after["server"] == before["server"] and after["worker"] != before["worker"]
+        assert active_runs(service) == []
+        killed = last_run(service)
+        assert killed.state_type == StateType.CRASHED and "run it again" in killed.state.message
+        with service.client() as client:
+            tasks = client.read_task_runs()
+            limit = client.read_concurrency_limit_by_tag("download")
+        assert {task.state_type for task in tasks} <= {StateType.COMPLETED, StateType.CRASHED}
+        assert limit.active_slots == [] and limit.concurrency_limit == 2
+
+        files.script("/bars.mp4", [])
+        done = command("prefect", "deployment", "run", "curate", "--watch", *settings)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_killed_server_is_put_right_by_the_next_start(service):
+    before = service.record
+    runs = last_run(service).id if service.home.joinpath("prefect.db").exists() else None
+    os.kill(before["server"], signal.SIGKILL)
+    wait_until(lambda: service.service("status").returncode == 1, "the server to be missed")
+    assert service.service("start").returncode == 0
+    after = service.record
+    assert after["server"] != before["server"] and after["worker"] != before["worker"]
+    assert len(service.processes(after["token"])) == 2
+    assert last_run(service).id == runs
+
+
+def test_a_taken_port_is_said_and_nothing_is_left(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        environment = {"PREFECT_HOME": str(tmp_path), "PREFECT_API_URL": f"http://127.0.0.1:{port}/api"}
+        started = command("python", "-m", "flows.service", "start", **environment)
+    assert started.returncode == 1
+    assert f"Port {port} is used by another program" in started.stderr and "Traceback" not in started.stderr
+    assert command("python", "-m", "flows.service", "stop", **environment).stdout == "Nothing is running.\n"
+
+
+def test_a_server_elsewhere_is_never_started_here(tmp_path):
+    environment = {"PREFECT_HOME": str(tmp_path), "PREFECT_API_URL": "https://prefect.example.org/api"}
+    started = command("python", "-m", "flows.service", "start", **environment)
+    assert started.returncode == 1 and "no server this command can start" in started.stderr
+
+
+def test_nothing_runs_before_the_first_start(tmp_path):
+    environment = {"PREFECT_HOME": str(tmp_path), "PREFECT_API_URL": f"http://127.0.0.1:{free_port()}/api"}
+    status = command("python", "-m", "flows.service", "status", **environment)
+    assert (status.returncode, status.stdout) == (1, "server: not running\nworker: not running\n")
+
+
+def test_stop_in_the_middle_of_a_run_leaves_no_process(service, clips, detector, tmp_path):
+    with serve(clips, {"/bars.mp4": Fault(hang=True)}) as files:
+        manifest = write_manifest(tmp_path / "m.csv", [f"http,{files.url('/bars.mp4')},,"])
+        settings = parameters(manifest=manifest, out=tmp_path / "out", detector=detector, teacher="none", workers=1)
+        settings += parameters(http_hosts=f'["{files.host}"]', allow_loopback="true")
+        assert command("prefect", "deployment", "run", "curate", *settings).returncode == 0
+        wait_until(lambda: files.hits["/bars.mp4"] > 0, "the download to begin")
+        token = service.record["token"]
+        stopped = service.service("stop")
+    assert (stopped.returncode, stopped.stdout) == (0, "Stopped.\n")
+    assert service.processes(token) == []
+    assert service.service("status").returncode == 1
