@@ -16,10 +16,10 @@ PER_CLIP, COLUMNS = 3, 3
 _COLOURS = {"accept": (96, 200, 110), "reject": (90, 120, 235), "error": (180, 180, 180)}  # BGR
 
 
-def contact_sheet(folder: Path, target: Path, quality: int = 82) -> None:
-    """Write a JPEG of all clips named in folder/cases.csv: three frames each, and the expected verdict."""
+def contact_sheet(folder: Path, target: Path, count: int | None = None, quality: int = 82) -> None:
+    """Write a JPEG of the first `count` clips named in folder/cases.csv: three frames each, and the expected verdict."""
     with (folder / "cases.csv").open(newline="") as stream:
-        cases = list(csv.DictReader(stream))
+        cases = list(csv.DictReader(stream))[:count]
     strips = [_strip(folder / case["file"], case) for case in cases]
     strips += [np.full_like(strips[0], 255)] * (-len(strips) % COLUMNS)
     rows = [np.hstack(strips[start : start + COLUMNS]) for start in range(0, len(strips), COLUMNS)]

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import yaml
 
+from curation.synthetic.detector import LAYOUT
+from curation.synthetic.detector import LONG_SIDE as IMAGE_SIZE
 from curation.synthetic.detector_data import write_pictures
 from curation.synthetic.scene import CLASSES
 
-LAYOUT = Path(__file__).parent / "detector" / "yolo11-demo.yaml"
-IMAGE_SIZE = 320
 HELD_OUT_SEED = 900_000
 
 

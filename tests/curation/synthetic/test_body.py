@@ -103,7 +103,8 @@ def test_a_file_of_the_users_loads_like_the_embedded_body(tmp_path):
         np.testing.assert_array_equal(getattr(loaded, name), array)
 
 
-def test_an_official_pickle_loads_without_chumpy(tmp_path, monkeypatch):
+@pytest.mark.parametrize("protocol", [0, 2])
+def test_an_official_pickle_loads_without_chumpy(tmp_path, monkeypatch, protocol):
     sparse = pytest.importorskip("scipy.sparse")
     body = load_body()
     array = type("Ch", (), {"__module__": "chumpy.ch"})  # pickles as chumpy's arrays do: its data in `x`
@@ -119,7 +120,7 @@ def test_an_official_pickle_loads_without_chumpy(tmp_path, monkeypatch):
             "J_regressor": sparse.csc_matrix(body.J_regressor),
             "kintree_table": body.kintree_table.astype(np.uint32),
         }
-        (tmp_path / "SMPL_NEUTRAL.pkl").write_bytes(pickle.dumps(arrays, protocol=2))
+        (tmp_path / "SMPL_NEUTRAL.pkl").write_bytes(pickle.dumps(arrays, protocol=protocol))
     loaded = load_body(tmp_path / "SMPL_NEUTRAL.pkl")
     np.testing.assert_array_equal(loaded.shapedirs, body.shapedirs)
     np.testing.assert_array_equal(loaded.J_regressor, body.J_regressor)

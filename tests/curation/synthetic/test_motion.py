@@ -3,15 +3,20 @@
 import numpy as np
 import pytest
 
-from curation.synthetic.body import LANDMARKS, load_body, pose_body
+from curation.synthetic.body import LANDMARKS, PARENTS, global_rotations, load_body, pose_body, rotation_matrices
 from curation.synthetic.motion import Place, dance
 
 
 def joints_of(motion):
-    body = load_body()
-    return np.array(
-        [pose_body(body, motion.betas, p, t).joints for p, t in zip(motion.pose, motion.transl, strict=True)]
-    )
+    """(N, 24, 3) by forward kinematics alone, without the skin."""
+    rest = load_body().rest_joints(motion.betas)
+    placed = np.empty((len(motion.pose), 24, 3))
+    for frame, pose in zip(placed, motion.pose, strict=True):
+        world = global_rotations(rotation_matrices(pose))
+        frame[0] = rest[0]
+        for joint, parent in list(enumerate(PARENTS))[1:]:
+            frame[joint] = frame[parent] + world[parent] @ (rest[joint] - rest[parent])
+    return placed + motion.transl[:, None]
 
 
 @pytest.mark.parametrize("seed", range(4))
