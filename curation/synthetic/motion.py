@@ -59,13 +59,15 @@ class Place:
 def dance(body: Body, betas: Array, times_s: Array, seed: int, place: Place | None = None) -> Motion:
     """A dance over the given times, seconds, any spacing. The same seed gives the same dance at any frame rate."""
     place = place or Place()
-    rng = np.random.default_rng(seed)
+    for_steps, for_sway, for_arms = np.random.default_rng(seed).spawn(3)  # so that a longer dance begins the same
     rest = body.rest_joints(betas)
     floor = float((body.v_template + body.shapedirs @ betas)[:, 1].min())
     end = float(times_s[-1]) + 1.0
-    steps = _Footsteps.plan(rng, rest, place, end)
-    sway = _Sway.draw(rng, steps.beat_s)
-    arms = [_arm_keys(rng_side, steps.beat_s, end, side) for side, rng_side in zip((1, -1), _paired(rng), strict=True)]
+    steps = _Footsteps.plan(for_steps, rest, place, end)
+    sway = _Sway.draw(for_sway, steps.beat_s)
+    arms = [
+        _arm_keys(rng_side, steps.beat_s, end, side) for side, rng_side in zip((1, -1), _paired(for_arms), strict=True)
+    ]
 
     # the pelvis is smoothed on a grid of its own, so that the frame rate does not matter
     grid = np.arange(-0.5, end + 0.5, 1 / _GRID_HZ)

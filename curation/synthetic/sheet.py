@@ -17,7 +17,7 @@ _COLOURS = {"accept": (96, 200, 110), "reject": (90, 120, 235), "error": (180, 1
 
 
 def contact_sheet(folder: Path, target: Path, count: int | None = None, quality: int = 82) -> None:
-    """Write a JPEG of the first `count` clips named in folder/cases.csv: three frames each, and the expected verdict."""
+    """Write a JPEG of the first `count` clips of folder/cases.csv: three frames each, and the true verdict."""
     with (folder / "cases.csv").open(newline="") as stream:
         cases = list(csv.DictReader(stream))[:count]
     strips = [_strip(folder / case["file"], case) for case in cases]
