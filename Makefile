@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-EXTRAS := curate,flows,dask,postgres,dev
+EXTRAS := curate,flows,dask,postgres,synthetic,model,dev
 
 .PHONY: help setup test test-slow check curate start stop constraints clean
 
@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 test: $(STAMP)  ## the fast tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(STAMP)  ## the tests that take minutes: real clips, full-size networks
 	$(BIN)/python -m pytest -m slow
