@@ -19,7 +19,7 @@ from curation.files import sha256_file, sha256_json
 from curation.ingest.failures import FailureCode, StageError, UsageError
 from curation.manifest import ClipRef
 from curation.observe.people import find_weights
-from curation.policy import Policy, describe, load_policy, subject_boxes
+from curation.policy import Policy, describe, find_policy, load_policy, subject_boxes
 from curation.policy import judge as judge_observations
 from curation.records import ClipSample, VideoFile
 from curation.settings import Settings
@@ -135,13 +135,10 @@ def preflight(settings: Settings) -> Settings:
         root = root.expanduser().absolute()
         if not root.is_dir():
             raise UsageError(f"The folder of local videos {root} is not there; correct --local-root.")
-    policy_path = (
-        settings.policy if settings.policy.suffix else Path(__file__).parent / f"policies/{settings.policy}.yaml"
-    )
     settings = settings.model_copy(
         update={
             "out": out,
-            "policy": policy_path.absolute(),
+            "policy": find_policy(settings.policy),
             "observe": observe_settings,
             "teacher": check_teacher(settings.teacher),
             "download": settings.download.model_copy(update={"local_root": root}),

@@ -52,8 +52,9 @@ class ShotRule(_Part):
     cut_content: float = Field(ge=0)
     cut_gap: float = Field(ge=0)
     ratio_window_s: float = Field(gt=0)
+    flash_luma: float = Field(ge=0)
+    flash_gap: float = Field(ge=0)
     edge_frames: int = Field(ge=0)
-    edge_flash_luma: float = Field(ge=0)
     fade_contrast: float = _Share
     fade_s: float = Field(gt=0)
     dissolve: float = _Share
@@ -124,14 +125,31 @@ class Policy(_Part):
         return sha256_json(self.model_dump(mode="json", exclude={"detector", "name"}))[:16]
 
 
-def load_policy(path: Path) -> Policy:
-    """Read a policy file. Raises UsageError that names the file, the field and what is wrong with it."""
-    if (
-        not path.exists()
-        and path.suffix == ""
-        and (built_in := Path(__file__).parent / f"policies/{path}.yaml").exists()
-    ):
-        path = built_in
+def find_policy(policy: Path) -> Path:
+    """A policy file's absolute path; a bare name such as `default` that is no file here means a built-in policy."""
+    built_in = Path(__file__).parent / "policies" / f"{policy}.yaml"
+    return built_in if policy.suffix == "" and not policy.exists() and built_in.is_file() else policy.absolute()
+
+
+def load_policy(policy: Path) -> Policy:
+    """Read a policy by path or built-in name; `extends: default` in it takes what it does not say from there.
+
+    Raises UsageError with the file, the field and what is wrong with it.
+    """
+    path = find_policy(policy)
+    values = _read(path)
+    if (base := values.pop("extends", None)) is not None:
+        parent = find_policy(path.parent / str(base) if Path(str(base)).suffix else Path(str(base)))
+        values = _merged(_read(parent), values)
+    try:
+        return Policy.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise UsageError(f"The policy {path.name} is wrong at {where}: {first['msg']}.") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -140,12 +158,14 @@ def load_policy(path: Path) -> Policy:
         raise UsageError(f"The policy {path.name} is not valid YAML: {' '.join(str(error).split())[:200]}.") from error
     if not isinstance(values, dict):
         raise UsageError(f"The policy {path.name} must be a mapping; see policies/default.yaml.")
-    try:
-        return Policy.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise UsageError(f"The policy {path.name} is wrong at {where}: {first['msg']}.") from error
+    return values
+
+
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Changes over a base, one level down: a part that is changed keeps its other fields."""
+    both = {name: (base[name], value) for name, value in changes.items() if name in base}
+    parts = {n: old | new if isinstance(old, dict) and isinstance(new, dict) else new for n, (old, new) in both.items()}
+    return base | changes | parts
 
 
 def judge(observations: Observations, policy: Policy) -> Verdict:
@@ -268,7 +288,7 @@ def _shot(observations: Observations, policy: Policy, people: _Subjects) -> Crit
     jump = _crosses(observations.person_gap, person_ratio, rule.person_edits) & ~edit
     cut = (observations.content >= rule.cut_content) & (observations.gap >= rule.cut_gap)
     cut[0] = False
-    flash = _edge_flashes(observations, rule)
+    flash = _flashes(observations, rule)
     reasons = [f"cut at {times[n]:.2f} s" for n in np.flatnonzero((cut | edit) & ~flash)]
     reasons += [f"jump of the person at {times[n]:.2f} s" for n in np.flatnonzero(jump & ~flash & ~cut)]
     reasons += [f"fade from {times[a]:.2f} to {times[b]:.2f} s" for a, b in _fades(observations, rule)]
@@ -315,15 +335,15 @@ def _crosses(change: NDArray[np.float32], ratio: NDArray[np.float64], lines: tup
     return crossed
 
 
-def _edge_flashes(observations: Observations, rule: ShotRule) -> NDArray[np.bool_]:
-    """Moments so near to either end that a flash there could not be bridged, where the brightness jumps."""
+def _flashes(observations: Observations, rule: ShotRule) -> NDArray[np.bool_]:
+    """Moments where the light changes and explains what is seen: small changes anywhere, all changes at the ends."""
     count = len(observations.luma)
     near = np.zeros(count, bool)
     if rule.edge_frames:
         near[: rule.edge_frames + 1] = True
         near[count - rule.edge_frames :] = True
     jump = np.abs(np.diff(observations.luma, prepend=observations.luma[0]))
-    return near & (jump >= rule.edge_flash_luma)
+    return (jump >= rule.flash_luma) & (near | (observations.gap < rule.flash_gap))
 
 
 def _fades(observations: Observations, rule: ShotRule) -> list[tuple[int, int]]:

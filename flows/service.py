@@ -34,6 +34,7 @@ import typer
 
 from curation.files import atomic_path
 from curation.ingest.failures import UsageError
+from flows import DOWNLOAD_TAG
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -364,8 +365,6 @@ def _limit_downloads(client: SyncPrefectClient) -> None:
     It is made anew each time: slots taken by killed tasks are never given back, and a reset leaves them counted.
     """
     from prefect.exceptions import ObjectNotFound
-
-    from flows.stages import DOWNLOAD_TAG
 
     limit = int(os.environ.get(DOWNLOADS, "1"))
     with suppress(ObjectNotFound):

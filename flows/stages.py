@@ -27,8 +27,8 @@ from curation import pipeline
 from curation.ingest.failures import UsageError
 from curation.pipeline import Batch, StageReport
 from curation.settings import Settings
+from flows import DOWNLOAD_TAG
 
-DOWNLOAD_TAG = "download"  # the tag whose concurrency limit bounds parallel downloads over all runs and machines
 RETRY_DELAYS_S = [5.0, 60.0]
 REFRESH_S = 2.0  # how often a progress bar is written
 

@@ -287,6 +287,16 @@ def test_a_wrong_policy_is_one_sentence_that_names_the_field(tmp_path: Path, tex
         load_policy(path)
 
 
+def test_a_policy_may_extend_another_and_change_a_part_of_a_part(tmp_path: Path):
+    (tmp_path / "mine.yaml").write_text("extends: default\nname: mine\nsingle: {tolerance: 0.2}\n")
+    (tmp_path / "yours.yaml").write_text("extends: mine.yaml\nheight: {min_mean: 0.5}\n")
+    mine = load_policy(tmp_path / "mine.yaml")
+    assert (mine.name, mine.single.tolerance, mine.border) == ("mine", 0.2, DEFAULT.border)
+    assert mine.single.person_confidence == DEFAULT.single.person_confidence
+    with pytest.raises(UsageError, match="yours.yaml is wrong"):
+        load_policy(tmp_path / "yours.yaml")  # one level: whoever reads a policy reads two files at most
+
+
 def test_a_missing_policy_is_one_sentence(tmp_path: Path):
     with pytest.raises(UsageError, match="cannot be read"):
         load_policy(tmp_path / "none.yaml")

@@ -20,6 +20,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         patch.setenv("PREFECT_HOME", str(place.home))
         patch.setenv("PREFECT_API_URL", place.api_url)
         patch.setenv("DO_NOT_TRACK", "1")
+        patch.setenv("UNISH_CACHE", str(tmp_path_factory.mktemp("cache")))
         from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
         with temporary_settings({PREFECT_API_URL: place.api_url, PREFECT_HOME: place.home}):
@@ -29,9 +30,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 
 @pytest.fixture
 def service(place: Place) -> Place:
-    """The service, running; starting it again costs little."""
-    started = place.service("start")
-    assert started.returncode == 0, started.stderr
+    """The service, running."""
+    if not place.running():
+        started = place.service("start")
+        assert started.returncode == 0, started.stderr
     return place
 
 

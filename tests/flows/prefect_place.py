@@ -70,6 +70,13 @@ class Place:
                 continue
         return found
 
+    def running(self) -> bool:
+        """Whether server and worker live."""
+        if not (self.home / "service.json").exists():
+            return False
+        record = self.record
+        return {record["server"], record["worker"]} <= {process.pid for process in self.processes(record["token"])}
+
     @contextmanager
     def client(self) -> Iterator[SyncPrefectClient]:
         """A client of the server."""

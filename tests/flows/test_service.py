@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+from pathlib import Path
 
 import pytest
 from prefect_place import Place, command, free_port, wait_until
@@ -20,6 +21,13 @@ def write_manifest(path, rows):
 
 def parameters(**values):
     return [part for name, value in values.items() for part in ("--param", f"{name}={value}")]
+
+
+def make_run(place: Place, settings):
+    with place.client() as client:
+        deployment = client.read_deployment_by_name("curate/curate")
+        values = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
+        return client.create_flow_run_from_deployment(deployment.id, parameters=values).id
 
 
 def active_runs(place: Place):
@@ -86,64 +94,98 @@ def test_a_wrong_set_up_fails_with_its_sentence_and_no_traceback(service, tmp_pa
     assert last_run(service).state.message == f"There is no file {tmp_path}/none.csv; give the path of a manifest."
 
 
+def test_an_unknown_parameter_is_refused_before_a_run_is_made(service):
+    done = command("prefect", "deployment", "run", "curate", *parameters(manifest="m.csv", out="o", polcy="paper"))
+    assert done.returncode == 1 and "polcy" in done.stdout and "Created flow run" not in done.stdout
+
+
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"manifest": "m.csv", "out": "o", "polcy": "paper"}, "polcy"),
         ({"manifest": "m.csv", "out": "o", "teacher": "oracle"}, "teacher"),
+        ({"manifest": "m.csv", "out": "o", "batch_clips": 0}, "batch_clips"),
+        ({"manifest": "m.csv", "out": "o", "retry": ["sometimes"]}, "retry"),
         ({"manifest": "m.csv"}, "'out' is a required"),
     ],
 )
-def test_unknown_and_wrong_parameters_are_refused_before_a_run_is_made(service, settings, sentence):
-    done = command("prefect", "deployment", "run", "curate", *parameters(**settings))
-    assert done.returncode == 1 and sentence in done.stdout and "Created flow run" not in done.stdout
+def test_wrong_parameters_are_refused_before_a_run_is_made(service, settings, sentence):
+    from prefect.exceptions import PrefectHTTPStatusError
+
+    with service.client() as client:
+        deployment = client.read_deployment_by_name("curate/curate")
+        with pytest.raises(PrefectHTTPStatusError) as refused:
+            client.create_flow_run_from_deployment(deployment.id, parameters=settings)
+    assert sentence in refused.value.response.json()["detail"]
 
 
-def test_a_killed_worker_is_put_right_by_the_next_start(service, clips, detector, tmp_path):
-    from prefect.client.schemas.objects import StateType
-
+@pytest.fixture
+def hanging(service, clips, detector, tmp_path):
+    """A run in the middle of a download that does not end before the server is told so."""
     with serve(clips, {"/bars.mp4": Fault(hang=True)}) as files:
         manifest = write_manifest(tmp_path / "m.csv", [f"http,{files.url('/bars.mp4')},,"])
-        settings = parameters(manifest=manifest, out=tmp_path / "out", detector=detector, teacher="none", workers=1)
-        settings += parameters(http_hosts=f'["{files.host}"]', allow_loopback="true")
-        made = command("prefect", "deployment", "run", "curate", *settings)
-        assert made.returncode == 0, made.stdout + made.stderr
+        settings = {
+            "manifest": manifest,
+            "out": tmp_path / "out",
+            "detector": detector,
+            "teacher": "none",
+            "workers": 1,
+        }
+        settings |= {"http_hosts": [files.host], "allow_loopback": True}
+        make_run(service, settings)
         wait_until(lambda: files.hits["/bars.mp4"] > 0, "the download to begin")
-        before = service.record
-        os.killpg(before["worker"], signal.SIGKILL)  # the serving process and the flow it runs
-        wait_until(lambda: len(service.processes(before["token"])) == 1, "all but the server to be gone")
-        assert [run.state_type for run in active_runs(service)] == [StateType.RUNNING]
-        with service.client() as client:
-            assert client.read_concurrency_limit_by_tag("download").active_slots
-            client.create_concurrency_limit("download", 2)  # the user's own number
-
-        assert service.service("start").returncode == 0
-        after = service.record
-        assert after["server"] == before["server"] and after["worker"] != before["worker"]
-        assert active_runs(service) == []
-        killed = last_run(service)
-        assert killed.state_type == StateType.CRASHED and "run it again" in killed.state.message
-        with service.client() as client:
-            tasks = client.read_task_runs()
-            limit = client.read_concurrency_limit_by_tag("download")
-        assert {task.state_type for task in tasks} <= {StateType.COMPLETED, StateType.CRASHED}
-        assert limit.active_slots == [] and limit.concurrency_limit == 2
-
-        files.script("/bars.mp4", [])
-        done = command("prefect", "deployment", "run", "curate", "--watch", *settings)
-        assert done.returncode == 0, done.stdout + done.stderr
+        yield files, settings
 
 
-def test_a_killed_server_is_put_right_by_the_next_start(service):
+def test_a_killed_worker_is_put_right_by_the_next_start(service, hanging):
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+    from prefect.client.schemas.objects import StateType
+
+    files, settings = hanging
     before = service.record
-    runs = last_run(service).id if service.home.joinpath("prefect.db").exists() else None
+    os.killpg(before["worker"], signal.SIGKILL)  # the serving process and the flow it runs
+    wait_until(lambda: len(service.processes(before["token"])) == 1, "all but the server to be gone")
+    assert [run.state_type for run in active_runs(service)] == [StateType.RUNNING]
+    with service.client() as client:
+        assert client.read_concurrency_limit_by_tag("download").active_slots
+        client.create_concurrency_limit("download", 2)  # the user's own number
+
+    assert service.service("start").returncode == 0
+    after = service.record
+    assert after["server"] == before["server"] and after["worker"] != before["worker"]
+    assert active_runs(service) == []
+    killed = last_run(service)
+    assert killed.state_type == StateType.CRASHED and "run it again" in killed.state.message
+    with service.client() as client:
+        tasks = client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[killed.id])))
+        limit = client.read_concurrency_limit_by_tag("download")
+    assert {task.state_type for task in tasks} == {StateType.CRASHED}
+    assert limit.active_slots == [] and limit.concurrency_limit == 2
+
+    files.script("/bars.mp4", [])
+    again = make_run(service, settings)
+    wait_until(lambda: last_run(service).state.is_final(), "the new run to end")
+    assert last_run(service).id == again and last_run(service).state_name == "Completed"
+
+
+def test_a_killed_server_is_put_right_by_the_next_start_and_stop_leaves_nothing(service, hanging):
+    from prefect.client.schemas.objects import StateType
+
+    before = service.record
+    run = last_run(service)
     os.kill(before["server"], signal.SIGKILL)
     wait_until(lambda: service.service("status").returncode == 1, "the server to be missed")
     assert service.service("start").returncode == 0
     after = service.record
     assert after["server"] != before["server"] and after["worker"] != before["worker"]
-    assert len(service.processes(after["token"])) == 2
-    assert last_run(service).id == runs
+    # the flow of before is gone, its run is known and closed
+    assert {process.pid for process in service.processes(after["token"])} == {after["server"], after["worker"]}
+    assert last_run(service).id == run.id and last_run(service).state_type == StateType.CRASHED
+
+    stopped = service.service("stop")
+    assert (stopped.returncode, stopped.stdout) == (0, "Stopped.\n")
+    assert service.processes(after["token"]) == []
+    assert service.service("status").returncode == 1
+    assert service.service("stop").stdout == "Nothing is running.\n"
 
 
 def test_a_taken_port_is_said_and_nothing_is_left(tmp_path):
@@ -166,17 +208,3 @@ def test_nothing_runs_before_the_first_start(tmp_path):
     environment = {"PREFECT_HOME": str(tmp_path), "PREFECT_API_URL": f"http://127.0.0.1:{free_port()}/api"}
     status = command("python", "-m", "flows.service", "status", **environment)
     assert (status.returncode, status.stdout) == (1, "server: not running\nworker: not running\n")
-
-
-def test_stop_in_the_middle_of_a_run_leaves_no_process(service, clips, detector, tmp_path):
-    with serve(clips, {"/bars.mp4": Fault(hang=True)}) as files:
-        manifest = write_manifest(tmp_path / "m.csv", [f"http,{files.url('/bars.mp4')},,"])
-        settings = parameters(manifest=manifest, out=tmp_path / "out", detector=detector, teacher="none", workers=1)
-        settings += parameters(http_hosts=f'["{files.host}"]', allow_loopback="true")
-        assert command("prefect", "deployment", "run", "curate", *settings).returncode == 0
-        wait_until(lambda: files.hits["/bars.mp4"] > 0, "the download to begin")
-        token = service.record["token"]
-        stopped = service.service("stop")
-    assert (stopped.returncode, stopped.stdout) == (0, "Stopped.\n")
-    assert service.processes(token) == []
-    assert service.service("status").returncode == 1

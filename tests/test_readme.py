@@ -1,0 +1,64 @@
+"""The README's commands are run: what it tells a newcomer to type works as it is written."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from curation.cli import app
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [line.split(" #")[0].strip() for line in TEXT.splitlines() if line.startswith("    ")]
+PYTHON = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+
+
+def test_every_make_target_exists():
+    targets = set(re.findall(r"make ([a-z][a-z-]*)", TEXT))
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert {"test", "curate", "setup", "help"} <= targets
+    assert all(re.search(rf"^{target}:", makefile, flags=re.MULTILINE) for target in targets)
+
+
+def test_every_linked_page_exists():
+    links = re.findall(r"\]\(([^)#]+)\)", TEXT)
+    assert len(links) > 8
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_the_commands_and_snippets_work_in_their_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clips: Path, seer: Path, tolerant: Path
+):
+    """Each `curation` line, with a trained detector's name, the policy's and the manifest's rows replaced by ours."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(clips, tmp_path / "examples")
+    (tmp_path / "my.csv").write_text("platform,video_id,start_s,end_s\nlocal,examples/bars.mp4,,\n")
+    (tmp_path / "CASES.csv").write_text("file,expected,first_reason\nexamples/bars.mp4,accept,\n")
+    extra = {
+        "run": ["--detector", str(seer), "--policy", str(tolerant), "--local-root", str(tmp_path)],
+        "status": ["--policy", str(tolerant)],
+        "evaluate": ["--policy", str(tolerant)],
+    }
+    lines = [line for line in COMMANDS if line.startswith("curation ")]
+    assert {line.split()[1] for line in lines} == {
+        "check-manifest", "run", "status", "failures", "inspect", "judge", "evaluate",
+    }  # fmt: skip
+    for line in lines:
+        words = shlex.split(line.replace("WEIGHTS", str(seer)))[1:]
+        if "CLIP_ID" in words:
+            words[words.index("CLIP_ID")] = next((tmp_path / "data" / "observations").rglob("*.parquet")).stem
+        result = CliRunner().invoke(app, [*words, *extra.get(words[0], [])], catch_exceptions=False)
+        assert result.exit_code == 0, (line, result.output)
+    assert (tmp_path / "results.json").is_file()
+    (folder,) = (tmp_path / "data" / "shards").iterdir()
+    (reading,) = [code for code in PYTHON if "ShardReader" in code]
+    values: dict = {}
+    exec(re.sub(r"data/shards/[\w.-]+", str(folder), reading), values)
+    assert values["window"].rgb.shape[0] == 12
+    for code in PYTHON:
+        compile(code, "README.md", "exec")

@@ -1,0 +1,101 @@
+"""The `unish` command: self-check against golden numbers, compose a starting checkpoint, look into one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(help="The UniSH network: check it, start it, look into it.", no_args_is_help=True)
+console = Console()
+errors = Console(stderr=True)
+
+
+@app.callback()
+def _root() -> None:
+    pass
+
+
+def _stop(message: object) -> typer.Exit:
+    errors.print(str(message), style="red", markup=False)
+    return typer.Exit(1)
+
+
+@app.command()
+def selfcheck(
+    golden: Annotated[Path, typer.Option(help="folder of golden .npz files", exists=True, file_okay=False)],
+    salt: Annotated[str, typer.Option(help="what the golden weights were made with")] = "public-1",
+    only: Annotated[str | None, typer.Option(help="regular expression that file names must match")] = None,
+) -> None:
+    """Run every golden file in a folder against this network; exit with 1 if an output misses its gate."""
+    from unish_model.network.selfcheck import Check, GoldenError, run_selfcheck
+
+    checks: list[Check] = []
+    try:
+        for check in run_selfcheck(golden, salt, only=only):
+            checks.append(check)
+            word = "pass" if check.passed else "FAIL"
+            errors.print(f"{word} {check.file} {check.output} {check.error:.1e}", markup=False, highlight=False)
+    except GoldenError as error:
+        raise _stop(error) from error
+    table = Table("file", "output", "largest relative error", "gate", "")
+    for check in checks:
+        word = "pass" if check.passed else "[red]FAIL[/red]"
+        table.add_row(check.file, check.output, f"{check.error:.1e}", f"{check.gate:.0e}", word)
+    console.print(table)
+    missed = sum(not check.passed for check in checks)
+    console.print(f"{len(checks) - missed} of {len(checks)} outputs within their gates")
+    if missed or not checks:
+        raise typer.Exit(1)
+
+
+@app.command()
+def init(
+    pi3: Annotated[str, typer.Option(help="Pi3 checkpoint: a file or a Hugging Face id")],
+    camerahmr: Annotated[str, typer.Option(help="CameraHMR checkpoint: a file or a Hugging Face id with :file")],
+    out: Annotated[Path, typer.Option(help="the .safetensors file to write")],
+    config: Annotated[str, typer.Option(help="released, paper or tiny")] = "released",
+    seed: Annotated[int, typer.Option(help="of AlignNet's fresh weights")] = 42,
+    ignore: Annotated[list[str] | None, typer.Option(help="more CameraHMR name prefixes to leave behind")] = None,
+) -> None:
+    """Compose Pi3, CameraHMR and a fresh AlignNet into a checkpoint to start training from."""
+    from unish_model.network.checkpoint import CAMERAHMR_IGNORED, CheckpointError, compose, save_unish
+    from unish_model.network.config import UniSHConfig
+
+    try:
+        ignored = CAMERAHMR_IGNORED + tuple(ignore or ())
+        network = compose(pi3, camerahmr, UniSHConfig.named(config), seed=seed, ignored=ignored)
+        save_unish(network, out)
+    except (CheckpointError, ValueError, OSError) as error:
+        raise _stop(error) from error
+    console.print(f"{out}: {len(network.state_dict())} tensors", highlight=False)
+
+
+@app.command()
+def info(checkpoint: Annotated[str, typer.Argument(help="a file or a Hugging Face id")]) -> None:
+    """Tell what a checkpoint is by its names and shapes, without reading its values."""
+    from unish_model.network.checkpoint import CheckpointError, open_tensors, resolve, summarise
+
+    try:
+        file = open_tensors(resolve(checkpoint))
+        summary = summarise(file)
+    except CheckpointError as error:
+        raise _stop(error) from error
+    console.print(f"{summary.kind}: {summary.tensors} tensors, {summary.parameters:,} numbers, fits {summary.fits}")
+    table = Table("part", "tensors", "numbers")
+    for part, (count, size) in sorted(summary.parts.items()):
+        table.add_row(part, str(count), f"{size:,}")
+    console.print(table)
+    console.print(f"types: {', '.join(summary.dtypes)}")
+
+
+def main() -> None:
+    """Entry point."""
+    app()
+
+
+if __name__ == "__main__":
+    main()
