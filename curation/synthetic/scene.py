@@ -411,8 +411,8 @@ def _stage(b: Builder) -> Light:
     for x in np.arange(-15, 15, 2.5):
         b.quad(np.array([x, 0, -far]), np.array([2.5, 0, 0]), np.array([0, 4.5, 0]), drape, None)
     b.quad(
-        np.array([-9, 4.5, -far]),
-        np.array([18, 0, 0]),
+        np.array([-15, 4.5, -far]),
+        np.array([30, 0, 0]),
         np.array([0, 0, 14]),
         b.texture(paint.plaster, (30, 28, 30)),
         2.0,
