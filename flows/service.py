@@ -40,9 +40,9 @@ if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
     from prefect.deployments.runner import RunnerDeployment
 
-ROOT = Path(__file__).resolve().parents[1]
+_CHECKOUT = Path(__file__).resolve().parents[1]
+ROOT = _CHECKOUT if (_CHECKOUT / "pyproject.toml").is_file() else Path.cwd()  # installed without a checkout: here
 TOKEN = "UNISH_SERVICE"  # environment variable, "<token>:<role>"
-DOWNLOADS = "UNISH_DOWNLOADS"  # environment variable: batches fetched at once over all runs, when first started
 POLL_S = 0.25
 GRACE_S = 20.0  # from SIGTERM to SIGKILL
 Role = Literal["server", "worker"]
@@ -108,8 +108,9 @@ class Service:
             "PREFECT_SERVER_LOGS_STREAM_PUBLISHING_ENABLED": "true",
             "DO_NOT_TRACK": "1",
             "RAY_USAGE_STATS_ENABLED": "0",
-            "NO_PROXY": ",".join(filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1", "localhost"])),
         }
+        for name in ("NO_PROXY", "no_proxy"):
+            extra[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1", "localhost"]))
         if role == "server":
             # Prefect looks its collections up on the web and has a local copy; there is no setting. A proxy that
             # refuses every connection keeps the server, which has nothing else to fetch, from leaving the machine.
@@ -193,7 +194,8 @@ def _api_url() -> str:
 def _prefect_table() -> dict[str, Any]:
     """[tool.prefect] of the checkout, which the `prefect` command reads there too."""
     path = ROOT / "pyproject.toml"
-    return tomllib.loads(path.read_text()).get("tool", {}).get("prefect", {}) if path.is_file() else {}
+    table: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return table.get("tool", {}).get("prefect", {})
 
 
 def _record(home: Path) -> Path:
@@ -366,7 +368,7 @@ def _limit_downloads(client: SyncPrefectClient) -> None:
     """
     from prefect.exceptions import ObjectNotFound
 
-    limit = int(os.environ.get(DOWNLOADS, "1"))
+    limit = 1
     with suppress(ObjectNotFound):
         limit = client.read_concurrency_limit_by_tag(DOWNLOAD_TAG).concurrency_limit
         client.delete_concurrency_limit_by_tag(DOWNLOAD_TAG)

@@ -8,6 +8,7 @@ module level so that Dask and Ray workers can import them.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from flows import DOWNLOAD_TAG
 
 RETRY_DELAYS_S = [5.0, 60.0]
 REFRESH_S = 2.0  # how often a progress bar is written
+SAY_S = 10.0  # how often progress is logged, for those who watch a terminal
 
 
 @dataclass(frozen=True)
@@ -128,9 +130,15 @@ async def _in_thread(stage: Callable[..., StageReport], bar: Bar | None) -> Stag
 
 
 async def _refresh(progress: _Progress, bar: Bar) -> None:
-    shown = 0
+    logger = get_run_logger()
+    shown = said = 0
+    began = told = time.monotonic()
     while True:
         await asyncio.sleep(REFRESH_S)
         if progress.done != shown:
             shown = progress.done
             await bar.show(shown)
+        if shown != said and time.monotonic() - told >= SAY_S:
+            said, told = shown, time.monotonic()
+            left = (told - began) / shown * (bar.clips - shown)
+            logger.info("%d of %d clips, about %.0f s left in this batch", bar.before + shown, bar.total, left)

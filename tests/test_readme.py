@@ -59,6 +59,6 @@ def test_the_commands_and_snippets_work_in_their_order(
     (reading,) = [code for code in PYTHON if "ShardReader" in code]
     values: dict = {}
     exec(re.sub(r"data/shards/[\w.-]+", str(folder), reading), values)
-    assert values["window"].rgb.shape[0] == 12
+    assert values["window"].rgb.shape[0] == 5
     for code in PYTHON:
         compile(code, "README.md", "exec")

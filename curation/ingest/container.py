@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from curation.observe.video import VideoIndex
 
 # Audio containers are here so that a song is found to have no picture, instead of being taken for damage.
-_READ_ONLY = {
+READ_ONLY = {
     "protocol_whitelist": "file",
     "format_whitelist": "mov,matroska,mpegts,mpeg,avi,flv,asf,ogg,mp3,wav,flac,aac",
 }
@@ -45,7 +45,7 @@ def container_format(path: Path) -> str:
     from av.error import FFmpegError
 
     try:
-        with av.open(str(path), options=_READ_ONLY, metadata_errors="ignore") as container:
+        with av.open(str(path), options=READ_ONLY, metadata_errors="ignore") as container:
             return container.format.name
     except FFmpegError:
         pass
@@ -71,7 +71,7 @@ def _copy(source: Path, stream: int, written: Path) -> bool:
     import ffmpeg
 
     command = (
-        ffmpeg.input(f"file:{source}", fflags="+genpts", **_READ_ONLY)
+        ffmpeg.input(f"file:{source}", fflags="+genpts", **READ_ONLY)
         .output(
             f"file:{written}",
             map=f"0:{stream}",

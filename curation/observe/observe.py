@@ -19,6 +19,7 @@ from curation.observe.video import (
     decode,
     decode_key_frames,
     frames_at,
+    halved,
     index_video,
     resize,
     thumbnail,
@@ -44,7 +45,8 @@ def observe(
     samples = sample_numbers(index, first, last, settings.sample_fps)
     wanted = set(samples.tolist())
     width, height = training_grid(index, settings.frame_long_side)
-    thumb = _scaled(index, THUMB_LONG_SIDE)
+    thumb, seen = _scaled(index, THUMB_LONG_SIDE), _scaled(index, detector.long_side)
+    larger = max(width, seen[0]), max(height, seen[1])
     gaps = np.diff(index.times_s[first:last])
     meter = ShotMeter(float(np.median(gaps)) if len(gaps) else 1 / 25)
     tracker = PeopleTracker(detector.person)
@@ -75,8 +77,8 @@ def observe(
         sampled = number in wanted
         waiting.append((thumbnail(frame, index, *thumb), sampled))
         if sampled:
-            stored = to_rgb(frame)
-            images.append(resize(stored, index, *_scaled(index, detector.long_side)))
+            stored = halved(to_rgb(frame), index, *larger)
+            images.append(resize(stored, index, *seen))
             jpeg.append(_jpeg(resize(stored, index, width, height)))
             if len(images) == detector.batch:
                 flush()

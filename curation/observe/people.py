@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -34,6 +35,10 @@ _TRACKER = SimpleNamespace(
 )  # fmt: skip
 
 
+# (n, H, W, 3) uint8 RGB -> what the network says of it, as a tensor that ultralytics' suppression understands.
+Forward = Callable[[NDArray[np.uint8]], Any]
+
+
 class Detections(NamedTuple):
     """Boxes of one frame: xyxy (k, 4) float32 in fractions of the upright image, confidence (k,), class id (k,)."""
 
@@ -50,7 +55,7 @@ class Detector:
     """
 
     def __init__(self, weights: Path, *, device: str, long_side: int, confidence: float) -> None:
-        _quiet_ultralytics()
+        _keep_quiet()
         self.weights = weights
         self.sha256 = sha256_file(weights)
         self.long_side = long_side
@@ -60,11 +65,10 @@ class Detector:
             import torch
 
             self._cuda = "cuda" if torch.cuda.is_available() else None
-        self._forward: Callable[[NDArray[np.float32]], Any]
         if self._cuda:
             self._forward, self.names = _torch_backend(weights, self._cuda)
         else:
-            self._forward, self.names = _openvino_backend(weights, self.sha256)
+            self._forward, self.names = _openvino_backend(weights, self.sha256, confidence)
         people = [number for number, name in self.names.items() if name == PERSON]
         if not people:
             raise UsageError(f"{weights.name} has no class named 'person'; give a detector that has one.")
@@ -92,7 +96,6 @@ class Detector:
 
     def __call__(self, images: Sequence[NDArray[np.uint8]]) -> list[Detections]:
         """Detect on pictures of one size; coordinates come back as fractions of that size."""
-        import torch
         from ultralytics.utils.nms import non_max_suppression
 
         height, width = images[0].shape[:2]
@@ -105,10 +108,7 @@ class Detector:
             slot[top : top + inner[1], left : left + inner[0]] = cv2.resize(
                 image, inner, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
             )
-        batch = np.ascontiguousarray(canvas.transpose(0, 3, 1, 2), np.float32)
-        batch /= 255
-        raw = self._forward(batch)
-        raw = raw if isinstance(raw, torch.Tensor) else torch.from_numpy(raw)
+        raw = self._forward(canvas)
         # No time limit: a loaded machine must not change what is found.
         found = non_max_suppression(
             raw, conf_thres=self._confidence, iou_thres=_NMS_IOU, max_time_img=3600.0, nc=len(self.names),
@@ -168,33 +168,36 @@ def find_weights(weights: str) -> Path:
     cached = _cache() / "weights" / path.name
     if cached.is_file():
         return cached
-    if path.name == weights:
-        _fetch(path.name, cached)
-    if not cached.is_file():
-        raise UsageError(
-            f"The detector weights {weights} are not here and could not be fetched: on a connected machine run once "
-            f"so that ultralytics downloads {path.name}, or copy the file here and pass --detector PATH."
-        )
-    return cached
+    if path.name == weights and _published(weights):
+        _fetch(weights, cached)
+        return cached
+    raise UsageError(
+        f"The detector weights {weights} are not here, and ultralytics publishes none of that name: pass --detector "
+        "with the path of a file, or with a published name such as yolo11x.pt."
+    )
+
+
+def _published(name: str) -> bool:
+    _keep_quiet()
+    from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES
+
+    return name in GITHUB_ASSETS_NAMES
 
 
 def _fetch(name: str, target: Path) -> None:
-    _quiet_ultralytics()
-    from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES, attempt_download_asset
+    from ultralytics.utils.downloads import attempt_download_asset
 
-    if name not in GITHUB_ASSETS_NAMES:
-        return
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        file = Path(folder) / name
         try:
-            attempt_download_asset(Path(folder) / name)
+            attempt_download_asset(file)
+            file.replace(target)
         except (OSError, RuntimeError, AssertionError, ValueError) as error:
             raise UsageError(
-                f"The detector weights {name} could not be downloaded ({type(error).__name__}): check the network, or "
-                "copy the file to this machine and pass --detector PATH."
+                f"The detector weights {name} are not here and could not be downloaded ({type(error).__name__}): "
+                "check the network, or copy the file to this machine and pass --detector PATH."
             ) from error
-        if (Path(folder) / name).is_file():
-            (Path(folder) / name).replace(target)
 
 
 def _cache() -> Path:
@@ -202,9 +205,12 @@ def _cache() -> Path:
     return Path(root)
 
 
-def _quiet_ultralytics() -> None:
-    """ultralytics must neither install packages, nor phone home, nor print over our progress bars."""
+def _keep_quiet() -> None:
+    """ultralytics and OpenVINO must neither install packages, nor phone home, nor print over our progress bars."""
     os.environ.setdefault("YOLO_AUTOINSTALL", "false")
+    os.environ.setdefault("YOLO_OFFLINE", "true")  # no usage reports, no look-ups at import; downloads still work
+    # OpenVINO reports every import and conversion, unless this package cannot be imported: then it takes a stub.
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     os.environ.setdefault("YOLO_VERBOSE", "false")
     os.environ.setdefault("YOLO_CONFIG_DIR", str(_cache() / "ultralytics"))
     Path(os.environ["YOLO_CONFIG_DIR"]).mkdir(parents=True, exist_ok=True)
@@ -227,39 +233,51 @@ def _load_model(weights: Path) -> Any:
     return model
 
 
-def _torch_backend(weights: Path, device: str) -> tuple[Callable[[NDArray[np.float32]], Any], dict[int, str]]:
+def _torch_backend(weights: Path, device: str) -> tuple[Forward, dict[int, str]]:
     import torch
 
     wrapper = _load_model(weights)
     model = wrapper.model.fuse().to(device).half().eval()
 
     @torch.inference_mode()
-    def forward(batch: NDArray[np.float32]) -> Any:
-        output = model(torch.from_numpy(batch).to(device, non_blocking=True).half())
+    def forward(batch: NDArray[np.uint8]) -> Any:
+        pixels = torch.from_numpy(batch).to(device, non_blocking=True).permute(0, 3, 1, 2)
+        output = model(pixels.half() / 255)
         return output[0] if isinstance(output, list | tuple) else output
 
     return forward, dict(wrapper.names)
 
 
-def _openvino_backend(weights: Path, sha256: str) -> tuple[Callable[[NDArray[np.float32]], Any], dict[int, str]]:
+def _openvino_backend(weights: Path, sha256: str, confidence: float) -> tuple[Forward, dict[int, str]]:
     import openvino
+    import torch
     import yaml
+    from openvino.preprocess import PrePostProcessor
 
     folder = _exported(weights, sha256)
     names = yaml.safe_load((folder / "metadata.yaml").read_text())["names"]
     core = openvino.Core()
-    network = core.read_model(next(folder.glob("*.xml")))
-    compiled: dict[tuple[int, ...], Any] = {}
+    steps = PrePostProcessor(core.read_model(next(folder.glob("*.xml"))))
+    steps.input().tensor().set_element_type(openvino.Type.u8).set_layout(openvino.Layout("NHWC"))
+    steps.input().preprocess().convert_element_type(openvino.Type.f32).scale(255.0)
+    steps.input().model().set_layout(openvino.Layout("NCHW"))
+    network = steps.build()
 
-    def forward(batch: NDArray[np.float32]) -> Any:
-        shape = batch.shape
-        if shape not in compiled:
-            # A fixed shape lets OpenVINO plan its memory and kernels; a dynamic graph is slower on every call.
-            network.reshape(shape)
-            # One process per core; and full precision, so that machines with and without bf16 units agree.
-            options = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"}
-            compiled[shape] = core.compile_model(network, "CPU", options).create_infer_request()
-        return np.asarray(compiled[shape].infer({0: batch})[0])
+    @lru_cache(maxsize=4)  # each holds the weights anew; videos come in few shapes
+    def compiled(shape: tuple[int, ...]) -> Any:
+        # A fixed shape lets OpenVINO plan its memory and kernels; a dynamic graph is slower on every call.
+        network.reshape(shape)
+        # One process per core; and full precision, so that machines with and without bf16 units agree.
+        options = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"}
+        return core.compile_model(network, "CPU", options).create_infer_request()
+
+    def forward(batch: NDArray[np.uint8]) -> Any:
+        raw = np.asarray(compiled(batch.shape).infer({0: batch})[0])
+        if raw.shape[-1] != 6:  # torch is slow at finding the few boxes that are not background
+            seen = (raw[:, 4:].max(1) > confidence).any(0)
+            seen[:7] = True  # six columns would be taken for the finished boxes of an end-to-end network
+            raw = raw[:, :, seen]
+        return torch.from_numpy(raw)
 
     return forward, {int(key): str(value) for key, value in names.items()}
 

@@ -54,6 +54,8 @@ class ShotMeter:
         self._reach = int(np.clip(round(_DISSOLVE_S / frame_s), 4, 30))
         self._small: deque[NDArray[np.float32]] = deque(maxlen=2 * self._reach + 1)
         self._person: deque[tuple[slice, slice] | None] = deque(maxlen=2 * self._reach + 1)
+        # For the last frames, the difference from each of the 2 * bridge - 1 frames before it, the nearest first.
+        self._apart: deque[NDArray[np.float32]] = deque(maxlen=2 * self._bridge)
         self._rows: dict[str, list[float]] = {name: [] for name in ShotMeasures._fields}
         self._count = 0
 
@@ -69,7 +71,11 @@ class ShotMeter:
         self._rows["content"].append(score or 0.0)
         self._rows["luma"].append(luma)
         self._rows["contrast"].append(contrast)
-        self._small.append((grey - luma) / (contrast + _CONTRAST_FLOOR))
+        plain = (grey - luma) / (contrast + _CONTRAST_FLOOR)
+        recent = self._held(self._count + 1 - 2 * self._bridge, self._count)
+        earlier = np.stack([self._small[n] for n in reversed(recent)]) if recent else np.zeros((0, *plain.shape))
+        self._apart.append(np.abs(earlier - plain).mean((1, 2)))
+        self._small.append(plain)
         self._person.append(None if person is None else _slices(person, *size))
         self._count += 1
         if self._count > self._bridge - 1:
@@ -97,12 +103,17 @@ class ShotMeter:
             self._rows["gap"].append(0.0)
             self._rows["person_gap"].append(0.0)
             return
-        left = np.stack([self._small[n] for n in before])
-        right = np.stack([self._small[n] for n in after])
-        difference = np.abs(left[:, None] - right[None, :])
-        self._rows["gap"].append(float(difference.mean((2, 3)).min()))
+        late = len(self._apart) - (self._count - frame)  # where in the ring of differences this frame stands
+        gap = min(float(self._apart[late + k][k : k + self._bridge].min()) for k in range(len(after)))
+        self._rows["gap"].append(gap)
         box = self._person[after[0]]
-        self._rows["person_gap"].append(0.0 if box is None else float(difference[:, :, *box].mean((2, 3)).min()))
+        if box is None:
+            self._rows["person_gap"].append(0.0)
+            return
+        left = np.stack([self._small[n][box] for n in before])
+        right = np.stack([self._small[n][box] for n in after])
+        difference = np.abs(left[:, None] - right[None, :])
+        self._rows["person_gap"].append(float(difference.mean((2, 3)).min()))
 
     def _measure_dissolve(self, frame: int) -> None:
         """Explain the frame by a mixture of the frames `reach` away: a dissolve is one, a movement is not."""

@@ -21,6 +21,7 @@ from av.error import FFmpegError
 from numpy.typing import NDArray
 
 from curation.files import sha256_file
+from curation.ingest.container import READ_ONLY
 from curation.ingest.failures import FailureCode, StageError
 from curation.records import VideoFile
 
@@ -29,8 +30,10 @@ from curation.records import VideoFile
 TIME_TOLERANCE_S = 1e-3
 # Codecs whose packets may hold no shown frame, so that packets cannot be counted against frames.
 _HIDDEN_FRAME_CODECS = frozenset({"vp8", "mpeg4", "msmpeg4v3"})
-# Codecs that decord 0.6.0 opens and indexes correctly; everything else goes through PyAV.
+# What decord 0.6.0 opens, indexes and converts as PyAV does; everything else goes through PyAV.
 _DECORD_CODECS = frozenset({"h264", "hevc", "vp9"})
+_DECORD_CONTAINERS = frozenset({"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"})
+_DECORD_MIN_WIDTH = 64  # it takes the padding of a narrower picture's rows for a fourth channel
 _VERIFY_KEY_FRAMES = 24
 
 RGB = NDArray[np.uint8]
@@ -46,6 +49,8 @@ class VideoIndex:
     coded_width, coded_height: as stored.
     rotation: degrees counter-clockwise that bring a stored frame upright; a multiple of 90.
     origin: presentation time of the first shown frame in units of time_base.
+    edited: has frames that are not shown, or a late first one; times in the file are then not what they seem.
+    plain: nothing about the file is of a kind that decord 0.6.0 reads differently from PyAV.
     """
 
     path: Path
@@ -62,6 +67,7 @@ class VideoIndex:
     time_base: Fraction
     origin: int
     edited: bool
+    plain: bool
 
     @property
     def fps(self) -> float:
@@ -112,14 +118,19 @@ def _index_cached(path: Path, mtime_ns: int, size: int) -> VideoIndex:
 
 def _open(path: Path) -> Any:
     # metadata_errors: a title in a broken encoding is no reason to refuse a film.
-    return av.open(str(path), mode="r", metadata_errors="ignore")
+    return av.open(str(path), mode="r", options=READ_ONLY, metadata_errors="ignore")
 
 
 def _video_stream(container: Any) -> Any:
-    streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
+    pictures = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
+    streams = [s for s in pictures if s.codec_context is not None]
     if not streams:
-        raise StageError(FailureCode.NO_VIDEO, "the file has no video stream")
-    stream = max(streams, key=lambda s: s.width * s.height)
+        what = "no decoder for its video stream" if pictures else "no video stream"
+        raise StageError(FailureCode.NO_VIDEO, f"the file has {what}")
+    return _single_threaded(max(streams, key=lambda s: s.width * s.height))
+
+
+def _single_threaded(stream: Any) -> Any:
     # One process per core: threads inside a decoder cost the same processor time and only blur the accounting.
     stream.codec_context.thread_count = 1
     stream.codec_context.thread_type = "NONE"
@@ -132,9 +143,15 @@ def _index(path: Path, container: Any) -> VideoIndex:
         raise StageError(FailureCode.CORRUPT, "the video stream has no size or no clock")
     pts: list[int] = []
     key: list[bool] = []
+    rotation: int | None = None
     packets = discarded = 0
+    entry: int | None = None  # time of the latest key frame: where decoding may begin
+    begin = 0
+    open_groups = False
     last_end = 0.0  # of any stream: audio may last longer than the picture and still be a complete file
     for packet in container.demux():
+        if rotation is None and packet.stream_index == stream.index:
+            rotation = next((round(frame.rotation / 90) * 90 % 360 for frame in _decode_packet(packet)), None)
         if packet.size == 0:
             continue
         stamp = packet.pts if packet.pts is not None else packet.dts
@@ -143,9 +160,17 @@ def _index(path: Path, container: Any) -> VideoIndex:
         if packet.stream_index != stream.index:
             continue
         packets += 1
+        if stamp is None:
+            continue
+        if packet.is_keyframe:
+            begin = stamp if entry is None else begin
+            entry = stamp
+        elif entry is not None and stamp < entry:
+            open_groups = True  # shown before the key frame, but decoded after it and with the help of frames before it
         if packet.is_discard:
             discarded += 1
-        elif stamp is not None:
+        # What a stream that was cut anywhere has before its first key frame cannot be decoded, and is never shown.
+        elif entry is not None and stamp >= begin:
             pts.append(stamp)
             key.append(packet.is_keyframe)
             tail = packet.duration or 0
@@ -156,16 +181,16 @@ def _index(path: Path, container: Any) -> VideoIndex:
     declared = stream.frames
     if packets < declared:
         raise StageError(FailureCode.CORRUPT, f"{packets} of {declared} declared frames are in the file")
-    start = 0.0 if container.start_time is None else container.start_time / 1e6
-    whole = None if container.duration is None else container.duration / 1e6 + start
-    # Containers that count no frames (Matroska, WebM) declare a duration instead.
-    if not declared and whole is not None and container.duration > 0 and last_end < whole - max(0.5, 0.02 * whole):
+    if rotation is None:
+        raise StageError(FailureCode.CORRUPT, "no frame of the file can be decoded")
+    whole = (container.duration or 0) / 1e6
+    # Containers that count no frames (Matroska, WebM) declare where the last one ends, also if the first is late.
+    if not declared and last_end < whole - max(0.5, 0.02 * whole):
         raise StageError(FailureCode.CORRUPT, f"the data ends at {last_end:.2f} of {whole:.2f} declared seconds")
     base = Fraction(stream.time_base)
     times = (stamps - stamps[0]) * float(base)
     step = float(np.median(np.diff(times))) if len(times) > 1 else tail * float(base)
     end = float(times[-1]) + (step or 1.0 / float(stream.average_rate or 25))
-    rotation = _rotation(path, stream.index)
     aspect = stream.sample_aspect_ratio
     square = float(aspect) if aspect else 1.0
     width, height = round(stream.width * square), stream.height
@@ -173,9 +198,13 @@ def _index(path: Path, container: Any) -> VideoIndex:
         width, height = stream.width, round(stream.height / square)
     if rotation % 180:
         width, height = height, width
+    codec = stream.codec_context.codec.canonical_name
+    edited = discarded > 0 or stamps[0] * base > Fraction(1, 2)
+    eight_bits = all(component.bits == 8 for component in stream.codec_context.format.components)
+    known = codec in _DECORD_CODECS and container.format.name in _DECORD_CONTAINERS and eight_bits
     return VideoIndex(
         path=path,
-        codec=stream.codec_context.codec.canonical_name,
+        codec=codec,
         stream=stream.index,
         width=width,
         height=height,
@@ -187,16 +216,9 @@ def _index(path: Path, container: Any) -> VideoIndex:
         end_s=end,
         time_base=base,
         origin=int(stamps[0]),
-        edited=discarded > 0 or stamps[0] * base > Fraction(1, 2),
+        edited=edited,
+        plain=known and not (edited or rotation or open_groups) and stream.width >= _DECORD_MIN_WIDTH,
     )
-
-
-def _rotation(path: Path, stream_index: int) -> int:
-    """Degrees counter-clockwise by which a stored frame must be turned; read from the first decoded frame."""
-    with _open(path) as container:
-        for frame in container.decode(container.streams[stream_index]):
-            return round(frame.rotation / 90) * 90 % 360
-    raise StageError(FailureCode.CORRUPT, "no frame of the file can be decoded")
 
 
 def decode(index: VideoIndex, first: int, last: int, *, only: Iterable[int] | None = None) -> Iterator[tuple[int, Any]]:
@@ -211,16 +233,13 @@ def decode(index: VideoIndex, first: int, last: int, *, only: Iterable[int] | No
     delivered = 0
     try:
         with _open(index.path) as container:
-            stream = container.streams[index.stream]
-            stream.codec_context.thread_count = 1
-            stream.codec_context.thread_type = "NONE"
+            stream = _single_threaded(container.streams[index.stream])
             _seek(container, stream, index, first)
             for frame in _decode_stream(container, stream):
-                if frame.pts is None and frame.dts is None:
-                    continue
                 stamp = frame.pts if frame.pts is not None else frame.dts
-                time = (stamp - index.origin) * float(index.time_base)
-                number = int(np.searchsorted(index.times_s, time - TIME_TOLERANCE_S))
+                if stamp is None:
+                    continue
+                number = _number(index, stamp)
                 if number <= seen or number < first:
                     continue
                 if number >= last:
@@ -236,13 +255,16 @@ def decode(index: VideoIndex, first: int, last: int, *, only: Iterable[int] | No
 
 
 def _decode_stream(container: Any, stream: Any) -> Iterator[Any]:
-    """Decode packet by packet: a damaged packet costs its own frames, which the caller counts, not the rest."""
     for packet in container.demux(stream):
-        try:
-            frames = packet.decode()
-        except FFmpegError:
-            continue
-        yield from (frame for frame in frames if not frame.is_corrupt)
+        yield from _decode_packet(packet)
+
+
+def _decode_packet(packet: Any) -> list[Any]:
+    """Frames that a packet completes; a damaged one costs its own frames, which the caller counts, not the rest."""
+    try:
+        return [frame for frame in packet.decode() if not frame.is_corrupt]
+    except FFmpegError:
+        return []
 
 
 def _seek(container: Any, stream: Any, index: VideoIndex, first: int) -> None:
@@ -263,24 +285,33 @@ def decode_key_frames(index: VideoIndex, first: int, last: int, *, limit: int) -
     wanted = set(keys.tolist())
     try:
         with _open(index.path) as container:
-            stream = container.streams[index.stream]
-            stream.codec_context.thread_count = 1
-            stream.codec_context.skip_frame = "NONKEY"
+            stream = _single_threaded(container.streams[index.stream])
             for packet in container.demux(stream):
-                # Only the wanted packets reach the decoder.
-                if packet.size and packet.pts is not None and _number(index, packet.pts) not in wanted:
+                stamp = packet.pts if packet.pts is not None else packet.dts
+                if stamp is None or not packet.is_keyframe or packet.is_discard:
                     continue
-                for frame in packet.decode():
-                    if frame.pts is not None and (number := _number(index, frame.pts)) in wanted:
-                        wanted.discard(number)
-                        yield number, frame
+                if (number := _number(index, stamp)) not in wanted:
+                    continue
+                # Each on its own: a decoder that is not emptied in between waits for frames that never come.
+                frames = _decode_packet(packet) + _drain(stream.codec_context)
+                stream.codec_context.flush_buffers()
+                if frames:
+                    yield number, frames[0]
     except FFmpegError as error:
         raise StageError(FailureCode.CORRUPT, f"a key frame cannot be decoded ({type(error).__name__})") from error
 
 
+def _drain(codec: Any) -> list[Any]:
+    try:
+        return [frame for frame in codec.decode(None) if not frame.is_corrupt]
+    except FFmpegError:
+        return []
+
+
 def _number(index: VideoIndex, stamp: int) -> int:
+    """Number of the frame with this time stamp; -1 for one before the first shown frame."""
     time = (stamp - index.origin) * float(index.time_base)
-    return int(np.searchsorted(index.times_s, time - TIME_TOLERANCE_S))
+    return int(np.searchsorted(index.times_s, time - TIME_TOLERANCE_S)) if time > -TIME_TOLERANCE_S else -1
 
 
 def verify(path: Path) -> VideoFile:
@@ -306,7 +337,7 @@ def verify(path: Path) -> VideoFile:
 
 def to_rgb(frame: Any) -> RGB:
     """The stored picture as (coded height, coded width, 3) RGB, not yet upright."""
-    return frame.to_ndarray(format="rgb24")
+    return frame.to_ndarray(format="rgb24", threads=1)
 
 
 def upright(stored: NDArray[np.uint8], rotation: int) -> NDArray[np.uint8]:
@@ -314,47 +345,70 @@ def upright(stored: NDArray[np.uint8], rotation: int) -> NDArray[np.uint8]:
     return np.ascontiguousarray(np.rot90(stored, rotation // 90)) if rotation else stored
 
 
-def resize(stored: RGB, index: VideoIndex, width: int, height: int) -> RGB:
-    """Upright (height, width, 3) picture from a stored one; applies pixel aspect and rotation in one resampling."""
+def halved(stored: RGB, index: VideoIndex, width: int, height: int) -> RGB:
+    """A stored picture, halved as often as it stays at least as large as an upright (height, width) one.
+
+    `resize` does this itself; done before, several sizes share the work and come out no different.
+    """
     size = (height, width) if index.rotation % 180 else (width, height)
-    shrinking = size[0] <= stored.shape[1] and size[1] <= stored.shape[0]
-    method = cv2.INTER_AREA if shrinking else cv2.INTER_LINEAR
-    return upright(cv2.resize(stored, size, interpolation=method), index.rotation)
+    while stored.shape[1] // 2 >= size[0] and stored.shape[0] // 2 >= size[1]:
+        half = (stored.shape[1] // 2, stored.shape[0] // 2)
+        stored = cv2.resize(stored, half, interpolation=cv2.INTER_AREA)
+    return stored
+
+
+def resize(stored: RGB, index: VideoIndex, width: int, height: int) -> RGB:
+    """Upright (height, width, 3) picture from a stored one; applies pixel aspect and rotation with the scaling.
+
+    Halved and then interpolated: a third of the time of an area filter, which OpenCV does slowly for odd factors.
+    """
+    size = (height, width) if index.rotation % 180 else (width, height)
+    small = cv2.resize(halved(stored, index, width, height), size, interpolation=cv2.INTER_LINEAR)
+    return upright(small, index.rotation)
 
 
 def thumbnail(frame: Any, index: VideoIndex, width: int, height: int) -> RGB:
     """Small upright (height, width, 3) BGR picture scaled inside the decoder's own scaler; for per-frame measures."""
     if index.rotation % 180:
         width, height = height, width
-    return upright(frame.to_ndarray(width=width, height=height, format="bgr24", interpolation="AREA"), index.rotation)
+    small = frame.to_ndarray(width=width, height=height, format="bgr24", interpolation="AREA", threads=1)
+    return upright(small, index.rotation)
 
 
 def frames_at(index: VideoIndex, times_s: Sequence[float], width: int, height: int) -> list[RGB]:
     """The frames on screen at these times, as upright (height, width, 3) RGB; random access.
 
-    Uses decord where it reads the file as PyAV does, PyAV otherwise.
+    Uses decord where it reads the file as PyAV does, PyAV otherwise. Holds one frame of full size at a time.
     """
-    numbers = index.on_screen(np.asarray(times_s, np.float64))
-    unique = np.unique(numbers)
-    stored = _decord_frames(index, unique)
-    if stored is None:
-        stored = {}
-        # One pass per group of neighbouring frames; each starts at the key frame before it.
-        for group in np.split(unique, np.flatnonzero(np.diff(unique) > 300) + 1):
-            for number, frame in decode(index, int(group[0]), int(group[-1]) + 1, only=group.tolist()):
-                stored[number] = to_rgb(frame)
-    return [resize(stored[int(number)], index, width, height) for number in numbers]
+    numbers = index.on_screen(np.asarray(times_s, np.float64)).tolist()
+    wanted = sorted(set(numbers))
+    pictures = _by_decord(index, wanted, width, height)
+    if pictures is None:
+        pictures = _by_pyav(index, wanted, width, height)
+    return [pictures[number] for number in numbers]
 
 
-def _decord_frames(index: VideoIndex, numbers: NDArray[np.intp]) -> dict[int, RGB] | None:
-    """Frames by decord, or None where decord's idea of the file differs from PyAV's.
+def _by_pyav(index: VideoIndex, wanted: list[int], width: int, height: int) -> dict[int, RGB]:
+    pictures = {}
+    # One pass per group of neighbouring frames; each starts at the key frame before it.
+    for group in np.split(np.asarray(wanted, np.intp), np.flatnonzero(np.diff(wanted) > 300) + 1):
+        for number, frame in decode(index, int(group[0]), int(group[-1]) + 1, only=group.tolist()):
+            pictures[number] = resize(to_rgb(frame), index, width, height)
+    return pictures
 
-    decord ignores edit lists, rotates by itself and cannot open AV1; its own frame times tell whether it agrees.
+
+def _by_decord(index: VideoIndex, wanted: list[int], width: int, height: int) -> dict[int, RGB] | None:
+    """None where decord's idea of the file differs from PyAV's.
+
+    decord ignores edit lists, rotates by itself, cannot open AV1, converts 10 bits differently, and loses count after
+    a seek into open groups of pictures. For all else its own frame times tell whether it agrees.
     """
-    if index.codec not in _DECORD_CODECS or index.edited or index.rotation:
+    if not index.plain:
         return None
-    import decord
-
+    try:
+        import decord
+    except ImportError:  # not built for every system
+        return None
     try:
         reader = decord.VideoReader(str(index.path), num_threads=1)
         if len(reader) != len(index.times_s):
@@ -362,7 +416,6 @@ def _decord_frames(index: VideoIndex, numbers: NDArray[np.intp]) -> dict[int, RG
         starts = reader.get_frame_timestamp(range(len(reader)))[:, 0].astype(np.float64)
         if not np.allclose(starts - starts[0], index.times_s, atol=2 * TIME_TOLERANCE_S):
             return None
-        batch = reader.get_batch(numbers.tolist()).asnumpy()
+        return {number: resize(reader[number].asnumpy(), index, width, height) for number in wanted}
     except decord.DECORDError:
         return None
-    return dict(zip(numbers.tolist(), batch, strict=True))

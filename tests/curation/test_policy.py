@@ -293,7 +293,7 @@ def test_a_policy_may_extend_another_and_change_a_part_of_a_part(tmp_path: Path)
     mine = load_policy(tmp_path / "mine.yaml")
     assert (mine.name, mine.single.tolerance, mine.border) == ("mine", 0.2, DEFAULT.border)
     assert mine.single.person_confidence == DEFAULT.single.person_confidence
-    with pytest.raises(UsageError, match="yours.yaml is wrong"):
+    with pytest.raises(UsageError, match="is wrong at"):
         load_policy(tmp_path / "yours.yaml")  # one level: whoever reads a policy reads two files at most
 
 

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 from prefect import flow
 from prefect.artifacts import Artifact, create_progress_artifact
 from pydantic import BaseModel
@@ -271,6 +272,15 @@ def test_progress_is_shown_while_a_stage_runs(service, monkeypatch):
     showing()
     assert seen == [50.0]  # one of this batch's three clips, after one of the batch before
     assert shown_progress() == 100.0
+
+
+def test_the_deployment_for_work_pools_is_the_same_flow():
+    from prefect.flows import load_flow_from_entrypoint
+
+    project = yaml.safe_load(Path(__file__).parents[2].joinpath("prefect.yaml").read_text())
+    (deployment,) = project["deployments"]
+    assert load_flow_from_entrypoint(deployment["entrypoint"], use_placeholder_flow=False) is curate
+    assert (deployment["name"], deployment["work_pool"]["name"], deployment["pull"]) == ("curate", "unish", [])
 
 
 def test_importing_the_library_does_not_import_prefect():

@@ -7,6 +7,7 @@ import signal
 import socket
 from pathlib import Path
 
+import psutil
 import pytest
 from prefect_place import Place, command, free_port, wait_until
 from servers import Fault, serve
@@ -60,6 +61,20 @@ def test_starting_twice_is_harmless(service):
     assert service.service("status").returncode == 0
     with service.client() as client:
         assert client.read_concurrency_limit_by_tag("download").concurrency_limit >= 1
+
+
+def test_the_server_listens_on_loopback_and_reports_nothing(service):
+    for role in ("server", "worker"):
+        process = psutil.Process(service.record[role])
+        environment = process.environ()
+        assert (environment["DO_NOT_TRACK"], environment["PREFECT_SERVER_ANALYTICS_ENABLED"]) == ("1", "false")
+        addresses = [
+            end.ip for socket in process.net_connections("inet") for end in (socket.laddr, socket.raddr) if end
+        ]
+        assert addresses and set(addresses) == {"127.0.0.1"}
+    from prefect.settings import get_current_settings
+
+    assert get_current_settings().server.analytics_enabled is False  # [tool.prefect] of the checkout
 
 
 def test_the_literal_command_curates_a_manifest(service, clips, detector, tmp_path):

@@ -1,0 +1,194 @@
+"""One pass over a clip: what is measured on which frames, and training frames that do not depend on the way to them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numbered import encode, number_of, picture
+from scenes import COUNT, Watcher, scene
+from videos import geometry
+
+from curation.ingest.failures import FailureCode, StageError
+from curation.manifest import ClipRef
+from curation.observe.observe import observe, prescreen, sample_frames, sample_numbers, training_grid
+from curation.observe.samples import read_frames, write_frames
+from curation.observe.video import index_video
+from curation.settings import ObserveSettings
+
+SETTINGS = ObserveSettings()
+
+
+def ref(start_s: float | None = None, end_s: float | None = None) -> ClipRef:
+    return ClipRef("local", "clip", *(None if time is None else round(time * 1e6) for time in (start_s, end_s)))
+
+
+def decoded(jpeg: bytes) -> np.ndarray:
+    return cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
+
+
+def same(first, second) -> bool:
+    values = (getattr(first, field.name) for field in dataclasses.fields(first))
+    others = (getattr(second, field.name) for field in dataclasses.fields(second))
+    return all(np.array_equal(a, b) for a, b in zip(values, others, strict=True))
+
+
+@pytest.fixture(scope="module")
+def dance(tmp_path_factory):
+    path = tmp_path_factory.mktemp("dance") / "dance.mp4"
+    options = ("-c:v", "libx264", "-pix_fmt", "yuv420p", "-g", "6", "-bf", "2")
+    return encode(path, [scene(n) for n in range(COUNT)], *options)
+
+
+@pytest.mark.parametrize(
+    "name", ["plain.mp4", "many-groups.mp4", "variable.mp4", "edited.mp4", "rotated.mp4", "av1.mp4"]
+)
+def test_training_frames_are_the_same_bytes_however_they_are_read(video, name):
+    made = video(name)
+    for span in ((None, None), (0.7, 1.55)):
+        observations, frames = observe(ref(*span), made.path, SETTINGS, Watcher())
+        again = sample_frames(ref(*span), made.path, SETTINGS)
+        assert len(frames.jpeg) >= 5
+        assert again.jpeg == frames.jpeg
+        assert np.array_equal(again.times_s, frames.times_s)
+        assert np.array_equal(observations.sample_times_s, frames.times_s)
+        assert (again.width, again.height) == (frames.width, frames.height)
+
+
+@pytest.mark.parametrize("name", ["plain.mp4", "variable.mp4", "edited.mp4", "rotated.mp4", "anamorphic.mp4"])
+def test_training_frames_show_what_was_on_screen(video, name):
+    made = video(name)
+    frames = sample_frames(ref(), made.path, SETTINGS)
+    grid = frames.times_s[0] + np.arange(int(made.shown.times_s[-1] * 6 + 1e-3) + 1) / 6
+    expected = list(dict.fromkeys(number_of(made.shown.at(time)) for time in grid))
+    pictures = [decoded(jpeg) for jpeg in frames.jpeg]
+    assert [number_of(picture) for picture in pictures] == expected
+    assert {picture.shape for picture in pictures} == {(frames.height, frames.width, 3)}
+    assert max(frames.width, frames.height) == 518
+
+
+def test_a_clip_holds_the_frames_of_its_span(video):
+    made = video("many-groups.mp4")
+    observations, frames = observe(ref(2.5, 4.0), made.path, SETTINGS, Watcher())
+    assert observations.times_s == pytest.approx(np.arange(75, 120) / 30)
+    assert [number_of(decoded(jpeg)) for jpeg in frames.jpeg] == [75, 80, 85, 90, 95, 100, 105, 110, 115]
+    assert (observations.start_s, observations.end_s, observations.duration_s) == pytest.approx((2.5, 4.0, 1.5))
+
+
+def test_the_size_of_the_batch_changes_nothing(dance):
+    alone, frames = observe(ref(), dance, SETTINGS, Watcher(1))
+    assert alone.person_gap.max() > 0 and len(alone.box_sample) == 12 == len(alone.sample_times_s)
+    assert set(alone.box_track.tolist()) == {1}
+    for batch in (5, 32):
+        batched, the_same_frames = observe(ref(), dance, SETTINGS, Watcher(batch))
+        assert the_same_frames.jpeg == frames.jpeg
+        assert same(batched, dataclasses.replace(alone, provenance=batched.provenance))
+
+
+def test_progress_counts_every_frame(dance):
+    seen = []
+    observe(ref(), dance, SETTINGS, Watcher(), progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(n, COUNT) for n in range(1, COUNT + 1)]
+
+
+def test_one_frame_is_a_clip_too(video):
+    observations, frames = observe(ref(), video("one-frame.mp4").path, SETTINGS, Watcher())
+    assert len(observations.times_s) == len(frames.jpeg) == len(observations.content) == 1
+    assert observations.duration_s == pytest.approx(1 / 30, abs=0.01)
+
+
+def test_a_damaged_clip_gives_no_measurements(video, tmp_path):
+    data = bytearray(video("plain.mp4").path.read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 4000] = bytes(4000)
+    path = tmp_path / "hole.mp4"
+    path.write_bytes(data)
+    with pytest.raises(StageError) as caught:
+        observe(ref(), path, SETTINGS, Watcher())
+    assert caught.value.code is FailureCode.CORRUPT
+
+
+def bars(image: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    return cv2.copyMakeBorder(image, rows, rows, columns, columns, cv2.BORDER_CONSTANT, value=(6, 6, 6))
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(16, 0), (0, 40), (0, 0)])
+def test_the_active_picture_is_what_the_bars_leave(tmp_path, rows, columns):
+    frames = [bars(picture(number, 192, 108), rows, columns) for number in range(30)]
+    height, width = frames[0].shape[:2]
+    path = encode(tmp_path / "bars.mp4", frames, "-c:v", "libx264", "-crf", "16", "-pix_fmt", "yuv420p")
+    observations, _ = observe(ref(), path, SETTINGS, Watcher())
+    expected = columns / width, rows / height, 1 - columns / width, 1 - rows / height
+    assert observations.active == pytest.approx(expected, abs=0.01)
+
+
+def test_a_dark_backdrop_is_no_bar(tmp_path):
+    frames = []
+    for number in range(30):
+        image = np.full((108, 192, 3), 5, np.uint8)
+        image[30:108, 60 + number : 90 + number] = (220, 30, 40)
+        frames.append(image)
+    path = encode(tmp_path / "dark.mp4", frames, "-c:v", "libx264", "-pix_fmt", "yuv420p")
+    assert observe(ref(), path, SETTINGS, Watcher())[0].active == (0.0, 0.0, 1.0, 1.0)
+
+
+def test_the_prescreen_sees_key_frames_only(dance):
+    found = prescreen(ref(), dance, SETTINGS, Watcher())
+    index = index_video(dance)
+    assert found is not None and found.kind == "keyframes"
+    assert np.array_equal(found.sample_times_s, index.times_s[index.key])
+    assert len(found.box_sample) == len(found.sample_times_s) == 10
+    assert len(found.times_s) == len(found.content) == 0
+    full, _ = observe(ref(), dance, SETTINGS, Watcher())
+    at_start = full.box_xyxy[0]
+    assert found.box_xyxy[0] == pytest.approx(at_start, abs=1e-6)
+
+
+def test_few_key_frames_say_nothing(video, dance):
+    assert prescreen(ref(), video("one-frame.mp4").path, SETTINGS, Watcher()) is None
+    assert prescreen(ref(0.0, 1.0), dance, SETTINGS, Watcher()) is None
+
+
+@given(
+    steps=st.lists(st.sampled_from([1 / 60, 1 / 30, 1 / 24, 0.2, 1.5]), min_size=0, max_size=80),
+    ends=st.tuples(st.integers(0, 80), st.integers(1, 81)),
+    fps=st.sampled_from([1.0, 6.0, 25.0]),
+)
+def test_every_sixth_of_a_second_shows_its_frame_once(steps, ends, fps):
+    index = geometry(0, np.concatenate([[0.0], np.cumsum(steps)]))
+    first, last = min(ends[0], len(steps)), min(ends[1], len(steps) + 1)
+    if first >= last:
+        return
+    numbers = sample_numbers(index, first, last, fps)
+    assert numbers[0] == first and numbers[-1] < last
+    assert (np.diff(numbers) > 0).all()
+    for tick in range(int((index.times_s[last - 1] - index.times_s[first]) * fps) + 1):
+        time = index.times_s[first] + tick / fps
+        on_screen = max(n for n in range(first, last) if index.times_s[n] <= time + 1e-3)
+        assert on_screen in numbers
+
+
+@given(width=st.integers(2, 5000), height=st.integers(2, 5000), long_side=st.sampled_from([14, 518, 1036]))
+def test_the_training_grid_is_whole_patches_with_the_longer_side_given(width, height, long_side):
+    index = geometry(width=width, height=height)
+    grid = training_grid(index, long_side)
+    assert max(grid) == long_side
+    assert all(side % 14 == 0 and side > 0 for side in grid)
+    scale = long_side / max(width, height)
+    assert all(abs(side - given_side * scale) <= 14 for side, given_side in zip(grid, (width, height), strict=True))
+
+
+def test_frames_are_kept_until_the_shard_is_written(dance, tmp_path):
+    _, frames = observe(ref(), dance, SETTINGS, Watcher())
+    path = tmp_path / "frames.parquet"
+    write_frames(frames, path)
+    kept = read_frames(path)
+    assert kept is not None and kept.jpeg == frames.jpeg
+    assert np.array_equal(kept.times_s, frames.times_s)
+    assert (kept.width, kept.height) == (frames.width, frames.height)
+    path.write_bytes(path.read_bytes()[:-100])
+    assert read_frames(path) is None
+    assert read_frames(tmp_path / "none.parquet") is None
