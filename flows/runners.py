@@ -54,7 +54,7 @@ def _dask(address: str | None, lanes: int) -> TaskRunner[Any]:
 
 def _ray(address: str | None, lanes: int) -> TaskRunner[Any]:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before ray is imported: it reads this once
-    from prefect_ray.task_runners import RayTaskRunner  # type: ignore[import-untyped]
+    from prefect_ray.task_runners import RayTaskRunner
 
     if address:
         return RayTaskRunner(address=address)

@@ -213,7 +213,7 @@ def _shadow_map(mesh: Mesh, toward: Array) -> tuple[NDArray[np.float32], Array]:
     return depth, matrix
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _accumulate_normals(vertices: Array, faces: NDArray[np.int32], normals: Array) -> None:
     for f in range(faces.shape[0]):
         a, b, c = vertices[faces[f, 0]], vertices[faces[f, 1]], vertices[faces[f, 2]]
@@ -230,7 +230,7 @@ def _accumulate_normals(vertices: Array, faces: NDArray[np.int32], normals: Arra
         normals[v] /= length
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _span(slope: float, offset: float, start: int, stop: int) -> tuple[int, int]:
     """Narrow [start, stop) to where slope * x + offset <= 0, give or take a pixel."""
     if slope == 0.0:
@@ -241,7 +241,7 @@ def _span(slope: float, offset: float, start: int, stop: int) -> tuple[int, int]
     return int(max(float(start), min(float(stop), root - 1))), stop
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _fill(
     corners: Array,
     faces: NDArray[np.int32],
@@ -301,7 +301,7 @@ def _fill(
                     triangle[y, x] = f
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _fill_shadow(corners: Array, faces: NDArray[np.int32], depth: NDArray[np.float32]) -> None:
     size = depth.shape[0]
     for f in range(faces.shape[0]):
@@ -321,7 +321,7 @@ def _fill_shadow(corners: Array, faces: NDArray[np.int32], depth: NDArray[np.flo
                     depth[y, x] = min(depth[y, x], z)
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _sky(rgb: NDArray[np.float32], intrinsics: Array, rotation: Array, horizon: Array, zenith: Array) -> None:
     height, width = rgb.shape[:2]
     for y in range(height):
@@ -334,7 +334,7 @@ def _sky(rgb: NDArray[np.float32], intrinsics: Array, rotation: Array, horizon: 
                 rgb[y, x, k] = value
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy", fastmath=True)  # colour, unlike depth, need not be exact
 def _shade(
     rgb: NDArray[np.float32],
     inverse: Array,
@@ -395,8 +395,8 @@ def _shade(
             px, py = u * side - 0.5, v * side - 0.5
             ix, iy = int(np.floor(px)), int(np.floor(py))
             gx, gy = px - ix, py - iy
-            x0, x1 = ix % side, (ix + 1) % side
-            y0, y1 = iy % side, (iy + 1) % side
+            x0, x1 = ix & (side - 1), (ix + 1) & (side - 1)  # sides are powers of two
+            y0, y1 = iy & (side - 1), (iy + 1) & (side - 1)
             t = texture[f]
             t00, t01 = start + y0 * side + x0, start + y0 * side + x1
             t10, t11 = start + y1 * side + x0, start + y1 * side + x1
@@ -428,7 +428,7 @@ def _shade(
                 rgb[y, x, k] = colour * (ground[k] + (sky[k] - ground[k]) * dome + sun[k] * lit)
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _finish(rgb: NDArray[np.float32], inverse: Array, instances: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Soften edges of things, and turn linear light into sRGB."""
     height, width = inverse.shape

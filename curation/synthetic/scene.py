@@ -408,11 +408,11 @@ def _stage(b: Builder) -> Light:
     b.floor(b.texture(paint.planks, (96, 74, 58)), 1.5)
     far = rng.uniform(2.4, 3.6)
     drape = b.texture(paint.curtain, b.colour(((150, 26, 36), (30, 36, 90), (60, 60, 64), (90, 30, 90))))
-    for x in np.arange(-7.5, 7.5, 2.5):
+    for x in np.arange(-15, 15, 2.5):
         b.quad(np.array([x, 0, -far]), np.array([2.5, 0, 0]), np.array([0, 4.5, 0]), drape, None)
     b.quad(
-        np.array([-9, 4.5, -far]),
-        np.array([18, 0, 0]),
+        np.array([-15, 4.5, -far]),
+        np.array([30, 0, 0]),
         np.array([0, 0, 14]),
         b.texture(paint.plaster, (30, 28, 30)),
         2.0,
@@ -460,12 +460,12 @@ def _backdrop(b: Builder) -> Light:
         0.05,
     )
     far = rng.uniform(1.8, 2.6)
-    b.floor(paper, 4.0)
+    b.floor(paper, 4.0, 40)
     angle = np.linspace(0, np.pi / 2, 7)
     curve = np.column_stack([1 - np.cos(angle), np.sin(angle)])
     for (y0, z0), (y1, z1) in pairwise(curve):
-        b.quad(np.array([-14, y0, -far - z0]), np.array([28, 0, 0]), np.array([0, y1 - y0, z0 - z1]), paper, 4.0)
-    b.quad(np.array([-14, 1, -far - 1]), np.array([28, 0, 0]), np.array([0, 7, 0]), paper, 4.0)
+        b.quad(np.array([-40, y0, -far - z0]), np.array([80, 0, 0]), np.array([0, y1 - y0, z0 - z1]), paper, 4.0)
+    b.quad(np.array([-40, 1, -far - 1]), np.array([80, 0, 0]), np.array([0, 7, 0]), paper, 4.0)
     return Light(
         toward=(rng.uniform(-0.5, 0.5), 0.75, 0.6),
         sun=(0.6, 0.6, 0.6),
