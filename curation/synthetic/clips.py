@@ -329,14 +329,14 @@ def encode(pictures: Iterator[Image], times_s: Array, plan: ClipPlan, target: Pa
 
 
 def _sampled(times_s: Array) -> list[int]:
-    """Indices of frames at about 6 per second."""
-    grid = np.arange(times_s[0], times_s[-1] + 1e-9, 1 / 6)
-    return sorted(set(np.clip(np.searchsorted(times_s, grid - 1e-6), 0, len(times_s) - 1).tolist()))
+    """Indices of the frames on screen at every sixth of a second."""
+    grid = np.arange(times_s[0], times_s[-1] + 1e-3, 1 / 6)
+    return sorted(set((np.searchsorted(times_s, grid + 1e-3, side="right") - 1).tolist()))
 
 
 def _pts_expression(fps: int) -> str:
     """Frames come at full rate for a second, then at half of it: presentation time as ffmpeg's expression."""
-    return f"if(lt(N,{fps}),N/{fps},1+(N-{fps})/{fps / 2:g})/TB"
+    return f"round(if(lt(N,{fps}),N/{fps},1+(N-{fps})/{fps / 2:g})/TB)"  # a sum just below a tick would lose the tick
 
 
 def _times(plan: ClipPlan) -> Array:
