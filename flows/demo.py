@@ -188,7 +188,8 @@ def demo(folder: Path, clips: int = 28) -> bool:
     counts = catalog.funnel(refs.values(), load_policy(POLICY).hash)
     console.print(
         f"{agreed} of {len(truth)} clips as they should be, {named} with the true first reason: "
-        f"{counts.accepted} accepted, {counts.rejected} rejected, {sum(counts.failed.values())} failed; {counts.sharded} in {len(shards)} shards"
+        f"{counts.accepted} accepted, {counts.rejected} rejected, {sum(counts.failed.values())} failed; "
+        f"{counts.sharded} in {len(shards)} shards"
     )
     console.rule("next")
     here = Path(os.path.relpath(folder))
