@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 EXTRAS := curate,flows,dask,postgres,synthetic,model,dev
 
-.PHONY: help setup test test-slow check curate start stop constraints clean
+.PHONY: help setup test test-slow check demo curate start stop constraints clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -27,6 +27,9 @@ check: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+demo: $(STAMP)  ## the whole job on an embedded world: no network, GPU or weights needed
+	$(BIN)/python -m flows.demo demo
 
 # make curate MANIFEST=my.csv OUT=data [ARGS='--param teacher=none ...']
 curate: $(STAMP)  ## run a manifest through Prefect: MANIFEST=... OUT=... [ARGS=...]

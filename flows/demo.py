@@ -1,0 +1,224 @@
+"""The whole job on an embedded world: clips are rendered, served like a platform's, curated by Prefect, and checked.
+
+    python -m flows.demo [FOLDER]
+
+Nothing is downloaded from anywhere but this machine. The last table compares every clip's fate with what geometry says
+is true; the exit code is 0 only if every decision agrees (the first of several reasons may differ: the demonstration's
+detector is small). A second run does only what is missing.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from curation.files import atomic_path
+from curation.ingest.failures import FailureCode
+from curation.manifest import ClipRef, write_manifest
+
+if TYPE_CHECKING:
+    from curation.synthetic.clips import ClipPlan
+
+SEED = 7
+SECONDS = 3.0
+LIMITED = "limited.mp4"
+GONE = ("gone.mp4", "lost.mp4")
+console = Console()
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What should become of one file of the demonstration: accept, reject or error, and why."""
+
+    file: str
+    decision: str
+    reason: str
+
+
+class _Platform(SimpleHTTPRequestHandler):
+    """Serves the clips; two ids are gone, and one is asked for too often until the folder says otherwise."""
+
+    protocol_version = "HTTP/1.1"
+    forgiving = False
+
+    def do_GET(self) -> None:
+        name = Path(self.path).name
+        if name in GONE:
+            self.send_error(410)
+        elif name == LIMITED and not self.forgiving:
+            self.send_response(429)
+            self.send_header("Retry-After", "1")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+        else:
+            super().do_GET()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing: the pipeline says what happened."""
+
+
+@contextmanager
+def platform(folder: Path, port: int, forgiving: bool) -> Iterator[str]:
+    """Serve a folder on loopback; gives host:port. The port stays the same, so that ids do too."""
+    handler = type("Handler", (_Platform,), {"forgiving": forgiving})
+    with ThreadingHTTPServer(("127.0.0.1", port), lambda *a: handler(*a, directory=str(folder))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"127.0.0.1:{port}"
+        finally:
+            server.shutdown()
+
+
+def prepare(folder: Path, clips: int) -> tuple[list[ClipPlan], list[Expected], int]:
+    """Render the clips once; returns their plans, what is true of every file, and the platform's port."""
+    from curation.synthetic.clips import make_clips, plan_clips
+
+    plans = plan_clips(clips, SEED, seconds=SECONDS)
+    record = folder / "demo.json"
+    if not record.is_file():
+        with _bar("rendering") as show:
+            make_clips(folder / "clips", plans, progress=show)
+        with (folder / "clips" / "cases.csv").open(newline="", encoding="utf-8") as stream:
+            truth = [Expected(row["file"], row["expected"], row["first_reason"]) for row in csv.DictReader(stream)]
+        truth = [Expected(e.file, e.decision, "corrupt") if e.decision == "error" else e for e in truth]
+        good = next(e for e in truth if e.decision == "accept")
+        (folder / "clips" / LIMITED).write_bytes((folder / "clips" / good.file).read_bytes())
+        truth += [Expected(name, "error", FailureCode.REMOVED.value) for name in GONE]
+        truth += [Expected(LIMITED, "error", FailureCode.RATE_LIMITED.value)]
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        with atomic_path(record) as path:
+            path.write_text(json.dumps({"port": port, "truth": [asdict(e) for e in truth]}))
+    known = json.loads(record.read_text())
+    return plans, [Expected(**e) for e in known["truth"]], known["port"]
+
+
+def demo(folder: Path, clips: int = 28) -> bool:
+    """Run the demonstration; True if every clip's fate is the true one."""
+    from curation.catalog import Catalog
+    from curation.policy import load_policy
+    from curation.settings import Settings
+    from curation.synthetic.clips import write_oracle
+    from curation.synthetic.detector import LONG_SIDE, POLICY, WEIGHTS
+    from flows.service import start
+
+    folder = folder.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    out = folder / "data"
+    forgiving = (out / "catalog.sqlite").is_file()
+    console.rule("1. clips of an embedded world, with known truth")
+    plans, truth, port = prepare(folder, clips)
+    if forgiving:
+        truth = [Expected(e.file, "accept", "") if e.file == LIMITED else e for e in truth]
+    refs = {e.file: ClipRef("http", f"http://127.0.0.1:{port}/{e.file}") for e in truth}
+    manifest = folder / "manifest.csv"
+    write_manifest(list(refs.values()), manifest)
+    depths = folder / "depth"
+    depths.mkdir(exist_ok=True)
+    accepted = [(plan, f"{plan.name}.mp4") for plan in plans]
+    good = next(e.file for e in truth if e.decision == "accept")
+    wanted = [(plan, file) for plan, file in accepted for e in truth if e.file == file and e.decision == "accept"]
+    wanted += [(plan, LIMITED) for plan, file in accepted if file == good]
+    with _bar("true depth") as show:
+        for done, (plan, file) in enumerate(wanted, 1):
+            if not (depths / f"{refs[file].clip_id}.npz").is_file():
+                write_oracle(plan, refs[file].clip_id, depths)
+            show(done, len(wanted))
+    console.print(f"{len(truth)} rows in {manifest}", soft_wrap=True)
+
+    console.rule("2. prefect deployment run curate --watch")
+    service = start()
+    with platform(folder / "clips", port, forgiving) as host:
+        parameters = {
+            "manifest": manifest,
+            "out": out,
+            "policy": POLICY,
+            "detector": WEIGHTS,
+            "detector_long_side": LONG_SIDE,
+            "teacher": "folder",
+            "teacher_model": depths,
+            "teacher_name": "oracle",
+            "download_retries": 1,
+            "http_hosts": json.dumps([host]),
+            "allow_loopback": "true",
+        }
+        words = [word for name, value in parameters.items() for word in ("--param", f"{name}={value}")]
+        command = [str(Path(sys.executable).with_name("prefect")), "deployment", "run", "curate", "--watch", *words]
+        checkout = Path(__file__).resolve().parents[1]
+        ran = subprocess.run(command, cwd=checkout, env=service.environment("worker") | {"COLUMNS": "120"}, check=False)
+    if ran.returncode:
+        console.print("[red]The run failed; its log is above.")
+        return False
+
+    console.rule("3. what became of every clip, beside what is true")
+    catalog = Catalog(Settings(out=out).database)
+    verdicts = catalog.verdicts(refs.values(), load_policy(POLICY).hash)
+    failed = {attempt.clip_id: attempt for attempt in catalog.failures(refs.values())}
+    table = Table("clip", "true", "found", "")
+    agreed = named = 0
+    for e in truth:
+        clip_id = refs[e.file].clip_id
+        verdict, failure = verdicts.get(clip_id), failed.get(clip_id)
+        if failure is not None and failure.code is not None:
+            found = ("error", failure.code.value)
+        else:
+            found = (verdict.decision, verdict.first_reason or "") if verdict else ("error", "nothing recorded")
+        agreed += found[0] == e.decision
+        named += found == (e.decision, e.reason)
+        remark = "[red]differs" if found[0] != e.decision else "" if found[1] == e.reason else "another reason first"
+        table.add_row(e.file, f"{e.decision} {e.reason}", " ".join(found), remark)
+    console.print(table)
+    shards = sorted((out / "shards").glob("*/shard-*.parquet"))
+    counts = catalog.funnel(refs.values(), load_policy(POLICY).hash)
+    console.print(
+        f"{agreed} of {len(truth)} clips as they should be, {named} with the true first reason: "
+        f"{counts.accepted} accepted, {counts.rejected} rejected, {sum(counts.failed.values())} failed; "
+        f"{counts.sharded} in {len(shards)} shards"
+    )
+    console.rule("next")
+    here = Path(os.path.relpath(folder))
+    for line in (
+        f"the shards:          {shards[0].parent if shards else out}",
+        f"every reason:        curation inspect CLIP_ID --out {here / 'data'}",
+        f"Prefect's pages:     {service.ui_url}   (stop: make stop)",
+        "once more:           make demo   (the rate-limited clip is fetched, the rest is not touched)",
+        "your own videos:     make curate MANIFEST=my.csv OUT=data",
+    ):
+        console.print(line, soft_wrap=True, highlight=False)
+    return agreed == len(truth)
+
+
+@contextmanager
+def _bar(what: str) -> Iterator[Any]:
+    columns = (TextColumn(f"{what:12}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def main(
+    folder: Annotated[Path, typer.Argument(help="Where clips, depth and data go.")] = Path("demo"),
+    clips: Annotated[int, typer.Option(help="Clips to render; 28 go through every case.")] = 28,
+) -> None:
+    """Show the whole job on an embedded world, and check it against what is true."""
+    raise typer.Exit(0 if demo(folder, clips) else 1)
+
+
+if __name__ == "__main__":
+    typer.run(main)
