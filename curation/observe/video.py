@@ -7,6 +7,7 @@ This module never judges a video; it raises CORRUPT or NO_VIDEO for files that a
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ class VideoIndex:
     coded_width, coded_height: as stored.
     rotation: degrees counter-clockwise that bring a stored frame upright; a multiple of 90.
     origin: presentation time of the first shown frame in units of time_base.
-    edited: has frames that are not shown, or a late first one; times in the file are then not what they seem.
+    edited: an edit list hides some frames.
     plain: nothing about the file is of a kind that decord 0.6.0 reads differently from PyAV.
     """
 
@@ -147,6 +148,7 @@ def _index(path: Path, container: Any) -> VideoIndex:
     packets = discarded = 0
     entry: int | None = None  # time of the latest key frame: where decoding may begin
     begin = 0
+    second: Any = None  # key frame
     open_groups = False
     last_end = 0.0  # of any stream: audio may last longer than the picture and still be a complete file
     for packet in container.demux():
@@ -164,6 +166,7 @@ def _index(path: Path, container: Any) -> VideoIndex:
             continue
         if packet.is_keyframe:
             begin = stamp if entry is None else begin
+            second = packet if entry is not None and second is None else second
             entry = stamp
         elif entry is not None and stamp < entry:
             open_groups = True  # shown before the key frame, but decoded after it and with the help of frames before it
@@ -183,6 +186,11 @@ def _index(path: Path, container: Any) -> VideoIndex:
         raise StageError(FailureCode.CORRUPT, f"{packets} of {declared} declared frames are in the file")
     if rotation is None:
         raise StageError(FailureCode.CORRUPT, "no frame of the file can be decoded")
+    keys = np.asarray(key)[order]
+    # With intra refresh the picture is renewed bit by bit: what is marked as a key frame is none.
+    refreshed = second is not None and not second.is_discard and not _decode_alone(stream.codec_context, second)
+    if refreshed:
+        keys[1:] = False
     whole = (container.duration or 0) / 1e6
     # Containers that count no frames (Matroska, WebM) declare where the last one ends, also if the first is late.
     if not declared and last_end < whole - max(0.5, 0.02 * whole):
@@ -199,7 +207,7 @@ def _index(path: Path, container: Any) -> VideoIndex:
     if rotation % 180:
         width, height = height, width
     codec = stream.codec_context.codec.canonical_name
-    edited = discarded > 0 or stamps[0] * base > Fraction(1, 2)
+    late = stamps[0] * base > Fraction(1, 2)
     eight_bits = all(component.bits == 8 for component in stream.codec_context.format.components)
     known = codec in _DECORD_CODECS and container.format.name in _DECORD_CONTAINERS and eight_bits
     return VideoIndex(
@@ -212,12 +220,14 @@ def _index(path: Path, container: Any) -> VideoIndex:
         coded_height=stream.height,
         rotation=rotation,
         times_s=times,
-        key=np.asarray(key)[order],
+        key=keys,
         end_s=end,
         time_base=base,
         origin=int(stamps[0]),
-        edited=edited,
-        plain=known and not (edited or rotation or open_groups) and stream.width >= _DECORD_MIN_WIDTH,
+        edited=discarded > 0,
+        plain=known
+        and stream.width >= _DECORD_MIN_WIDTH
+        and not (discarded or late or rotation or open_groups or refreshed),
     )
 
 
@@ -234,12 +244,7 @@ def decode(index: VideoIndex, first: int, last: int, *, only: Iterable[int] | No
     try:
         with _open(index.path) as container:
             stream = _single_threaded(container.streams[index.stream])
-            _seek(container, stream, index, first)
-            for frame in _decode_stream(container, stream):
-                stamp = frame.pts if frame.pts is not None else frame.dts
-                if stamp is None:
-                    continue
-                number = _number(index, stamp)
+            for number, frame in _frames_from(container, stream, index, first):
                 if number <= seen or number < first:
                     continue
                 if number >= last:
@@ -254,9 +259,30 @@ def decode(index: VideoIndex, first: int, last: int, *, only: Iterable[int] | No
         raise StageError(FailureCode.CORRUPT, f"{delivered} of {last - first} frames can be decoded")
 
 
-def _decode_stream(container: Any, stream: Any) -> Iterator[Any]:
+def _frames_from(container: Any, stream: Any, index: VideoIndex, first: int) -> Iterator[tuple[int, Any]]:
+    """Decode from the nearest place before `first` on where that gives clean pictures; numbers may begin earlier."""
+    keys = np.flatnonzero(index.key[: first + 1])
+    # Seeks in files with edits are not exact.
+    places = [] if index.edited or len(keys) < 2 else [keys[-1], keys[-2], keys[0]]
+    for place in places:
+        stamp = index.origin + round(float(index.times_s[place]) / float(index.time_base))
+        container.seek(stamp, stream=stream, backward=True, any_frame=False)
+        frames = _numbered(container, stream, index)
+        head = next(frames, None)
+        # Some formats find the next key frame instead, where it is a few frames away.
+        if head is not None and (head[0] <= keys[-1] or place == keys[0]):
+            yield head
+            yield from frames
+            return
+    yield from _numbered(container, stream, index)
+
+
+def _numbered(container: Any, stream: Any, index: VideoIndex) -> Iterator[tuple[int, Any]]:
     for packet in container.demux(stream):
-        yield from _decode_packet(packet)
+        for frame in _decode_packet(packet):
+            stamp = frame.pts if frame.pts is not None else frame.dts
+            if stamp is not None:
+                yield _number(index, stamp), frame
 
 
 def _decode_packet(packet: Any) -> list[Any]:
@@ -265,16 +291,6 @@ def _decode_packet(packet: Any) -> list[Any]:
         return [frame for frame in packet.decode() if not frame.is_corrupt]
     except FFmpegError:
         return []
-
-
-def _seek(container: Any, stream: Any, index: VideoIndex, first: int) -> None:
-    """Go to the key frame at or before `first`; from the start where the file has edits, whose seeks are not exact."""
-    keys = np.flatnonzero(index.key[: first + 1])
-    # One key frame further back than needed: with open groups of pictures the frames after a key frame may need it.
-    if index.edited or len(keys) < 2:
-        return
-    target = index.origin + round(float(index.times_s[keys[-2]]) / float(index.time_base))
-    container.seek(target, stream=stream, backward=True, any_frame=False)
 
 
 def decode_key_frames(index: VideoIndex, first: int, last: int, *, limit: int) -> Iterator[tuple[int, Any]]:
@@ -288,24 +304,24 @@ def decode_key_frames(index: VideoIndex, first: int, last: int, *, limit: int) -
             stream = _single_threaded(container.streams[index.stream])
             for packet in container.demux(stream):
                 stamp = packet.pts if packet.pts is not None else packet.dts
-                if stamp is None or not packet.is_keyframe or packet.is_discard:
+                if stamp is None or not packet.is_keyframe:
                     continue
                 if (number := _number(index, stamp)) not in wanted:
                     continue
-                # Each on its own: a decoder that is not emptied in between waits for frames that never come.
-                frames = _decode_packet(packet) + _drain(stream.codec_context)
-                stream.codec_context.flush_buffers()
-                if frames:
-                    yield number, frames[0]
+                for frame in _decode_alone(stream.codec_context, packet):
+                    yield number, frame
     except FFmpegError as error:
         raise StageError(FailureCode.CORRUPT, f"a key frame cannot be decoded ({type(error).__name__})") from error
 
 
-def _drain(codec: Any) -> list[Any]:
-    try:
-        return [frame for frame in codec.decode(None) if not frame.is_corrupt]
-    except FFmpegError:
-        return []
+def _decode_alone(codec: Any, packet: Any) -> list[Any]:
+    """The frame of one packet; the decoder is emptied, or it would wait for packets that never come."""
+    codec.flush_buffers()
+    frames = _decode_packet(packet)
+    with contextlib.suppress(FFmpegError):
+        frames += codec.decode(None)
+    codec.flush_buffers()
+    return frames[:1]
 
 
 def _number(index: VideoIndex, stamp: int) -> int:

@@ -24,6 +24,7 @@ class Watcher:
         self.batch = batch
 
     def __call__(self, images: Sequence[NDArray[np.uint8]]) -> list[Detections]:
+        assert 1 <= len(images) <= self.batch
         return [self._find(image.astype(int)) for image in images]
 
     def _find(self, rgb: NDArray[np.int64]) -> Detections:

@@ -89,6 +89,16 @@ def test_the_size_of_the_batch_changes_nothing(dance):
         assert same(batched, dataclasses.replace(alone, provenance=batched.provenance))
 
 
+def test_a_person_is_measured_from_the_first_sample_that_shows_one(tmp_path):
+    """The camera moves all the time; the dancer is there from frame 30, which is a sample, on."""
+    frames = [scene(n, pan=n) if n >= 30 else scene(n, pan=n, shift=400) for n in range(COUNT)]
+    path = encode(tmp_path / "late.mp4", frames, "-c:v", "libx264", "-crf", "16", "-pix_fmt", "yuv420p")
+    for batch in (1, 5):
+        found, _ = observe(ref(), path, SETTINGS, Watcher(batch))
+        assert found.box_sample.tolist() == list(range(6, 12))
+        assert found.person_gap[:30].max() == 0 and found.person_gap[30:].min() > 0
+
+
 def test_progress_counts_every_frame(dance):
     seen = []
     observe(ref(), dance, SETTINGS, Watcher(), progress=lambda done, total: seen.append((done, total)))
@@ -129,7 +139,7 @@ def test_a_dark_backdrop_is_no_bar(tmp_path):
     frames = []
     for number in range(30):
         image = np.full((108, 192, 3), 5, np.uint8)
-        image[30:108, 60 + number : 90 + number] = (220, 30, 40)
+        image[30:78, 60 + number : 90 + number] = (220, 30, 40)
         frames.append(image)
     path = encode(tmp_path / "dark.mp4", frames, "-c:v", "libx264", "-pix_fmt", "yuv420p")
     assert observe(ref(), path, SETTINGS, Watcher())[0].active == (0.0, 0.0, 1.0, 1.0)

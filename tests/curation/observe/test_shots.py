@@ -76,6 +76,15 @@ def test_a_dissolve_is_a_mixture_and_a_movement_is_not(measured):
     assert max(measured[name].dissolve.max() for name in ("steady", "strobe", "hard cut", "jump cut")) < 0.3
 
 
+def test_a_cut_between_still_pictures_is_no_dissolve():
+    meter = ShotMeter(1 / 30)
+    for number in range(80):
+        meter.add(scene(0, seed=int(number >= 40))[..., ::-1].copy(), None)
+    found = meter.finish()
+    assert found.gap.argmax() == 40
+    assert found.dissolve.max() < 0.3
+
+
 @pytest.mark.parametrize("name", list(SCENES))
 def test_the_default_policy_tells_one_shot_from_an_edit(measured, name):
     verdict = judge(measured[name], load_policy(Path("default")))

@@ -67,11 +67,8 @@ def _odd(path: Path) -> list[int]:
     return list(range(60))
 
 
-def _many_groups(path: Path) -> list[int]:
-    """Open groups of pictures: the frames shown before a key frame need the group before it."""
-    options = "open-gop=1:keyint=24:min-keyint=24:bframes=3:b-pyramid=normal:scenecut=0"
-    encode(path, _pictures(), "-c:v", "libx264", "-preset", "fast", "-pix_fmt", "yuv420p", "-x264-params", options)
-    return list(range(300))
+def _groups(options: str, count: int) -> Callable[[Path], list[int]]:
+    return _coded("-c:v", "libx264", "-preset", "fast", "-pix_fmt", "yuv420p", "-x264-params", options, count=count)
 
 
 def _many_groups_hevc(path: Path) -> list[int]:
@@ -80,12 +77,16 @@ def _many_groups_hevc(path: Path) -> list[int]:
     return list(range(150))
 
 
-def _cut_anywhere(path: Path) -> list[int]:
-    """The first key frame belongs to an open group whose frames before it cannot be decoded, nor shown."""
-    whole = path.with_name("whole.mp4")
-    _many_groups_hevc(whole)
-    ffmpeg("-ss", "1.65", "-i", whole, "-c", "copy", path)
-    return list(range(48, 150))
+def _cut_anywhere(make: Callable[[Path], list[int]], count: int) -> Callable[[Path], list[int]]:
+    """The first key frame is one of an open group, whose frames before it cannot be decoded, nor shown."""
+
+    def cut(path: Path) -> list[int]:
+        whole = path.with_name("whole.mp4")
+        make(whole)
+        ffmpeg("-ss", "1.65", "-i", whole, "-c", "copy", path)
+        return list(range(48, count))
+
+    return cut
 
 
 _AV1 = ("-c:v", "libaom-av1", "-usage", "realtime", "-cpu-used", "8", "-pix_fmt", "yuv420p")
@@ -105,7 +106,12 @@ BY_DECORD: dict[str, Callable[[Path], list[int]]] = {
     "one-frame.mp4": _coded(*_BASE, count=1),
     "fragmented.mp4": _coded(*_BASE, "-movflags", "frag_keyframe+empty_moov"),
 }
-# and files that it would not open, or read differently.
+# and files that it would not open, or read differently. In open groups of pictures the frames shown before a key frame
+# need the group before it; with intra refresh no frame stands alone.
+_OPEN = "open-gop=1:keyint=24:min-keyint=24:bframes=3:b-pyramid=normal:scenecut=0"
+_SHORT = "open-gop=1:keyint=2:min-keyint=1:bframes=3:scenecut=0"
+_REFRESH = "intra-refresh=1:keyint=24:bframes=0:scenecut=0"
+
 VIDEOS = BY_DECORD | {
     "edited.mp4": _edited,
     "rotated.mp4": _rotated(90),
@@ -113,9 +119,13 @@ VIDEOS = BY_DECORD | {
     "upside-down.mp4": _rotated(180),
     "late.mkv": _coded(*_BASE, "-output_ts_offset", "5"),
     "late.mp4": _coded(*_BASE, "-output_ts_offset", "5"),
-    "many-groups.mp4": _many_groups,
+    "many-groups.mp4": _groups(_OPEN, 300),
+    "short-groups.mp4": _groups(_SHORT, 60),
+    "short-groups.ts": _groups(_SHORT, 60),
+    "refreshed.mp4": _groups(_REFRESH, 150),
     "many-groups-hevc.mp4": _many_groups_hevc,
-    "cut-anywhere.ts": _cut_anywhere,
+    "cut-anywhere.ts": _cut_anywhere(_many_groups_hevc, 150),
+    "cut-anywhere.mkv": _cut_anywhere(_groups(f"{_OPEN}:repeat-headers=1", 150), 150),
     "ten-bit.mp4": _coded(*_HEVC, "-pix_fmt", "yuv420p10le", "-x265-params", "log-level=error"),
     "narrow.mp4": _coded("-vf", "scale=48:32", *_BASE),
     "av1.mp4": _coded(*_AV1),
