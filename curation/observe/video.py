@@ -304,12 +304,9 @@ def decode_key_frames(index: VideoIndex, first: int, last: int, *, limit: int) -
             stream = _single_threaded(container.streams[index.stream])
             for packet in container.demux(stream):
                 stamp = packet.pts if packet.pts is not None else packet.dts
-                if stamp is None or not packet.is_keyframe:
-                    continue
-                if (number := _number(index, stamp)) not in wanted:
-                    continue
-                for frame in _decode_alone(stream.codec_context, packet):
-                    yield number, frame
+                if stamp is not None and (number := _number(index, stamp)) in wanted:
+                    for frame in _decode_alone(stream.codec_context, packet):
+                        yield number, frame
     except FFmpegError as error:
         raise StageError(FailureCode.CORRUPT, f"a key frame cannot be decoded ({type(error).__name__})") from error
 

@@ -61,7 +61,7 @@ def example() -> Observations:
     )  # fmt: skip
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(measured=observations())
 def test_what_is_read_is_what_was_written(measured):
     with tempfile.TemporaryDirectory() as folder:

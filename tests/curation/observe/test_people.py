@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import sys
 from pathlib import Path
 
@@ -129,10 +130,24 @@ def test_the_record_says_what_ran(detector, yolo11n):
     assert (record["long_side"], record["confidence"]) == (SIDE, 0.1)
 
 
-def test_neither_library_reports_home(detector):
+def test_six_candidates_are_not_taken_for_finished_boxes(yolo11n, detector, frames):
+    """ultralytics tells the two apart by the number of columns."""
+    image = cv2.resize(frames[2], (640, 384))
+    forward, _ = people._openvino_backend(yolo11n, detector.sha256, 0.0)
+    scores = np.sort(forward(image[None]).numpy()[0, 4:].max(0))
+    for count in (5, 6, 7):
+        floor = float(scores[-count - 1] + scores[-count]) / 2
+        found = Detector(yolo11n, device="cpu", long_side=SIDE, confidence=floor)([image])[0]
+        loose = detector([image])[0]
+        assert found.confidence.tolist() == pytest.approx([c for c in loose.confidence if c > floor])
+
+
+def test_neither_library_reports_home(detector, monkeypatch):
+    from ultralytics.utils import is_online
     from ultralytics.utils.events import events
 
-    assert not events.enabled
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *names: [])  # as if there were a network
+    assert not is_online() and not events.enabled
     assert sys.modules["openvino.tools.ovc.telemetry_utils"].tm.__name__ == "openvino.tools.ovc.telemetry_stub"
 
 

@@ -71,6 +71,27 @@ def test_the_part_before_a_hole_is_still_good(video, tmp_path):
     assert code_of(lambda: frames_at(index, index.times_s.tolist(), 70, 42)) is FailureCode.CORRUPT
 
 
+def test_a_frame_that_the_decoder_calls_damaged_is_none(video, tmp_path):
+    """A transport stream declares no count; a lost packet of it leaves frames that are marked."""
+    data = video("stream.ts").path.read_bytes()
+    packets = [data[start : start + 188] for start in range(0, len(data), 188)]
+    codes = []
+    for lost in range(len(packets) // 3, len(packets) - 5, 9):
+        path = tmp_path / f"{lost}.ts"
+        path.write_bytes(b"".join(packets[:lost] + packets[lost + 1 :]))
+        try:
+            decode_all(path)
+        except StageError as error:
+            codes.append(error.code)
+    assert codes and set(codes) == {FailureCode.CORRUPT}
+
+
+def test_a_picture_that_nothing_decodes_is_no_video(video, tmp_path):
+    path = tmp_path / "unknown.mkv"
+    path.write_bytes(video("plain.mkv").path.read_bytes().replace(b"V_MPEG4/ISO/AVC", b"V_MPEG4/ISO/ZZZ"))
+    assert code_of(lambda: index_video(path)) is FailureCode.NO_VIDEO
+
+
 def test_cover_art_and_sound_are_no_video(tmp_path):
     cover, song, plain = tmp_path / "cover.png", tmp_path / "song.mp3", tmp_path / "sound.m4a"
     sound = ["-f", "lavfi", "-i", "sine=d=1"]

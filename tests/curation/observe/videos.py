@@ -125,7 +125,7 @@ VIDEOS = BY_DECORD | {
     "refreshed.mp4": _groups(_REFRESH, 150),
     "many-groups-hevc.mp4": _many_groups_hevc,
     "cut-anywhere.ts": _cut_anywhere(_many_groups_hevc, 150),
-    "cut-anywhere.mkv": _cut_anywhere(_groups(f"{_OPEN}:repeat-headers=1", 150), 150),
+    "cut-anywhere-h264.ts": _cut_anywhere(_groups(f"{_OPEN}:repeat-headers=1", 150), 150),
     "ten-bit.mp4": _coded(*_HEVC, "-pix_fmt", "yuv420p10le", "-x265-params", "log-level=error"),
     "narrow.mp4": _coded("-vf", "scale=48:32", *_BASE),
     "av1.mp4": _coded(*_AV1),
