@@ -146,7 +146,8 @@ def curate(
         _refuse_relative(manifest, out, local_root)
         runner = make_task_runner(task_runner, cluster, parallel_batches)
         refs = read_manifest(manifest, http_hosts=settings.download.http_hosts, allow_loopback=allow_loopback)
-        pipeline.check_refs(refs, settings)
+        if not refs:
+            raise UsageError(f"{manifest.name} lists no clips; add a row and run again.")
         settings = pipeline.preflight(settings)
         batches = pipeline.read_batches(refs, settings)
         logger.info("%d clips in %d batches -> %s", len(refs), len(batches), settings.out)
