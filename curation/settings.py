@@ -48,7 +48,7 @@ class TeacherSettings(BaseModel):
     name: str | None = Field(None, description="Name recorded for a folder teacher, such as megasam.")
     num_tokens: int = Field(1800, ge=1, description="MoGe-2 tokens per frame; 777 is the native grid of 518x294.")
     batch_size: int = Field(8, ge=1, description="Frames per forward pass.")
-    device: str = Field("auto", pattern=DEVICE)
+    device: str = "auto"
 
 
 class Settings(BaseModel):
