@@ -117,9 +117,8 @@ def plan_clips(count: int, seed: int = 0, fps: int = 24, seconds: float = 3.0) -
     for index in range(count):
         rng = np.random.default_rng([seed, index])
         case = CASES[index % len(CASES)]
-        upright = case in ("rotated",) or (
-            case in ("good", "strobe", "truncated_bottom", "two_people") and rng.random() < 0.3
-        )
+        may_stand = case in ("good", "strobe", "truncated_bottom", "two_people") and rng.random() < 0.3
+        upright = case == "rotated" or (may_stand and case != "two_people")  # two do not fit side by side
         plans.append(
             ClipPlan(
                 f"{index:03d}_{case}",
@@ -422,8 +421,6 @@ def _set(plan: ClipPlan, rng: np.random.Generator) -> _Set:
     elif case in ("truncated_left", "truncated_right"):
         sign = -1 if case.endswith("left") else 1
         height, shift = rng.uniform(0.66, 0.8), (sign * rng.uniform(0.44, 0.48), 0.0)
-    elif case == "two_people" and upright:
-        height = rng.uniform(0.42, 0.46)
     elif case in ("hard_cut", "jump_cut", "fade"):
         move = "static"
     shot = Shot(

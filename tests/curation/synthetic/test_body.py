@@ -103,7 +103,7 @@ def test_a_file_of_the_users_loads_like_the_embedded_body(tmp_path):
         np.testing.assert_array_equal(getattr(loaded, name), array)
 
 
-@pytest.mark.parametrize("protocol", [0, 2])
+@pytest.mark.parametrize("protocol", [1, 2])
 def test_an_official_pickle_loads_without_chumpy(tmp_path, monkeypatch, protocol):
     sparse = pytest.importorskip("scipy.sparse")
     body = load_body()

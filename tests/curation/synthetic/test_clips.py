@@ -47,17 +47,17 @@ def test_plans_go_through_every_case_and_only_depend_on_the_seed():
 
 
 def test_the_same_plan_gives_the_same_bytes_and_the_case_table_says_what_is_true(tmp_path):
-    plans = [plan("good"), plan("truncated_left"), plan("corrupt")]
+    plans = [plan("good", seconds=1.0), plan("corrupt", seconds=1.0)]
     truths = make_clips(tmp_path / "a", plans, workers=1)
-    assert [(t.expected, t.first_reason) for t in truths] == [("accept", ""), ("reject", "border"), ("error", "decode")]
+    assert [(t.expected, t.first_reason) for t in truths] == [("accept", ""), ("error", "decode")]
     again = make_clip(plans[0], tmp_path)
     assert again == truths[0]
     assert (tmp_path / "t_good.mp4").read_bytes() == (tmp_path / "a" / "t_good.mp4").read_bytes()
     rows = list(csv.DictReader((tmp_path / "a" / "cases.csv").open()))
     assert [row["file"] for row in rows] == [truth.file for truth in truths]
-    assert rows[1]["border"] == "fail" and rows[2]["border"] == "na"
+    assert rows[0]["border"] == "pass" and rows[1]["border"] == "na"
     times, pictures = decoded(tmp_path / "t_good.mp4")
-    np.testing.assert_allclose(times, np.arange(18) / 12, atol=1e-3)
+    np.testing.assert_allclose(times, np.arange(12) / 12, atol=1e-3)
     shown = shoot(plans[0]).frame(9).rendered.rgb
     assert np.abs(pictures[9].astype(int) - shown).mean() < 8  # H.264 is lossy, but it is this picture
     with pytest.raises(av.FFmpegError):
@@ -65,7 +65,7 @@ def test_the_same_plan_gives_the_same_bytes_and_the_case_table_says_what_is_true
 
 
 def test_a_rotated_clip_is_displayed_upright(tmp_path):
-    upright = plan("rotated", (144, 256))
+    upright = plan("rotated", (144, 256), seconds=1.0)
     truth = make_clip(upright, tmp_path)
     with av.open(str(tmp_path / truth.file)) as container:
         assert (container.streams.video[0].width, container.streams.video[0].height) == (256, 144)

@@ -11,7 +11,7 @@ from curation.synthetic.dataset import LABELS, labelled_clip, write_dataset
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("labelled")
-    write_dataset(path, clips=2, seed=1, frames=6, workers=1)
+    write_dataset(path, clips=2, seed=1, frames=4, workers=1)
     return path
 
 
@@ -21,22 +21,22 @@ def columns(table):
 
 def test_shards_are_whole_and_deterministic(folder, tmp_path):
     (shard,) = verify(folder)
-    assert [clip.frames for clip in shard.clips] == [6, 6]
-    write_dataset(tmp_path, clips=2, seed=1, frames=6, workers=1)
+    assert [clip.frames for clip in shard.clips] == [4, 4]
+    write_dataset(tmp_path, clips=2, seed=1, frames=4, workers=1)
     (again,) = verify(tmp_path)
     assert again.sha256 == shard.sha256
 
 
 def test_labels_agree_with_the_picture(folder):
     (shard,) = verify(folder, decode=False)
-    reader = ShardReader(folder)
+    reader, checked = ShardReader(folder), 0
     for number, clip in enumerate(shard.clips):
         table = reader.table(clip.clip_id)
-        made = labelled_clip(1, number, 6)
+        made = labelled_clip(1, number, 4)
         truth = columns(table)
         np.testing.assert_array_equal(truth["smpl_pose"], columns(made)["smpl_pose"])
-        window = reader.frames(clip.clip_id, 0, 6)
-        for index in range(6):
+        window = reader.frames(clip.clip_id, 0, 4)
+        for index in range(4):
             posed = pose_body(
                 load_body(),
                 truth["smpl_betas"][index],
@@ -57,6 +57,7 @@ def test_labels_agree_with_the_picture(folder):
                 for (x, y), z in zip(flat[[0, 3, 6, 9]], local[[0, 3, 6, 9], 2], strict=True)
                 if 0 <= x < width and 0 <= y < height and mask[int(y), int(x)]
             ]
-            assert on or clip.clip_id
+            checked += len(on)
             for y, x, z in on:
                 assert -0.05 < z - depth[y, x] < 0.9
+    assert checked > 8

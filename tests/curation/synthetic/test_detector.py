@@ -30,8 +30,8 @@ def test_its_policy_is_a_policy():
 
 def test_it_finds_the_dancer(model):
     found = []
-    for seed, case in ((21, "good"), (22, "good"), (23, "truncated_left"), (24, "two_people")):
-        frame = shoot(ClipPlan("x", case, seed, (640, 360), 12, 1.5)).frame(4)
+    for seed, case in ((21, "good"), (23, "truncated_left"), (24, "two_people")):
+        frame = shoot(ClipPlan("x", case, seed, (480, 270), 12, 1.0)).frame(4)
         truth = [row for row in labels(frame) if row[0] == 0]
         result = model.predict(frame.rendered.rgb[..., ::-1], imgsz=LONG_SIDE, conf=0.25, verbose=False)[0]
         boxes = result.boxes.xyxyn.numpy()[result.boxes.cls.numpy() == 0]

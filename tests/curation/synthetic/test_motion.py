@@ -19,9 +19,9 @@ def joints_of(motion):
     return placed + motion.transl[:, None]
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_feet_stand_on_the_floor_and_do_not_slide(seed):
-    body, times = load_body(), np.arange(90) / 30
+    body, times = load_body(), np.arange(60) / 30
     motion = dance(body, np.random.default_rng(seed).normal(0, 0.8, 10), times, seed)
     posed = [pose_body(body, motion.betas, p, t) for p, t in zip(motion.pose, motion.transl, strict=True)]
     lowest = np.array([one.vertices[:, 1].min() for one in posed])
