@@ -4,8 +4,9 @@
 
 Naive is PySceneDetect on the file, ultralytics' tracker on the file, the frames read once more by OpenCV and kept as
 PNG, depth kept as npz; "naive at 6 fps" tracks every fifth frame only. Every variant is a process of its own with one
-thread everywhere. What counts is user plus system time from the moment when everything is loaded and warm; loading is
-shown beside it. On a busy machine trust the ratios, not the seconds. Then kB per frame of what is kept.
+thread everywhere. What counts is user plus system time from the moment when everything is loaded and warm, the least of
+some rounds; loading is shown beside it. On a busy machine trust the ratios, not the seconds. Then kB per frame of what
+is kept.
 """
 
 from __future__ import annotations
@@ -232,6 +233,7 @@ def main() -> None:
     parser.add_argument("clip", nargs="?", type=Path, help="a video; a 1080p30 one is made where none is given")
     parser.add_argument("--detector", type=Path, default=default_weights())
     parser.add_argument("--seconds", type=float, default=20.0, help="length of the clip that is made")
+    parser.add_argument("--rounds", type=int, default=2, help="the least time of these counts, for every part")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "curation.json")
     parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -245,7 +247,8 @@ def main() -> None:
         clip = options.clip or Path(folder) / "clip.mp4"
         if options.clip is None:
             make_clip(clip, options.seconds)
-        seconds = {variant: run_alone(variant, clip, weights) for variant in VARIANTS}
+        rounds = [{name: run_alone(name, clip, weights) for name in VARIANTS} for _ in range(options.rounds)]
+    seconds = {name: {part: min(r[name][part] for r in rounds) for part in rounds[0][name]} for name in VARIANTS}
     work = {name: sum(parts.values()) - parts["loading"] for name, parts in seconds.items()}
     ratios = {
         "naive / ours": work["naive"] / work["ours"],

@@ -130,6 +130,29 @@ def test_the_record_says_what_ran(detector, yolo11n):
     assert (record["long_side"], record["confidence"]) == (SIDE, 0.1)
 
 
+def test_the_path_for_gpus_sees_what_the_path_for_cpus_sees(yolo11n, detector, frames):
+    """The same network in half precision by torch; here on the CPU, so that it is tried without a GPU."""
+    images = np.stack([cv2.resize(frame, (160, 224), interpolation=cv2.INTER_AREA) for frame in frames[:2]])
+    by_torch, names = people._torch_backend(yolo11n, "cpu")
+    by_openvino, _ = people._openvino_backend(yolo11n, detector.sha256, 0.0)
+    assert names == detector.names
+    half, full = by_torch(images).float().numpy(), by_openvino(images).numpy()
+    assert half.shape == full.shape == (2, 84, 160 * 224 // 64 + 160 * 224 // 256 + 160 * 224 // 1024)
+    assert np.abs(half[:, 4:] - full[:, 4:]).max() < 0.05
+    likely = full[:, 4:].max(1) > 0.3
+    assert likely.any()
+    assert np.abs(half[:, :4] - full[:, :4]).transpose(0, 2, 1)[likely].max() < 3  # pixels
+
+
+def test_a_gpu_that_is_not_there_is_said(yolo11n):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(UsageError, match="no CUDA device"):
+        Detector(yolo11n, device="cuda:0", long_side=SIDE, confidence=0.1)
+
+
 def test_six_candidates_are_not_taken_for_finished_boxes(yolo11n, detector, frames):
     """ultralytics tells the two apart by the number of columns."""
     image = cv2.resize(frames[2], (640, 384))
