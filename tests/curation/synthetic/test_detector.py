@@ -25,7 +25,7 @@ def test_it_is_small_and_knows_its_classes(model):
 
 def test_its_policy_is_a_policy():
     policy = load_policy(POLICY)
-    assert policy.single.person_confidence == policy.overlap.confidence == 0.25
+    assert policy.single.person_confidence == 0.25 and policy.overlap.confidence <= 0.30
 
 
 def test_it_finds_the_dancer(model):
