@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-EXTRAS := curate,flows,dask,postgres,synthetic,model,dev
+EXTRAS := curate,flows,dask,postgres,s3,synthetic,model,dev
 
 .PHONY: help setup test test-slow check demo curate start stop constraints clean
 

@@ -22,6 +22,15 @@ class DownloadSettings(BaseModel):
     allow_loopback: bool = Field(False, description="Permit loopback addresses; for tests and demonstrations only.")
     timeout_s: float = Field(30.0, gt=0, description="Seconds without an answer before a request is given up.")
     retries: int = Field(3, ge=0, description="Further tries after a transient failure.")
+    session: str = Field("default", pattern=r"^[\w.-]{1,40}$", description="Workers behind one address share a name.")
+    videos_per_hour: int = Field(250, ge=0, description="Per platform and session; 0 for no limit.")
+    pause_s: tuple[float, float] = Field((5.0, 10.0), description="Least and most seconds between two videos.")
+    bytes_per_s: int | None = Field(None, ge=1, description="No video is fetched faster than this.")
+    max_video_mb: int = Field(8192, ge=1, description="Larger videos are not fetched.")
+    min_free_mb: int = Field(2048, ge=0, description="Disk space that a download leaves free.")
+    budget_mb: int | None = Field(None, ge=1, description="Videos kept at once; the oldest finished ones make room.")
+    cookies: Path | None = Field(None, description="Netscape cookie file, for platforms that ask for one.")
+    proxy_file: Path | None = Field(None, description="File whose one line is the address of a proxy.")
 
 
 class ObserveSettings(BaseModel):

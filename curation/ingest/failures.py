@@ -91,10 +91,14 @@ _ADVICE = {
 
 @dataclass(eq=False)  # not frozen: Python itself sets __traceback__ and notes on a raised exception
 class StageError(Exception):
-    """An expected failure of one clip. `message` is safe to store: no title, name, path or URL of the video."""
+    """An expected failure of one clip. `message` is safe to store: no title, name, path or URL of the video.
+
+    retry_after_s: how long the server asked to be left alone.
+    """
 
     code: FailureCode
     message: str
+    retry_after_s: float | None = None
 
     def __str__(self) -> str:
         return f"{self.code.value}: {self.message}"
