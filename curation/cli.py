@@ -24,7 +24,7 @@ from curation.ingest.failures import FailureCode, UsageError
 from curation.settings import DownloadSettings, ObserveSettings, Settings, TeacherSettings
 
 if TYPE_CHECKING:
-    from curation.pipeline import Funnel
+    from curation.batches import Funnel
 
 _INTERRUPTED = 130  # the exit code of a command ended by Ctrl-C
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
@@ -36,7 +36,13 @@ PolicyOption = Annotated[Path, typer.Option(help="A policy file, or the name of 
 Detector = Annotated[str | None, typer.Option(help="ultralytics weights; the policy's own by default.")]
 Hosts = Annotated[list[str] | None, typer.Option("--http-host", help="Host allowed for platform http; repeatable.")]
 Loopback = Annotated[bool, typer.Option("--allow-loopback", help="Permit loopback addresses; for tests only.")]
-CatalogUrl = Annotated[str | None, typer.Option(help="SQLAlchemy URL of the catalog; SQLite below --out by default.")]
+CatalogUrl = Annotated[
+    str | None,
+    typer.Option(envvar="UNISH_CATALOG_URL", help="SQLAlchemy URL of the catalog; SQLite below --out by default."),
+]
+Storage = Annotated[
+    str | None, typer.Option(envvar="UNISH_STORAGE", help="fsspec URL that machines share, such as s3://bucket/run.")
+]
 TeacherOption = Annotated[
     str, typer.Option(help="Depth teacher: a MoGe-2 Hugging Face id or file, a folder of depth, or none.")
 ]
@@ -69,6 +75,20 @@ def run(
     workers: Annotated[int | None, typer.Option(help="Observing processes; one per core by default.")] = None,
     retry: Annotated[list[str] | None, typer.Option(help="Failure code to try again; repeatable.")] = None,
     catalog_url: CatalogUrl = None,
+    storage: Storage = None,
+    lease_s: Annotated[float, typer.Option(help="A worker silent for so long loses its batches.")] = 120.0,
+    session: Annotated[str, typer.Option(help="Workers behind one address share a name, and its rates.")] = "default",
+    videos_per_hour: Annotated[int, typer.Option(help="Per platform and session; 0 for no limit.")] = 250,
+    pause: Annotated[tuple[float, float], typer.Option(help="Least and most seconds between videos.")] = (
+        5.0,
+        10.0,
+    ),
+    bytes_per_s: Annotated[int | None, typer.Option(help="No video is fetched faster than this.")] = None,
+    max_video_mb: Annotated[int, typer.Option(help="Larger videos are not fetched.")] = 8192,
+    min_free_mb: Annotated[int, typer.Option(help="Disk space that a download leaves free.")] = 2048,
+    budget_mb: Annotated[int | None, typer.Option(help="Videos kept; the oldest finished ones make room.")] = None,
+    cookies: Annotated[Path | None, typer.Option(help="Netscape cookie file; neither changed nor logged.")] = None,
+    proxy_file: Annotated[Path | None, typer.Option(help="File with the address of a proxy; never logged.")] = None,
     allow_loopback: Loopback = False,
 ) -> None:
     """Download, observe, judge, teach and shard the clips of a manifest, here, without Prefect.
@@ -83,7 +103,9 @@ def run(
         policy=policy,
         download=DownloadSettings(
             max_height=max_height, http_hosts=tuple(http_host or ()), local_root=local_root,
-            allow_loopback=allow_loopback,
+            allow_loopback=allow_loopback, session=session, videos_per_hour=videos_per_hour, pause_s=pause,
+            bytes_per_s=bytes_per_s, max_video_mb=max_video_mb, min_free_mb=min_free_mb, budget_mb=budget_mb,
+            cookies=cookies, proxy_file=proxy_file,
         ),
         observe=ObserveSettings(detector=detector, device=device),
         teacher=teacher_settings(teacher, teacher_name, num_tokens, device),
@@ -91,6 +113,8 @@ def run(
         workers=workers,
         retry=tuple(retry or ()),
         catalog_url=catalog_url,
+        storage=storage,
+        lease_s=lease_s,
     )  # fmt: skip
     for code in settings.retry:
         if code not in set(FailureCode):
@@ -102,18 +126,22 @@ def run(
     console.print(f"shards: {funnel.folder}", soft_wrap=True, markup=False)
     if funnel.failed:
         console.print(f"what failed, and what to do: curation failures --out {out}", soft_wrap=True, markup=False)
+    for platform, until in funnel.postponed.items():
+        console.print(pipeline.postponed(platform, until), soft_wrap=True, markup=False)
     if funnel.failed and not funnel.observed:
         raise UsageError("No clip could be measured; see what failed above, and run again.")
 
 
 @app.command()
-def judge(out: Out, policy: PolicyOption = Path("default"), catalog_url: CatalogUrl = None) -> None:
+def judge(
+    out: Out, policy: PolicyOption = Path("default"), catalog_url: CatalogUrl = None, storage: Storage = None
+) -> None:
     """Judge every observed clip under a policy. Decodes nothing; needs no video."""
     from curation import pipeline
     from curation.catalog import Catalog
     from curation.policy import load_policy
 
-    settings = _existing(out, catalog_url).model_copy(update={"policy": policy})
+    settings = _existing(out, catalog_url).model_copy(update={"policy": policy, "storage": storage})
     with _bars() as show:
         judged = pipeline.judge_all(settings, lambda done, total: show("judge", done, total))
     rule = load_policy(policy)
@@ -217,6 +245,19 @@ def teacher_settings(teacher: str, name: str | None, num_tokens: int, device: st
     if path.is_dir() and not (path / "model.pt").is_file():
         return TeacherSettings(kind="folder", model=str(path), name=name)
     return TeacherSettings(kind="moge", model=teacher, name=name, num_tokens=num_tokens, device=device)
+
+
+@app.command()
+def pull(
+    source: Annotated[str, typer.Argument(help="A folder of shards behind a URL, as a run prints it.")],
+    folder: Annotated[Path, typer.Argument(help="Where on this disk the shards go.")],
+) -> None:
+    """Bring a shared data set to this disk, to train from it; what is here and whole is not fetched again."""
+    from curation.shards.remote import pull as bring
+
+    with _bars() as show:
+        shards = bring(source, folder, lambda done, total: show("pull", done, total))
+    console.print(f"{len(shards)} shards in {folder}", soft_wrap=True, markup=False)
 
 
 def _existing(out: Path, catalog_url: str | None) -> Settings:

@@ -6,112 +6,32 @@ and never raised. Any process may die anywhere: files are renamed into place fir
 
 from __future__ import annotations
 
+import shutil
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import lru_cache
-from pathlib import Path
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+from curation.batches import Batch, Funnel, Progress, StageReport, read_batches
 from curation.catalog import Attempt, Catalog, ObservationFile, Output
-from curation.files import sha256_file, sha256_json
+from curation.claims import Claims, Queue
+from curation.files import sha256_file
 from curation.ingest.failures import FailureCode, StageError, UsageError
 from curation.manifest import ClipRef
-from curation.observe.observations import Observations
 from curation.observe.people import find_weights
-from curation.policy import Policy, describe, find_policy, load_policy, subject_boxes
+from curation.policy import Policy, find_policy, load_policy, subject_boxes
 from curation.policy import judge as judge_observations
-from curation.records import ClipSample, VideoFile
+from curation.records import ClipSample
 from curation.settings import Settings
+from curation.state import State, forget_cached, frames_name, observation_name, state_of
+from curation.storage import Store
 from curation.workers import spread
 
-Progress = Callable[[int, int], None]
-
-# Permanent for a video, but not for a run with other settings, and cheap to find again: these never block a clip.
-_MENDED_BY_SETTINGS = frozenset(
-    {FailureCode.REFUSED, FailureCode.MISSING_DEPTH, FailureCode.NO_FORMAT, FailureCode.LIVE}
-)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Clips that travel together: the unit of a task and of a shard. `batch_id` depends on the clips alone."""
-
-    index: int
-    refs: tuple[ClipRef, ...]
-    batch_id: str
-
-
-@dataclass(frozen=True)
-class StageReport:
-    """What a stage did with a batch, in clips; `failed` maps a failure code to its number of clips."""
-
-    stage: str
-    done: int = 0
-    skipped: int = 0
-    failed: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Funnel:
-    """How far the clips of a manifest got."""
-
-    clips: int
-    downloaded: int
-    observed: int
-    accepted: int
-    rejected: int
-    unknown: int
-    failed: dict[str, int]
-    rejected_by: dict[str, int]
-    sharded: int
-    shards: tuple[str, ...]
-    folder: str
-
-    def table(self) -> list[dict[str, Any]]:
-        """Rows of stage, clips and share, for a table."""
-        rows = [
-            ("in the manifest", self.clips),
-            ("video here or seen", self.downloaded),
-            ("observed", self.observed),
-            ("accepted", self.accepted),
-            *((f"rejected: {reason}", clips) for reason, clips in sorted(self.rejected_by.items())),
-            ("undecided", self.unknown),
-            *((f"failed: {code}", clips) for code, clips in sorted(self.failed.items())),
-            ("in shards", self.sharded),
-        ]
-        total = max(self.clips, 1)
-        return [{"stage": stage, "clips": clips, "share": f"{clips / total:.1%}"} for stage, clips in rows]
-
-    def markdown(self) -> str:
-        """The table as Markdown."""
-        lines = ["| stage | clips | share |", "|---|---:|---:|"]
-        lines += [f"| {row['stage']} | {row['clips']} | {row['share']} |" for row in self.table()]
-        return "\n".join(lines)
-
-
-def read_batches(refs: Sequence[ClipRef], settings: Settings) -> list[Batch]:
-    """Cut a manifest into batches: its order, but the clips of one video kept together."""
-    by_video: dict[str, list[ClipRef]] = {}
-    for ref in refs:
-        by_video.setdefault(ref.video_key, []).append(ref)
-    batches: list[Batch] = []
-    current: list[ClipRef] = []
-
-    def close() -> None:
-        if current:
-            batches.append(Batch(len(batches), tuple(current), sha256_json([ref.clip_id for ref in current])[:16]))
-            current.clear()
-
-    for clips in by_video.values():
-        for start in range(0, len(clips), settings.batch_clips):
-            part = clips[start : start + settings.batch_clips]
-            if len(current) + len(part) > settings.batch_clips:
-                close()
-            current.extend(part)
-    close()
-    return batches
+POLL_S = 2.0  # how often work that other workers hold is asked for
+_AHEAD = 2  # batches fetched before they are observed: enough to hide the network, little enough to bound the disk
 
 
 def preflight(settings: Settings) -> Settings:
@@ -123,8 +43,7 @@ def preflight(settings: Settings) -> Settings:
     from curation.ffmpeg import ffmpeg_exe
     from curation.teach.depth import check_teacher
 
-    for cache in (_run, _weights_hash, _cached_identity):  # the files behind the settings may have changed
-        cache.cache_clear()
+    forget_cached()
     out = settings.out.expanduser().absolute()
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -153,6 +72,7 @@ def preflight(settings: Settings) -> Settings:
         }
     )
     Catalog(settings.database)
+    Store(out, settings.storage).check()
     return settings
 
 
@@ -165,44 +85,85 @@ def check_refs(refs: Sequence[ClipRef], settings: Settings) -> None:
 
 
 def download(settings: Settings, batch: Batch, progress: Progress | None = None) -> StageReport:
-    """Fetch the videos that this batch still needs, one after the other, each once."""
-    from curation.ingest.download import download as fetch
+    """Fetch the videos that this batch still needs, one after the other, each once.
 
-    run = _run(settings)
-    log = _Log(run, "download", len(batch.refs), progress)
-    refused = run.catalog.register(batch.refs)
+    A platform that asked to be left alone is left alone: its clips are postponed, for another run to fetch.
+    """
+    from curation.ingest.download import download as fetch
+    from curation.ingest.politeness import Gate
+
+    state = state_of(settings)
+    log = _Log(state, "download", len(batch.refs), progress)
+    refused = state.catalog.register(batch.refs)
     for ref in batch.refs:
         if ref.clip_id in refused:
             log.refuse(ref, FailureCode.FORGOTTEN)
-    wanted = [ref for ref in _unfinished(run, batch) if ref.clip_id not in refused]
+    wanted = [ref for ref in state.to_download(batch) if ref.clip_id not in refused]
     log.skip(len(batch.refs) - len(refused) - len(wanted))
     by_video: dict[str, list[ClipRef]] = {}
     for ref in wanted:
         by_video.setdefault(ref.video_key, []).append(ref)
+    gate = Gate(state.catalog, settings.download)
     for key, clips in by_video.items():
+        if gate.wait(clips[0]) is not None:
+            log.postpone(len(clips))
+            continue
         began = time.time()
         try:
+            _make_room(state)
             video = fetch(clips[0], settings.out / "videos", settings.download)
         except StageError as error:
+            gate.failed(clips[0], error)
             log.failed(clips, error, began)
             continue
-        if not run.catalog.record_video(key, video, video.path.relative_to(settings.out).as_posix()):
-            video.path.unlink(missing_ok=True)  # forgotten while it was fetched
+        gate.succeeded(clips[0])
+        name = state.name_of(video.path)
+        state.store.put(name)
+        if not state.catalog.record_video(key, video, name):
+            state.store.drop([name])  # forgotten while it was fetched
             log.failed(clips, StageError(FailureCode.FORGOTTEN, "removal was requested"), began)
             continue
         log.done(clips, began)
     return log.report()
 
 
+def _make_room(state: State) -> None:
+    """Delete finished videos, oldest first, until the next one fits into the budget; StageError if none is finished."""
+    budget = state.settings.download.budget_mb
+    if budget is None:
+        return
+    over = state.catalog.present_bytes() - budget * 2**20
+    while over > 0:
+        videos = state.catalog.finished_videos(state.policy.hash, state.dataset_hash, limit=16)
+        if not videos:
+            raise StageError(
+                FailureCode.DISK_FULL, "The videos of unfinished clips fill budget_mb; raise it, or lower batch_clips."
+            )
+        for video in videos:
+            state.store.drop([video.path])
+            state.catalog.record_evicted([video.video_key])
+            over -= video.size_bytes
+            if over <= 0:
+                break
+
+
 def observe(settings: Settings, batch: Batch, progress: Progress | None = None) -> StageReport:
     """Measure every clip of the batch that has a video and no measurements yet, on all cores."""
-    run = _run(settings)
-    log = _Log(run, "observe", len(batch.refs), progress)
-    videos = run.videos(batch.refs)
-    blocked = run.given_up(batch.refs, ("observe",))
+    state = state_of(settings)
+    log = _Log(state, "observe", len(batch.refs), progress)
+    wanted = state.to_observe(batch.refs)
+    blocked = state.given_up(wanted, ("observe",)) if wanted else frozenset()
+    videos = state.videos(wanted)
     tasks = [
-        _ObserveTask(ref, videos[ref.video_key].path, settings, run.policy)
-        for ref in run.to_observe(batch.refs)
+        _ObserveTask(
+            ref,
+            state.name_of(videos[ref.video_key].path),
+            videos[ref.video_key].size_bytes,
+            settings,
+            state.policy,
+            state.store,
+        )
+        for ref in wanted
         if ref.video_key in videos and ref.clip_id not in blocked
     ]
     log.skip(len(batch.refs) - len(tasks))
@@ -216,10 +177,10 @@ def observe(settings: Settings, batch: Batch, progress: Progress | None = None) 
         elif isinstance(result, BaseException):
             log.failed([ref], StageError(FailureCode.INTERNAL, f"observing ended with {type(result).__name__}"), start)
         else:
-            digest = run.catalog.put_provenance(result.provenance)
-            path = _observation_path(settings, ref).relative_to(settings.out).as_posix()
-            run.catalog.record_observations(
-                [ObservationFile(ref.clip_id, result.kind, path, result.sha256, digest)]  # type: ignore[arg-type]
+            digest = state.catalog.put_provenance(result.provenance)
+            name = observation_name(ref)
+            state.catalog.record_observations(
+                [ObservationFile(ref.clip_id, result.kind, name, result.sha256, digest)]  # type: ignore[arg-type]
             )
             log.done([ref], start)
     return log.report()
@@ -227,23 +188,23 @@ def observe(settings: Settings, batch: Batch, progress: Progress | None = None) 
 
 def judge(settings: Settings, batch: Batch) -> StageReport:
     """Apply the policy to the batch's measurements; decodes nothing."""
-    run = _run(settings)
-    known = run.catalog.verdicts(batch.refs, run.policy.hash)
-    files = run.catalog.observations(batch.refs)
+    state = state_of(settings)
+    known = state.catalog.verdicts(batch.refs, state.policy.hash)
+    files = state.catalog.observations(batch.refs)
     missing = [files[ref.clip_id] for ref in batch.refs if ref.clip_id in files and ref.clip_id not in known]
-    judged = _judge_files(run, missing)
+    judged = state.judge(missing)
     return StageReport("judge", judged, len(batch.refs) - judged)
 
 
 def judge_all(settings: Settings, progress: Progress | None = None) -> int:
     """Judge every measured clip of the catalog under the settings' policy; returns how many were judged anew."""
-    _run.cache_clear()  # the policy's file may have changed
-    run = _run(settings)
+    forget_cached()  # the policy's file may have changed
+    state = state_of(settings)
     judged = seen = 0
-    for page in run.catalog.observed():
-        known = run.catalog.verdicts([file.clip_id for file in page], run.policy.hash)
+    for page in state.catalog.observed():
+        known = state.catalog.verdicts([file.clip_id for file in page], state.policy.hash)
         missing = [file for file in page if file.clip_id not in known]
-        judged += _judge_files(run, missing)
+        judged += state.judge(missing)
         seen += len(page)
         if progress is not None:
             progress(seen, seen)
@@ -254,47 +215,50 @@ def teach(settings: Settings, batch: Batch, progress: Progress | None = None) ->
     """Give the batch's accepted clips their teacher depth and write them as shards of the run's data set."""
     from curation.shards.writer import write_shards
 
-    run = _run(settings)
-    log = _Log(run, "teach", len(batch.refs), progress)
-    todo = run.to_teach(batch.refs)
+    state = state_of(settings)
+    log = _Log(state, "teach", len(batch.refs), progress)
+    todo = state.to_teach(batch.refs)
     log.skip(len(batch.refs) - len(todo))
-    if not todo:
-        return log.report()
-    digest = run.catalog.put_provenance(run.dataset)
-    began: dict[str, float] = {}
+    if todo:
+        digest = state.catalog.put_provenance(state.dataset)
+        began: dict[str, float] = {}
 
-    def samples() -> Iterator[ClipSample]:
-        teacher = run.teacher()
-        for ref in todo:
-            began[ref.clip_id] = time.time()
-            try:
-                yield _sample(run, ref, teacher)
-            except StageError as error:
-                log.failed([ref], error, began[ref.clip_id])
+        def samples() -> Iterator[ClipSample]:
+            teacher = state.teacher()
+            for ref in todo:
+                began[ref.clip_id] = time.time()
+                try:
+                    yield _sample(state, ref, teacher)
+                except StageError as error:
+                    log.failed([ref], error, began[ref.clip_id])
 
-    refs = {ref.clip_id: ref for ref in todo}
-    for shard in write_shards(samples(), run.shards, max_bytes=settings.shard_mb * 2**20):
-        mine = [clip for clip in shard.clips if clip.clip_id in refs]
-        left_out = run.catalog.record_outputs(
+        refs = {ref.clip_id: ref for ref in todo}
+        staging = settings.out / "staging" / batch.batch_id
+        folder = staging if state.store.shared else state.store.path(state.shards)
+        shards = write_shards(samples(), folder, max_bytes=settings.shard_mb * 2**20)
+        if state.store.shared:
+            state.add_shards(staging, shards)
+            shutil.rmtree(staging, ignore_errors=True)
+        written = [(shard, clip) for shard in shards for clip in shard.clips if clip.clip_id in refs]
+        left_out = state.catalog.record_outputs(
             Output(clip.clip_id, digest, shard.file, clip.row_group, clip.row_groups, clip.frames, shard.sha256)
-            for clip in mine
+            for shard, clip in written
         )
         if left_out:  # forgotten meanwhile: nothing of them may stay
-            from curation.shards.writer import remove_clips
+            from curation.shards.writer import drop_clips
 
-            remove_clips(run.shards, left_out)
-        for clip in mine:
+            drop_clips(state.place(), left_out)
+        for _, clip in written:
             log.done([refs[clip.clip_id]], began[clip.clip_id])
-    for ref in todo:
-        _frames_path(settings, ref).unlink(missing_ok=True)
+        state.store.drop([frames_name(ref) for ref in todo])
+    state.release(batch)
     return log.report()
 
 
 def funnel(settings: Settings, refs: Sequence[ClipRef] | None) -> Funnel:
     """How far these clips, or all of the catalog, got."""
-    run = _run(settings)
-    digest = sha256_json(run.dataset)
-    counts = run.catalog.funnel(refs, run.policy.hash, digest)
+    state = state_of(settings)
+    counts = state.catalog.funnel(refs, state.policy.hash, state.dataset_hash)
     failed: dict[str, int] = {}
     for (_, code), clips in counts.failed.items():
         failed[code] = min(failed.get(code, 0) + clips, counts.clips)
@@ -311,228 +275,97 @@ def funnel(settings: Settings, refs: Sequence[ClipRef] | None) -> Funnel:
         rejected_by=counts.rejected_by,
         sharded=counts.sharded,
         shards=counts.shards,
-        folder=str(run.shards),
+        folder=f"{settings.storage}/{state.shards}" if settings.storage else str(settings.out / state.shards),
+        postponed={block.service.partition("-")[0]: block.until for block in state.catalog.blocks()},
     )
 
 
 def run(settings: Settings, refs: Sequence[ClipRef], progress: Callable[[str, int, int], None] | None = None) -> Funnel:
     """The whole job without an engine: batch k is observed while batch k + 1 is fetched.
 
-    progress: called with (stage, clips done, clips in all). Raises UsageError before any work is done.
+    Workers that share a catalog may run the same manifest at once: each takes the batches that no other is at, and
+    what a dead one held. progress: called with (stage, clips done, clips in all). Raises UsageError before any work.
     """
     settings = preflight(settings)
     check_refs(refs, settings)
-    batches = read_batches(refs, settings)
-    total = len(refs)
+    done = dict.fromkeys(("download", "observe", "teach"), 0)
 
-    def shown(stage: str, before: int) -> Progress | None:
-        return None if progress is None else lambda done, _: progress(stage, before + done, total)
+    def advance(batch: Batch, *stages: str) -> None:
+        for stage in stages:
+            done[stage] += len(batch.refs)
+            if progress is not None:
+                progress(stage, done[stage], len(refs))
 
-    starts = [0]
-    for batch in batches:
-        starts.append(starts[-1] + len(batch.refs))
+    def shown(stage: str) -> Progress | None:
+        return None if progress is None else lambda now, _: progress(stage, done[stage] + now, len(refs))
+
     fetcher = ThreadPoolExecutor(1)
+    fetching: deque[tuple[Batch, Future[StageReport]]] = deque()
     try:
-        fetched = [
-            fetcher.submit(download, settings, batch, shown("download", start))
-            for batch, start in zip(batches, starts, strict=False)
-        ]
-        for batch, start, future in zip(batches, starts, fetched, strict=False):
-            future.result()
-            observe(settings, batch, shown("observe", start))
-            judge(settings, batch)
-            teach(settings, batch, shown("teach", start))
+        with shared_work(settings, read_batches(refs, settings)) as queue:
+            while True:
+                while len(fetching) < _AHEAD and (batch := queue.take()) is not None:
+                    fetching.append((batch, fetcher.submit(download, settings, batch, shown("download"))))
+                while queue.passed:
+                    advance(queue.passed.pop(), *done)
+                if fetching:
+                    batch, fetched = fetching.popleft()
+                    fetched.result()
+                    advance(batch, "download")
+                    observe(settings, batch, shown("observe"))
+                    advance(batch, "observe")
+                    judge(settings, batch)
+                    teach(settings, batch, shown("teach"))
+                    advance(batch, "teach")
+                    queue.leave(batch)
+                elif queue.waiting:
+                    time.sleep(POLL_S)
+                else:
+                    break
     finally:
         fetcher.shutdown(wait=False, cancel_futures=True)  # a failure or Ctrl-C must not wait for a slow download
     return funnel(settings, refs)
 
 
-class _Run:
-    """What the stages share within a process: catalog, policy, and what is still to do."""
+@contextmanager
+def shared_work(settings: Settings, batches: Sequence[Batch]) -> Iterator[Queue[Batch]]:
+    """The batches, given out one by one among all workers of the catalog.
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        self.catalog = Catalog(settings.database)
-        self.policy: Policy = load_policy(settings.policy)
-        self._teacher: Any = None
-        self._same: dict[str, bool] = {}
-
-    @property
-    def dataset(self) -> dict[str, Any]:
-        """What every clip of the data set has in common: the policy, the measurements and the teacher it came from."""
-        from curation.shards.schema import SCHEMA_VERSION
-
-        return {
-            "schema": SCHEMA_VERSION,
-            "policy": describe(self.policy) | {"detector": Path(self.policy.detector).name},
-            "observe": self._identity(),
-            "frame_long_side": self.settings.observe.frame_long_side,
-            "teacher": self._teacher_identity(),
-        }
-
-    @property
-    def shards(self) -> Path:
-        """Folder of this data set: one for every combination of policy, detector and teacher."""
-        teacher = self._teacher_identity()["name"]
-        return self.settings.out / "shards" / f"{self.policy.name}-{teacher}-{sha256_json(self.dataset)[:8]}"
-
-    def _teacher_identity(self) -> dict[str, Any]:
-        """The teacher as far as it changes numbers; not its number format, so that machines may share the work."""
-        from curation.teach.depth import teacher_identity
-
-        return _cached_identity(teacher_identity, self.settings.teacher)
-
-    def _identity(self) -> dict[str, Any]:
-        settings = self.settings.observe
-        return {
-            "detector_sha256": _weights_hash(str(find_weights(settings.detector or self.policy.detector))),
-            "long_side": settings.detector_long_side,
-            "confidence": settings.detector_confidence,
-            "sample_fps": settings.sample_fps,
-        }
-
-    def teacher(self) -> Any:
-        """The teacher, loaded when the first clip needs it."""
-        from curation.teach.depth import load_teacher
-
-        if self._teacher is None:
-            self._teacher = load_teacher(self.settings.teacher)
-        return self._teacher
-
-    def videos(self, refs: Sequence[ClipRef]) -> dict[str, VideoFile]:
-        """The videos that are really on this disk, by video key."""
-        stored = self.catalog.videos({ref.video_key for ref in refs})
-        files = {key: video.file(self.settings.out) for key, video in stored.items() if video.present}
-        return {key: file for key, file in files.items() if _size(file.path) == file.size_bytes}
-
-    def to_observe(self, refs: Sequence[ClipRef]) -> list[ClipRef]:
-        """Clips without measurements by this detector, or with key frames only that leave the policy undecided."""
-        files = self.catalog.observations(refs)
-        verdicts = self.catalog.verdicts(refs, self.policy.hash)
-        todo = []
-        for ref in refs:
-            file = files.get(ref.clip_id)
-            if file is None or not self._measured_as_asked(file):
-                todo.append(ref)
-            elif file.kind == "keyframes":
-                verdict = verdicts.get(ref.clip_id)
-                decision = verdict.decision if verdict else self._decision(file)
-                if decision == "unknown":
-                    todo.append(ref)
-        return todo
-
-    def _decision(self, file: ObservationFile) -> str:
-        observations = _readable(self.settings.out / file.path)
-        return "unknown" if observations is None else judge_observations(observations, self.policy).decision
-
-    def _measured_as_asked(self, file: ObservationFile) -> bool:
-        if _readable(self.settings.out / file.path) is None:
-            return False
-        if file.provenance_hash not in self._same:
-            value = self.catalog.provenance(file.provenance_hash) or {}
-            detector = value.get("detector", {})
-            found = {
-                "detector_sha256": detector.get("sha256"),
-                "long_side": detector.get("long_side"),
-                "confidence": detector.get("confidence"),
-                "sample_fps": value.get("sample_fps"),
-            }
-            self._same[file.provenance_hash] = found == self._identity()
-        return self._same[file.provenance_hash]
-
-    def to_teach(self, refs: Sequence[ClipRef]) -> list[ClipRef]:
-        """Accepted clips that this data set lacks, given up ones excepted."""
-        verdicts = self.catalog.verdicts(refs, self.policy.hash)
-        accepted = [ref for ref in refs if ref.clip_id in verdicts and verdicts[ref.clip_id].decision == "accept"]
-        written = self.catalog.outputs(accepted, sha256_json(self.dataset))
-        sound = self._sound_shards({output.shard for output in written.values()})
-        blocked = self.given_up(accepted, ("teach",))
-        return [
-            ref
-            for ref in accepted
-            if ref.clip_id not in blocked and not (ref.clip_id in written and written[ref.clip_id].shard in sound)
-        ]
-
-    def _sound_shards(self, names: set[str]) -> set[str]:
-        """Shards that are there with a readable end; a cut one is taken away, so that its clips are written again."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        sound = set()
-        for name in names:
-            try:
-                pq.read_metadata(self.shards / name)
-                sound.add(name)
-            except FileNotFoundError:
-                continue
-            except (OSError, pa.ArrowInvalid):
-                (self.shards / name).rename(self.shards / f"{name}.damaged")
-        return sound
-
-    def given_up(self, refs: Sequence[ClipRef], stages: Sequence[str]) -> frozenset[str]:
-        """Clips whose last try failed for good in one of these stages, unless the user asked to try again."""
-        return frozenset(
-            attempt.clip_id
-            for attempt in self.catalog.failures(refs)
-            if attempt.stage in stages
-            and attempt.code is not None
-            and not attempt.code.transient
-            and attempt.code not in _MENDED_BY_SETTINGS
-            and attempt.code.value not in self.settings.retry
-        )
+    Where machines share files, what the catalog calls done is believed; on one disk it is looked at again, because a
+    file may be damaged or gone.
+    """
+    state = state_of(settings)
+    with Claims(state.catalog, settings.lease_s) as claims:
+        yield Queue(claims, batches, state.finished, trusting=state.store.shared)
 
 
-def _size(path: Path) -> int | None:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return None
+def postponed(platform: str, until: float) -> str:
+    """A sentence for the user about a platform that asked to be left alone."""
+    when = time.strftime("%H:%M on %d %B", time.localtime(until))
+    return f"{platform} asked to be left alone; its clips are fetched by a run after {when}."
 
 
-@lru_cache(maxsize=4)
-def _run(settings: Settings) -> _Run:
-    return _Run(settings)
-
-
-@lru_cache(maxsize=4)
-def _weights_hash(path: str) -> str:
-    return sha256_file(Path(path))
-
-
-@lru_cache(maxsize=4)
-def _cached_identity(function: Callable[[Any], dict[str, Any]], settings: Any) -> dict[str, Any]:
-    return function(settings)
-
-
-def _unfinished(run: _Run, batch: Batch) -> list[ClipRef]:
-    """Clips that still need pixels and have no video here: to be observed, or accepted and not yet in a shard."""
-    blocked = run.given_up(batch.refs, ("download", "observe", "teach"))
-    needed = {ref.clip_id for ref in run.to_observe(batch.refs)}
-    needed |= {ref.clip_id for ref in run.to_teach(batch.refs) if not _frames_path(run.settings, ref).is_file()}
-    here = run.videos(batch.refs)
-    retry = {FailureCode.CORRUPT.value, FailureCode.NO_VIDEO.value} & set(run.settings.retry)
-    anew = {a.clip_id for a in run.catalog.failures(batch.refs) if a.code and a.code.value in retry}
-    return [
-        ref
-        for ref in batch.refs
-        if ref.clip_id in needed and ref.clip_id not in blocked and (ref.video_key not in here or ref.clip_id in anew)
-    ]
+_NOT_HERE = "the video is not here; it will be fetched by the next run"
 
 
 class _Log:
     """Counts a stage's clips, shows progress, and records every try in the catalog."""
 
-    def __init__(self, run: _Run, stage: str, total: int, progress: Progress | None) -> None:
-        self._run, self._stage, self._total, self._progress = run, stage, total, progress
-        self._done = self._skipped = 0
+    def __init__(self, state: State, stage: str, total: int, progress: Progress | None) -> None:
+        self._state, self._stage, self._total, self._progress = state, stage, total, progress
+        self._done = self._skipped = self._postponed = 0
         self._failed: dict[str, int] = {}
 
     def _show(self) -> None:
         if self._progress is not None:
-            self._progress(self._done + self._skipped + sum(self._failed.values()), self._total)
+            self._progress(self._done + self._skipped + self._postponed + sum(self._failed.values()), self._total)
 
     def skip(self, clips: int) -> None:
         self._skipped += clips
+        self._show()
+
+    def postpone(self, clips: int) -> None:
+        self._postponed += clips
         self._show()
 
     def refuse(self, ref: ClipRef, code: FailureCode) -> None:
@@ -552,20 +385,22 @@ class _Log:
 
     def _record(self, refs: Sequence[ClipRef], code: FailureCode | None, message: str, began: float) -> None:
         seconds = time.time() - began
-        self._run.catalog.record_attempts(
+        self._state.catalog.record_attempts(
             Attempt(ref.clip_id, self._stage, code, message, started_at=began, seconds=seconds) for ref in refs
         )
 
     def report(self) -> StageReport:
-        return StageReport(self._stage, self._done, self._skipped, dict(sorted(self._failed.items())))
+        return StageReport(self._stage, self._done, self._skipped, dict(sorted(self._failed.items())), self._postponed)
 
 
 @dataclass(frozen=True)
 class _ObserveTask:
     ref: ClipRef
-    path: Path
+    video: str
+    video_bytes: int
     settings: Settings
     policy: Policy
+    store: Store
 
 
 @dataclass(frozen=True)
@@ -581,62 +416,44 @@ def _observe_clip(task: _ObserveTask) -> _Observed:
     from curation.observe.observe import detector_for, observe, prescreen
     from curation.observe.samples import write_frames
 
-    settings = task.settings.observe
+    settings, store = task.settings.observe, task.store
     assert settings.detector is not None  # resolved by preflight
+    video = store.get(task.video, task.video_bytes)
+    if video is None:
+        raise StageError(FailureCode.NETWORK, _NOT_HERE)
     detector = detector_for(settings, settings.detector)
-    path = _observation_path(task.settings, task.ref)
-    observations = prescreen(task.ref, task.path, settings, detector)
+    observations = prescreen(task.ref, video, settings, detector)
     if observations is None or judge_observations(observations, task.policy).decision != "reject":
-        observations, frames = observe(task.ref, task.path, settings, detector)
+        observations, frames = observe(task.ref, video, settings, detector)
         if judge_observations(observations, task.policy).decision == "accept":
-            write_frames(frames, _frames_path(task.settings, task.ref))
-    write_observations(observations, path)
-    return _Observed(observations.kind, sha256_file(path), observations.provenance)
+            write_frames(frames, store.path(frames_name(task.ref)))
+            store.put(frames_name(task.ref))
+    name = observation_name(task.ref)
+    write_observations(observations, store.path(name))
+    store.put(name)
+    return _Observed(observations.kind, sha256_file(store.path(name)), observations.provenance)
 
 
-def _observation_path(settings: Settings, ref: ClipRef) -> Path:
-    # Two levels: a million files in one folder make every listing slow.
-    return settings.out / "observations" / ref.clip_id[:2] / f"{ref.clip_id}.parquet"
-
-
-def _frames_path(settings: Settings, ref: ClipRef) -> Path:
-    return settings.out / "frames" / f"{ref.clip_id}.parquet"
-
-
-def _judge_files(run: _Run, files: Sequence[ObservationFile]) -> int:
-    """Judge what can be read; a damaged or missing file is measured anew by the next run."""
-    read = [_readable(run.settings.out / file.path) for file in files]
-    verdicts = [judge_observations(observations, run.policy) for observations in read if observations is not None]
-    run.catalog.record_verdicts(verdicts, {file.clip_id: file.sha256 for file in files})
-    return len(verdicts)
-
-
-def _readable(path: Path) -> Observations | None:
-    from curation.observe.observations import read_observations
-
-    try:
-        return read_observations(path)
-    except UsageError:
-        return None
-
-
-def _sample(run: _Run, ref: ClipRef, teacher: Any) -> ClipSample:
+def _sample(state: State, ref: ClipRef, teacher: Any) -> ClipSample:
     """One accepted clip with its frames, the subject's boxes on the training grid, and the teacher's depth."""
     import numpy as np
 
-    from curation.observe.observations import read_observations
     from curation.observe.observe import sample_frames
     from curation.observe.samples import read_frames
 
-    frames = read_frames(_frames_path(run.settings, ref))
-    if frames is None or max(frames.width, frames.height) != run.settings.observe.frame_long_side:
-        videos = run.videos([ref])
-        if ref.video_key not in videos:
-            raise StageError(FailureCode.NETWORK, "the video is not here; it will be fetched by the next run")
-        frames = sample_frames(ref, videos[ref.video_key].path, run.settings.observe)
-    file = run.catalog.observations([ref])[ref.clip_id]
-    observations = read_observations(run.settings.out / file.path)
-    boxes, confidence = subject_boxes(observations, run.policy)
+    settings = state.settings.observe
+    kept = state.store.get(frames_name(ref))
+    frames = None if kept is None else read_frames(kept)
+    if frames is None or max(frames.width, frames.height) != settings.frame_long_side:
+        video = state.videos([ref]).get(ref.video_key)
+        if video is None or (path := state.store.get(state.name_of(video.path), video.size_bytes)) is None:
+            raise StageError(FailureCode.NETWORK, _NOT_HERE)
+        frames = sample_frames(ref, path, settings)
+    file = state.catalog.observations([ref])[ref.clip_id]
+    observations = state.readable([file]).get(ref.clip_id)
+    if observations is None:
+        raise StageError(FailureCode.NETWORK, "the measurements are not here; they will be made by the next run")
+    boxes, confidence = subject_boxes(observations, state.policy)
     boxes *= np.array([frames.width, frames.height] * 2, np.float32)
     return ClipSample(
         clip_id=ref.clip_id,
@@ -645,5 +462,5 @@ def _sample(run: _Run, ref: ClipRef, teacher: Any) -> ClipSample:
         boxes=boxes,
         box_confidence=confidence,
         depth=teacher(frames, ref.clip_id),
-        provenance=run.dataset | {"teacher": teacher.provenance},
+        provenance=state.dataset | {"teacher": teacher.provenance},
     )

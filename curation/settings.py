@@ -75,6 +75,8 @@ class Settings(BaseModel):
     shard_mb: int = Field(512, ge=1, description="A shard file is closed before it grows beyond this.")
     retry: tuple[str, ...] = Field((), description="Failure codes to try again although they are permanent.")
     catalog_url: str | None = Field(None, description="SQLAlchemy URL; None is SQLite in the output folder.")
+    lease_s: float = Field(120.0, ge=3, description="Batches of a worker that is silent for so long go to others.")
+    storage: str | None = Field(None, pattern=r"^[a-z][a-z0-9+]*://.", description="fsspec URL shared by machines.")
 
     @property
     def database(self) -> str:

@@ -7,6 +7,8 @@ without Prefect. The catalog, not Prefect, knows what is done; running the flow 
 from __future__ import annotations
 
 import logging
+import os
+import time
 from collections import deque
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, cast
@@ -22,9 +24,9 @@ from prefect.task_runners import TaskRunner
 from pydantic import Field, ValidationError
 
 from curation import pipeline
+from curation.batches import Batch, Funnel, read_batches
 from curation.ingest.failures import FailureCode, UsageError
 from curation.manifest import ClipRef, read_manifest
-from curation.pipeline import Batch, Funnel
 from curation.settings import DownloadSettings, ObserveSettings, Settings, TeacherSettings
 from flows import stages
 from flows.runners import RunnerName, make_task_runner
@@ -58,6 +60,18 @@ def curate(
     local_root: Path | None = None,
     allow_loopback: bool = False,
     catalog_url: str | None = None,
+    storage: str | None = None,
+    lease_s: Annotated[float, Field(ge=3)] = 120.0,
+    download_session: str = _DOWNLOAD.session,
+    videos_per_hour: Annotated[int, Field(ge=0)] = _DOWNLOAD.videos_per_hour,
+    min_pause_s: Annotated[float, Field(ge=0)] = _DOWNLOAD.pause_s[0],
+    max_pause_s: Annotated[float, Field(ge=0)] = _DOWNLOAD.pause_s[1],
+    bytes_per_s: Annotated[int | None, Field(ge=1)] = None,
+    max_video_mb: Annotated[int, Field(ge=1)] = _DOWNLOAD.max_video_mb,
+    min_free_mb: Annotated[int, Field(ge=0)] = _DOWNLOAD.min_free_mb,
+    budget_mb: Annotated[int | None, Field(ge=1)] = None,
+    cookies: Path | None = None,
+    proxy_file: Path | None = None,
     batch_clips: Annotated[int, Field(ge=1)] = 32,
     workers: Annotated[int | None, Field(ge=1)] = None,
     shard_mb: Annotated[int, Field(ge=1)] = 512,
@@ -93,7 +107,21 @@ def curate(
         http_hosts: Hosts (host or host:port) allowed for platform http.
         local_root: The folder below which platform local may read.
         allow_loopback: Permit loopback addresses; for tests and demonstrations only.
-        catalog_url: An SQLAlchemy URL for a catalog that machines share; empty is SQLite in the output folder.
+        catalog_url: An SQLAlchemy URL for a catalog that machines share; empty takes UNISH_CATALOG_URL of the worker's
+            environment, or SQLite in the output folder. Prefect shows parameters: a password belongs into neither.
+        storage: An fsspec URL, such as s3://bucket/run, where machines share videos, measurements and shards; empty
+            takes UNISH_STORAGE, or keeps everything in the output folder.
+        lease_s: A run that is silent for so long loses its batches to others on the same catalog.
+        download_session: A name for the address that platforms see; workers behind one address share its rates.
+        videos_per_hour: At most so many videos per platform and session; 0 for no limit.
+        min_pause_s: Least seconds between two videos of a platform.
+        max_pause_s: Most seconds of the pause, which is drawn anew each time.
+        bytes_per_s: No video is fetched faster than this.
+        max_video_mb: Larger videos are not fetched.
+        min_free_mb: Disk space that a download leaves free.
+        budget_mb: Videos kept at once; the oldest finished ones make room for new ones.
+        cookies: A Netscape cookie file, for platforms that ask for one; neither changed nor logged.
+        proxy_file: A file whose one line is the address of a proxy; never logged.
         batch_clips: Clips per batch, the unit of a task and of a shard.
         workers: Observing processes; empty is one per core.
         shard_mb: A shard file is closed before it grows beyond this.
@@ -119,6 +147,15 @@ def curate(
                 http_hosts=tuple(http_hosts),
                 local_root=local_root,
                 allow_loopback=allow_loopback,
+                session=download_session,
+                videos_per_hour=videos_per_hour,
+                pause_s=(min_pause_s, max_pause_s),
+                bytes_per_s=bytes_per_s,
+                max_video_mb=max_video_mb,
+                min_free_mb=min_free_mb,
+                budget_mb=budget_mb,
+                cookies=cookies,
+                proxy_file=proxy_file,
             ),
             observe=ObserveSettings(
                 detector=detector,
@@ -141,16 +178,18 @@ def curate(
             workers=workers,
             shard_mb=shard_mb,
             retry=tuple(retry),
-            catalog_url=catalog_url,
+            catalog_url=catalog_url or os.environ.get("UNISH_CATALOG_URL"),
+            lease_s=lease_s,
+            storage=storage or os.environ.get("UNISH_STORAGE"),
         )
-        _refuse_relative(manifest, out, local_root)
+        _refuse_relative(manifest, out, local_root, cookies, proxy_file)
         runner = make_task_runner(task_runner, cluster, parallel_batches)
         refs = read_manifest(manifest, http_hosts=settings.download.http_hosts, allow_loopback=allow_loopback)
         if not refs:
             raise UsageError(f"{manifest.name} lists no clips; add a row and run again.")
         settings = pipeline.preflight(settings)
-        batches = pipeline.read_batches(refs, settings)
-        logger.info("%d clips in %d batches -> %s", len(refs), len(batches), settings.out)
+        batches = read_batches(refs, settings)
+        logger.info("%d clips in %d batches -> %s", len(refs), len(batches), settings.storage or settings.out)
         with runner:
             unfinished = _work(runner, settings, batches, parallel_batches, 3600 * stage_timeout_hours)
     except ValidationError as error:
@@ -164,7 +203,7 @@ def _refuse_relative(*paths: Path | None) -> None:
     run = get_run_context().flow_run  # type: ignore[union-attr]
     if run and run.work_pool_name and not all(path is None or path.is_absolute() for path in paths):
         raise UsageError(
-            "A worker of a work pool runs in a temporary folder; give absolute paths for manifest, out and local_root."
+            "A worker of a work pool runs in a temporary folder; give absolute paths for every file and folder."
         )
 
 
@@ -180,6 +219,7 @@ def _work(runner: TaskRunner[Any], settings: Settings, batches: list[Batch], lan
 
     Stages overlap between batches, never within one: while batch k is observed, k + 1 is fetched and k - 1 has its
     teacher. `lanes` batches are observed at once; downloads go one after the other, because platforms count them.
+    Runs that share a catalog share the batches: each takes what no other is at, and what a dead one held.
     """
     total = sum(len(batch.refs) for batch in batches)
     bars = {
@@ -190,27 +230,33 @@ def _work(runner: TaskRunner[Any], settings: Settings, batches: list[Batch], lan
     open_chains: deque[_Chain] = deque()
     unfinished: list[str] = []
     before = 0
-    for batch in batches:
-        if len(open_chains) == lanes + 2:
-            unfinished += _finish(open_chains.popleft())
-        futures: dict[str, PrefectFuture[Any]] = {}
-        for stage, behind in (("download", 1), ("observe", lanes), ("judge", 0), ("teach", lanes)):
-            arguments: dict[str, Any] = {"settings": settings, "batch": batch}
-            if stage in bars:
-                arguments["bar"] = stages.Bar(bars[stage], before, len(batch.refs), total)
-            wait_for: list[Any] = [*futures.values()][-1:]
-            if behind and len(chains) >= behind:
-                wait_for.append(allow_failure(chains[-behind].futures[stage]))
-            name = f"{stage}-{batch.index}"
-            task = getattr(stages, stage).with_options(timeout_seconds=timeout_s, task_run_name=name)
-            futures[stage] = runner.submit(task, arguments, wait_for=wait_for)
-        chains.append(_Chain(batch, futures))
-        open_chains.append(chains[-1])
-        del chains[:-lanes]
-        before += len(batch.refs)
-    while open_chains:
-        unfinished += _finish(open_chains.popleft())
-    return unfinished
+    with pipeline.shared_work(settings, batches) as queue:
+        while True:
+            while len(open_chains) < lanes + 2 and (batch := queue.take()) is not None:
+                while queue.passed:
+                    before += len(queue.passed.pop().refs)
+                futures: dict[str, PrefectFuture[Any]] = {}
+                for stage, behind in (("download", 1), ("observe", lanes), ("judge", 0), ("teach", lanes)):
+                    arguments: dict[str, Any] = {"settings": settings, "batch": batch}
+                    if stage in bars:
+                        arguments["bar"] = stages.Bar(bars[stage], before, len(batch.refs), total)
+                    wait_for: list[Any] = [*futures.values()][-1:]
+                    if behind and len(chains) >= behind:
+                        wait_for.append(allow_failure(chains[-behind].futures[stage]))
+                    name = f"{stage}-{batch.index}"
+                    task = getattr(stages, stage).with_options(timeout_seconds=timeout_s, task_run_name=name)
+                    futures[stage] = runner.submit(task, arguments, wait_for=wait_for)
+                chains.append(_Chain(batch, futures))
+                open_chains.append(chains[-1])
+                del chains[:-lanes]
+                before += len(batch.refs)
+            if open_chains:
+                unfinished += _finish(open_chains[0])
+                queue.leave(open_chains.popleft().batch)
+            elif queue.waiting:
+                time.sleep(pipeline.POLL_S)
+            else:
+                return unfinished
 
 
 def _finish(chain: _Chain) -> list[str]:
@@ -238,6 +284,8 @@ def _conclude(settings: Settings, refs: list[ClipRef], unfinished: list[str]) ->
     if not funnel.observed:
         code, clips = max(funnel.failed.items(), key=lambda item: item[1], default=("internal", funnel.clips))
         return _failed(f"None of {funnel.clips} clips could be measured; {clips} x {code}: {FailureCode(code).advice}")
+    for platform, until in funnel.postponed.items():
+        get_run_logger().warning("%s", pipeline.postponed(platform, until))
     message = f"{funnel.accepted} of {funnel.clips} clips accepted, {funnel.sharded} in {len(funnel.shards)} shards"
     failed = sum(funnel.failed.values())
     get_run_logger().info(message)

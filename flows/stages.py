@@ -25,8 +25,8 @@ from prefect.client.schemas.objects import TaskRun
 from prefect.logging import get_run_logger
 
 from curation import pipeline
+from curation.batches import Batch, StageReport
 from curation.ingest.failures import UsageError
-from curation.pipeline import Batch, StageReport
 from curation.settings import Settings
 from flows import DOWNLOAD_TAG
 

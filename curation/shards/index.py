@@ -88,9 +88,9 @@ def check_file(folder: Path, shard: ShardEntry) -> None:
         raise ShardError(f"{path} is not the file its index describes; open the folder anew, or {REBUILD}.")
 
 
-def read_index(folder: Path) -> tuple[ShardEntry, ...]:
+def read_index(folder: Path, name: str = INDEX_NAME) -> tuple[ShardEntry, ...]:
     """All shards of a folder, by file name. Raises ShardError if the index is missing or not one."""
-    path = folder / INDEX_NAME
+    path = folder / name
     try:
         table = pq.read_table(path)
     except FileNotFoundError as error:
@@ -161,8 +161,38 @@ def publish(staging: Path, name: str) -> None:
         staging.replace(beside)
 
 
+class Place:
+    """A folder of shards on this disk, for `commit`: its files, and the lock that lets writers take turns."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold the folder for oneself, and clean up what killed writers left."""
+        with locked(self.folder):
+            _sweep(self.folder)
+            yield
+
+    def files(self) -> dict[str, int]:
+        """Bytes of every shard, the one written last at the end."""
+        paths = sorted(shard_paths(self.folder), key=lambda path: (path.stat().st_mtime_ns, path.name))
+        return {path.name: path.stat().st_size for path in paths}
+
+    def fetch(self, name: str) -> Path:
+        """A file, to be read here."""
+        return self.folder / name
+
+    def send(self, name: str) -> None:
+        """Make public a file that was written here."""
+
+    def delete(self, name: str) -> None:
+        """Take a file away."""
+        (self.folder / name).unlink()
+
+
 def commit(
-    folder: Path,
+    place: Place,
     rewrite: Callable[[Path, frozenset[str]], ShardEntry],
     *,
     fresh: Iterable[ShardEntry] = (),
@@ -175,17 +205,19 @@ def commit(
     rewrite: replaces a file by one with only the given clips; called for files that lose some of theirs.
     trust_index: False reads every file anew instead of believing the index where sizes agree.
     """
-    with locked(folder):
-        _sweep(folder)
+    with place.alone():
         written = {entry.file: entry for entry in fresh}
         known: dict[str, ShardEntry] = {}
         if trust_index:
             with suppress(ShardError):  # a missing or damaged index is only a slower start
-                known = {entry.file: entry for entry in read_index(folder)}
-        paths = {path.name: path for path in shard_paths(folder)}
-        entries = [_entry(path, written.get(name) or known.get(name)) for name, path in paths.items()]
-        # Last written first: `fresh` beats all, then the time of writing, then the name.
-        entries.sort(key=lambda entry: (entry.file in written, paths[entry.file].stat().st_mtime_ns, entry.file))
+                known = {entry.file: entry for entry in read_index(place.fetch(INDEX_NAME).parent)}
+        entries = [
+            entry if (entry := written.get(name) or known.get(name)) and entry.size_bytes == size
+            # unknown, or replaced since
+            else scan_shard(place.fetch(name))
+            for name, size in place.files().items()
+        ]  # fmt: skip
+        entries.sort(key=lambda entry: entry.file in written)  # fresh ones beat all, then those written last
         owner = {clip.clip_id: entry.file for entry in entries for clip in entry.clips}
         kept = []
         for entry in entries:
@@ -194,16 +226,13 @@ def commit(
             if keep == held:
                 kept.append(entry)
             elif keep:
-                kept.append(rewrite(paths[entry.file], keep))
+                kept.append(rewrite(place.fetch(entry.file), keep))
+                place.send(entry.file)
             else:
-                paths[entry.file].unlink()
-        _write_index(folder, kept)
+                place.delete(entry.file)
+        _write_index(place.folder, kept)
+        place.send(INDEX_NAME)
         return remove & owner.keys()
-
-
-def _entry(path: Path, known: ShardEntry | None) -> ShardEntry:
-    """What is known of a file, unless its size says that it was replaced since."""
-    return known if known is not None and known.size_bytes == path.stat().st_size else scan_shard(path)
 
 
 def _write_index(folder: Path, entries: Iterable[ShardEntry]) -> None:

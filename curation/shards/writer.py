@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from curation.files import sha256_json
 from curation.records import ClipSample
 from curation.shards.codec import decode_jpeg, depth_range, encode_depth, pack_mask, usable
-from curation.shards.index import ShardEntry, commit, open_shard, publish, scan_shard, staged
+from curation.shards.index import Place, ShardEntry, commit, open_shard, publish, scan_shard, staged
 from curation.shards.schema import (
     PROVENANCE_KEY,
     ROWS_PER_GROUP,
@@ -63,12 +63,12 @@ def write_tables(clips: Iterable[pa.Table], folder: Path, *, max_bytes: int) -> 
 
 def update_index(folder: Path, entries: Iterable[ShardEntry]) -> None:
     """Add shards to the folder's index, with any complete shard a crash kept out of it. Safe to repeat."""
-    commit(folder, _rewrite, fresh=entries)
+    commit(Place(folder), rewrite, fresh=entries)
 
 
 def rebuild_index(folder: Path) -> None:
     """Make the index anew from the shard files, believing nothing else."""
-    commit(folder, _rewrite, trust_index=False)
+    commit(Place(folder), rewrite, trust_index=False)
 
 
 def remove_clips(folder: Path, clip_ids: Iterable[str]) -> frozenset[str]:
@@ -77,7 +77,12 @@ def remove_clips(folder: Path, clip_ids: Iterable[str]) -> frozenset[str]:
     A file keeps its name, so that there is no moment with two copies of what stays; an emptied file is deleted.
     Open readers hold the old bytes until they close. After a crash, call it again.
     """
-    return commit(folder, _rewrite, remove=frozenset(clip_ids))
+    return drop_clips(Place(folder), clip_ids)
+
+
+def drop_clips(place: Place, clip_ids: Iterable[str]) -> frozenset[str]:
+    """`remove_clips`, wherever the folder is."""
+    return commit(place, rewrite, remove=frozenset(clip_ids))
 
 
 def encode_clip(sample: ClipSample) -> pa.Table:
@@ -223,7 +228,7 @@ def _options(schema: pa.Schema) -> dict[str, Any]:
     }
 
 
-def _rewrite(path: Path, keep: frozenset[str]) -> ShardEntry:
+def rewrite(path: Path, keep: frozenset[str]) -> ShardEntry:
     """Replace a shard by one of the same name that holds only the clips in `keep`."""
     source = open_shard(path)
     metadata = source.metadata.metadata

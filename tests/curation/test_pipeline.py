@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from curation import pipeline
+from curation.batches import Funnel, read_batches
 from curation.catalog import Catalog
 from curation.files import sha256_file
 from curation.ingest.failures import FailureCode, UsageError
@@ -55,7 +56,7 @@ REFS = [
 ]
 
 
-def shard_bytes(funnel: pipeline.Funnel) -> dict[str, str]:
+def shard_bytes(funnel: Funnel) -> dict[str, str]:
     return {name: sha256_file(Path(funnel.folder) / name) for name in funnel.shards}
 
 
@@ -118,7 +119,7 @@ def test_frames_decoded_later_are_the_same_bytes(settings: Settings):
     once = pipeline.run(settings, REFS[:1])
     first = shard_bytes(once)
     shutil.rmtree(Path(once.folder))
-    (batch,) = pipeline.read_batches(REFS[:1], ready)
+    (batch,) = read_batches(REFS[:1], ready)
     assert pipeline.download(ready, batch).done == 0
     assert pipeline.teach(ready, batch).done == 1
     (output,) = Catalog(ready.database).clip(REFS[0].clip_id).outputs
@@ -154,10 +155,10 @@ def test_a_forgotten_clip_stays_out(settings: Settings):
 
 def test_batches_keep_videos_together_and_do_not_depend_on_what_follows(settings: Settings):
     refs = [local("a", n, n + 1) for n in range(3)] + [local("b"), local("c", 0, 1), local("d"), local("c", 1, 2)]
-    batches = pipeline.read_batches(refs, settings)
+    batches = read_batches(refs, settings)
     assert [len(batch.refs) for batch in batches] == [4, 3]
     assert {ref.video_id for ref in batches[1].refs} == {"c.mp4", "d.mp4"}
-    assert pipeline.read_batches([*refs, local("e")], settings)[0] == batches[0]
+    assert read_batches([*refs, local("e")], settings)[0] == batches[0]
 
 
 @pytest.mark.parametrize(

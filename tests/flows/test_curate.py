@@ -14,9 +14,9 @@ from prefect.artifacts import Artifact, create_progress_artifact
 from pydantic import BaseModel
 
 from curation import pipeline
+from curation.batches import Batch, StageReport
 from curation.ingest.failures import UsageError
 from curation.manifest import ClipRef
-from curation.pipeline import Batch, StageReport
 from curation.settings import Settings
 from flows import curate as curate_module
 from flows import stages

@@ -1,0 +1,107 @@
+"""Clips that travel together, and what became of them: plain data of the pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from curation.files import sha256_json
+from curation.manifest import ClipRef
+from curation.settings import Settings
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Clips that travel together: the unit of a task and of a shard. `batch_id` depends on the clips alone."""
+
+    index: int
+    refs: tuple[ClipRef, ...]
+    batch_id: str
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """What a stage did with a batch, in clips; `failed` maps a failure code to its number of clips.
+
+    postponed: clips whose platform asked to be left alone for now.
+    """
+
+    stage: str
+    done: int = 0
+    skipped: int = 0
+    failed: dict[str, int] = field(default_factory=dict)
+    postponed: int = 0
+
+
+@dataclass(frozen=True)
+class Funnel:
+    """How far the clips of a manifest got.
+
+    postponed: platform -> Unix time before which it will not be asked again.
+    """
+
+    clips: int
+    downloaded: int
+    observed: int
+    accepted: int
+    rejected: int
+    unknown: int
+    failed: dict[str, int]
+    rejected_by: dict[str, int]
+    sharded: int
+    shards: tuple[str, ...]
+    folder: str
+    postponed: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def pending(self) -> int:
+        """Clips of which nothing is known yet."""
+        return max(0, self.clips - self.observed - sum(self.failed.values()))
+
+    def table(self) -> list[dict[str, Any]]:
+        """Rows of stage, clips and share, for a table."""
+        rows = [
+            ("in the manifest", self.clips),
+            ("video here or seen", self.downloaded),
+            ("observed", self.observed),
+            ("accepted", self.accepted),
+            *((f"rejected: {reason}", clips) for reason, clips in sorted(self.rejected_by.items())),
+            ("undecided", self.unknown),
+            *((f"failed: {code}", clips) for code, clips in sorted(self.failed.items())),
+            *([("not yet tried", self.pending)] if self.pending else []),
+            ("in shards", self.sharded),
+        ]
+        total = max(self.clips, 1)
+        return [{"stage": stage, "clips": clips, "share": f"{clips / total:.1%}"} for stage, clips in rows]
+
+    def markdown(self) -> str:
+        """The table as Markdown."""
+        lines = ["| stage | clips | share |", "|---|---:|---:|"]
+        lines += [f"| {row['stage']} | {row['clips']} | {row['share']} |" for row in self.table()]
+        return "\n".join(lines)
+
+
+def read_batches(refs: Sequence[ClipRef], settings: Settings) -> list[Batch]:
+    """Cut a manifest into batches: its order, but the clips of one video kept together."""
+    by_video: dict[str, list[ClipRef]] = {}
+    for ref in refs:
+        by_video.setdefault(ref.video_key, []).append(ref)
+    batches: list[Batch] = []
+    current: list[ClipRef] = []
+
+    def close() -> None:
+        if current:
+            batches.append(Batch(len(batches), tuple(current), sha256_json([ref.clip_id for ref in current])[:16]))
+            current.clear()
+
+    for clips in by_video.values():
+        for start in range(0, len(clips), settings.batch_clips):
+            part = clips[start : start + settings.batch_clips]
+            if len(current) + len(part) > settings.batch_clips:
+                close()
+            current.extend(part)
+    close()
+    return batches

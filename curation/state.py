@@ -1,0 +1,303 @@
+"""What a run knows and what is still to do, for one process: catalog, policy, files, and the data set they make."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+from curation.batches import Batch
+from curation.catalog import Catalog, ObservationFile
+from curation.claims import Claims
+from curation.files import sha256_file, sha256_json
+from curation.ingest.failures import FailureCode, UsageError
+from curation.manifest import ClipRef
+from curation.observe.observations import Observations
+from curation.observe.people import find_weights
+from curation.policy import Policy, describe, load_policy
+from curation.policy import judge as judge_observations
+from curation.records import VideoFile
+from curation.settings import Settings
+from curation.shards.index import Place, ShardEntry
+from curation.storage import Store
+
+# Permanent for a video, but not for a run with other settings, and cheap to find again: these never block a clip.
+_MENDED_BY_SETTINGS = frozenset(
+    {FailureCode.REFUSED, FailureCode.MISSING_DEPTH, FailureCode.NO_FORMAT, FailureCode.LIVE}
+)
+_INDEX_LEASE_S = 30.0
+
+
+class State:
+    """What the stages share within a process. Files go by their names below the run's folder."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.store = Store(settings.out, settings.storage)
+        self.catalog = Catalog(settings.database)
+        self.policy: Policy = load_policy(settings.policy)
+        self._teacher: Any = None
+        self._same: dict[str, bool] = {}
+
+    # the data set
+
+    @cached_property
+    def dataset(self) -> dict[str, Any]:
+        """What every clip of the data set has in common: the policy, the measurements and the teacher it came from."""
+        from curation.shards.schema import SCHEMA_VERSION
+
+        return {
+            "schema": SCHEMA_VERSION,
+            "policy": describe(self.policy) | {"detector": Path(self.policy.detector).name},
+            "observe": self._identity(),
+            "frame_long_side": self.settings.observe.frame_long_side,
+            "teacher": self._teacher_identity(),
+        }
+
+    @cached_property
+    def dataset_hash(self) -> str:
+        """The hash under which the catalog keeps `dataset`."""
+        return sha256_json(self.dataset)
+
+    @cached_property
+    def shards(self) -> str:
+        """Name of this data set's folder: one for every combination of policy, detector and teacher."""
+        return f"shards/{self.policy.name}-{self._teacher_identity()['name']}-{self.dataset_hash[:8]}"
+
+    def place(self) -> Place:
+        """The folder of shards, for those who change it."""
+        if not self.store.shared:
+            return Place(self.store.path(self.shards))
+        from curation.shards.remote import RemotePlace
+
+        return RemotePlace(self.store, self.shards, self._index_turn)
+
+    def add_shards(self, staging: Path, entries: Sequence[ShardEntry]) -> None:
+        """Send shards of a shared run from the folder they were written to; the index last."""
+        from curation.shards.remote import RemotePlace, add_shards
+
+        place = self.place()
+        assert isinstance(place, RemotePlace)
+        add_shards(place, staging, entries)
+
+    def _index_turn(self) -> Any:
+        from contextlib import contextmanager
+
+        @contextmanager
+        def turn() -> Any:
+            with Claims(self.catalog, _INDEX_LEASE_S) as claims, claims.turn(f"index:{self.dataset_hash[:16]}"):
+                yield
+
+        return turn()
+
+    def _teacher_identity(self) -> dict[str, Any]:
+        """The teacher as far as it changes numbers; not its number format, so that machines may share the work."""
+        from curation.teach.depth import teacher_identity
+
+        return _cached_identity(teacher_identity, self.settings.teacher)
+
+    def _identity(self) -> dict[str, Any]:
+        settings = self.settings.observe
+        return {
+            "detector_sha256": _weights_hash(str(find_weights(settings.detector or self.policy.detector))),
+            "long_side": settings.detector_long_side,
+            "confidence": settings.detector_confidence,
+            "sample_fps": settings.sample_fps,
+        }
+
+    def teacher(self) -> Any:
+        """The teacher, loaded when the first clip needs it."""
+        from curation.teach.depth import load_teacher
+
+        if self._teacher is None:
+            self._teacher = load_teacher(self.settings.teacher)
+        return self._teacher
+
+    # what is there
+
+    def name_of(self, path: Path) -> str:
+        """The name of a file below the run's folder."""
+        return path.relative_to(self.settings.out).as_posix()
+
+    def videos(self, refs: Iterable[ClipRef]) -> dict[str, VideoFile]:
+        """The videos that are really there, by video key; of a shared run perhaps not yet on this disk."""
+        stored = self.catalog.videos({ref.video_key for ref in refs})
+        present = {key: video for key, video in stored.items() if video.present}
+        sizes = self.store.sizes_of([video.path for video in present.values()])
+        return {
+            key: video.file(self.settings.out)
+            for (key, video), size in zip(present.items(), sizes, strict=True)
+            if size == video.size_bytes
+        }
+
+    def readable(self, files: Sequence[ObservationFile]) -> dict[str, Observations]:
+        """The measurements that can be read, by clip id; a damaged or missing file is left out."""
+        paths = self.store.get_all([file.path for file in files])
+        read = ((file.clip_id, _read(path)) for file, path in zip(files, paths, strict=True) if path is not None)
+        return {clip_id: observations for clip_id, observations in read if observations is not None}
+
+    # what is to do
+
+    def to_download(self, batch: Batch) -> list[ClipRef]:
+        """Clips that still need pixels and have no video: to be observed, or accepted and not yet in a shard."""
+        blocked = self.given_up(batch.refs, ("download", "observe", "teach"))
+        needed = {ref.clip_id for ref in self.to_observe(batch.refs)}
+        untaught = self.to_teach(batch.refs)
+        frames = self.store.sizes_of([frames_name(ref) for ref in untaught])
+        needed |= {ref.clip_id for ref, size in zip(untaught, frames, strict=True) if size is None}
+        wanted = [ref for ref in batch.refs if ref.clip_id in needed and ref.clip_id not in blocked]
+        if not wanted:
+            return []
+        here = self.videos(wanted)
+        retry = {FailureCode.CORRUPT.value, FailureCode.NO_VIDEO.value} & set(self.settings.retry)
+        anew = {a.clip_id for a in self.catalog.failures(wanted) if a.code and a.code.value in retry}
+        return [ref for ref in wanted if ref.video_key not in here or ref.clip_id in anew]
+
+    def to_observe(self, refs: Sequence[ClipRef]) -> list[ClipRef]:
+        """Clips without measurements by this detector, or with key frames only that leave the policy undecided."""
+        files = self.catalog.observations(refs)
+        read = self.readable(list(files.values()))
+        verdicts = self.catalog.verdicts(refs, self.policy.hash)
+        todo = []
+        for ref in refs:
+            file, observations = files.get(ref.clip_id), read.get(ref.clip_id)
+            if file is None or observations is None or not self._measured_as_asked(file):
+                todo.append(ref)
+            elif file.kind == "keyframes":
+                verdict = verdicts.get(ref.clip_id) or judge_observations(observations, self.policy)
+                if verdict.decision == "unknown":
+                    todo.append(ref)
+        return todo
+
+    def _measured_as_asked(self, file: ObservationFile) -> bool:
+        if file.provenance_hash not in self._same:
+            value = self.catalog.provenance(file.provenance_hash) or {}
+            detector = value.get("detector", {})
+            found = {
+                "detector_sha256": detector.get("sha256"),
+                "long_side": detector.get("long_side"),
+                "confidence": detector.get("confidence"),
+                "sample_fps": value.get("sample_fps"),
+            }
+            self._same[file.provenance_hash] = found == self._identity()
+        return self._same[file.provenance_hash]
+
+    def to_teach(self, refs: Sequence[ClipRef]) -> list[ClipRef]:
+        """Accepted clips that this data set lacks, given up ones excepted."""
+        verdicts = self.catalog.verdicts(refs, self.policy.hash)
+        accepted = [ref for ref in refs if ref.clip_id in verdicts and verdicts[ref.clip_id].decision == "accept"]
+        written = self.catalog.outputs(accepted, self.dataset_hash)
+        sound = self._sound_shards({output.shard for output in written.values()})
+        blocked = self.given_up(accepted, ("teach",))
+        return [
+            ref
+            for ref in accepted
+            if ref.clip_id not in blocked and not (ref.clip_id in written and written[ref.clip_id].shard in sound)
+        ]
+
+    def finished(self, batch: Batch) -> bool:
+        """Whether the catalog says that nothing is left to do for any clip of the batch; looks at no file."""
+        files = self.catalog.observations(batch.refs)
+        verdicts = self.catalog.verdicts(batch.refs, self.policy.hash)
+        written = self.catalog.outputs(batch.refs, self.dataset_hash)
+
+        def done(ref: ClipRef) -> bool:
+            file, verdict = files.get(ref.clip_id), verdicts.get(ref.clip_id)
+            if file is None or verdict is None or not self._measured_as_asked(file):
+                return False
+            if verdict.decision == "unknown":
+                return file.kind == "full"
+            return verdict.decision == "reject" or ref.clip_id in written
+
+        left = [ref for ref in batch.refs if not done(ref)]
+        return not left or len(self.given_up(left, ("download", "observe", "teach"))) == len(left)
+
+    def _sound_shards(self, names: set[str]) -> set[str]:
+        """Shards that are there with a readable end; a cut one is taken away, so that its clips are written again."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        if not names:
+            return set()
+        if self.store.shared:  # what was sent there was compared with what was written
+            return names & self.store.sizes(self.shards).keys()
+        sound = set()
+        folder = self.store.path(self.shards)
+        for name in names:
+            try:
+                pq.read_metadata(folder / name)
+                sound.add(name)
+            except FileNotFoundError:
+                continue
+            except (OSError, pa.ArrowInvalid):
+                (folder / name).rename(folder / f"{name}.damaged")
+        return sound
+
+    def given_up(self, refs: Sequence[ClipRef], stages: Sequence[str]) -> frozenset[str]:
+        """Clips whose last try failed for good in one of these stages, unless the user asked to try again."""
+        return frozenset(
+            attempt.clip_id
+            for attempt in self.catalog.failures(refs)
+            if attempt.stage in stages
+            and attempt.code is not None
+            and not attempt.code.transient
+            and attempt.code not in _MENDED_BY_SETTINGS
+            and attempt.code.value not in self.settings.retry
+        )
+
+    # what is done in several stages
+
+    def judge(self, files: Sequence[ObservationFile]) -> int:
+        """Judge what can be read; a damaged or missing file is measured anew by the next run."""
+        verdicts = [judge_observations(observations, self.policy) for observations in self.readable(files).values()]
+        self.catalog.record_verdicts(verdicts, {file.clip_id: file.sha256 for file in files})
+        return len(verdicts)
+
+    def release(self, batch: Batch) -> None:
+        """Free this disk of what a batch has behind the URL; keeps everything where there is none."""
+        if self.store.shared:
+            videos = self.catalog.videos({ref.video_key for ref in batch.refs})
+            self.store.release([video.path for video in videos.values()])
+            self.store.release([observation_name(ref) for ref in batch.refs])
+
+
+def observation_name(ref: ClipRef) -> str:
+    """Name of a clip's measurements. Two levels: a million files in one folder make every listing slow."""
+    return f"observations/{ref.clip_id[:2]}/{ref.clip_id}.parquet"
+
+
+def frames_name(ref: ClipRef) -> str:
+    """Name of an accepted clip's frames, which are kept until they lie in a shard."""
+    return f"frames/{ref.clip_id}.parquet"
+
+
+@lru_cache(maxsize=4)
+def state_of(settings: Settings) -> State:
+    """This process's state of a run."""
+    return State(settings)
+
+
+def forget_cached() -> None:
+    """Look anew at the files behind the settings: they may have changed."""
+    for cache in (state_of, _weights_hash, _cached_identity):
+        cache.cache_clear()
+
+
+@lru_cache(maxsize=4)
+def _weights_hash(path: str) -> str:
+    return sha256_file(Path(path))
+
+
+@lru_cache(maxsize=4)
+def _cached_identity(function: Callable[[Any], dict[str, Any]], settings: Any) -> dict[str, Any]:
+    return function(settings)
+
+
+def _read(path: Path) -> Observations | None:
+    from curation.observe.observations import read_observations
+
+    try:
+        return read_observations(path)
+    except UsageError:
+        return None

@@ -1,0 +1,242 @@
+"""Where the files of a run live: its folder on this disk alone, or also behind a URL that other machines share.
+
+A name is a file's path below the folder, the same below the URL. Work is always done on this disk; `put` sends a
+finished file, `get` brings one. An upload counts only when what arrived was compared with what was sent; a download
+gets its final name only when it is whole. Never decides what is kept, and knows nothing of clips.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+from curation.files import atomic_path
+from curation.ingest.failures import UsageError
+
+T = TypeVar("T")
+
+_LANES = 16  # transfers at once: small files wait for the answer, not for the line
+_MD5 = re.compile(r"[0-9a-f]{32}")
+
+
+class Store:
+    """Files of a run by name. `root`: the folder on this disk; `url`: None, or any fsspec URL, such as s3://bucket/run.
+
+    Safe to pickle and to share between threads. Raises UsageError where the URL's storage cannot be used; credentials
+    and endpoints are fsspec's own business (its configuration files and environment variables).
+    """
+
+    def __init__(self, root: Path, url: str | None = None) -> None:
+        self.root = root
+        self.url = url.rstrip("/") if url else None
+        self._remote: Any = None
+
+    def __reduce__(self) -> tuple[type[Store], tuple[Path, str | None]]:
+        return Store, (self.root, self.url)
+
+    @property
+    def shared(self) -> bool:
+        """Whether files also live behind a URL."""
+        return self.url is not None
+
+    def path(self, name: str) -> Path:
+        """Where the file is, or would be, on this disk."""
+        return self.root / name
+
+    def get(self, name: str, size: int | None = None) -> Path | None:
+        """The file on this disk, brought here if need be; None if it is nowhere, or not of this size in bytes."""
+        path = self.path(name)
+        if path.is_file() and size in (None, path.stat().st_size):
+            return path
+        if not self.shared:
+            return None
+
+        def bring() -> Path | None:
+            with atomic_path(path) as beside:
+                self._fs.get_file(self._at(name), str(beside))
+                if beside.stat().st_size != (self._fs.info(self._at(name))["size"] if size is None else size):
+                    raise _Different
+            return path
+
+        try:
+            return self._try(bring)
+        except (FileNotFoundError, _Different):
+            return None
+
+    def get_all(self, names: Sequence[str]) -> list[Path | None]:
+        """`get` for several files, many at once, in their order."""
+        return self._spread(self.get, names)
+
+    def put(self, name: str) -> None:
+        """Send a finished file of this disk to the URL, in place of any earlier one; it is there whole or not at all.
+
+        Object stores show an object only when it is complete; elsewhere it is sent beside its name and moved.
+        """
+        if not self.shared:
+            return
+        path, target = self.path(name), self._at(name)
+        whole = "s3" in self._protocols or "gcs" in self._protocols or "abfs" in self._protocols
+
+        def send() -> None:
+            if whole:
+                self._fs.put_file(str(path), target)
+                self._compare(path, target)
+                return
+            folder, _, file = target.rpartition("/")
+            beside = f"{folder}/.{file}.part"
+            self._fs.makedirs(folder, exist_ok=True)
+            self._fs.put_file(str(path), beside)
+            self._compare(path, beside)
+            self._fs.mv(beside, target)
+
+        try:
+            self._try(send)
+        except FileNotFoundError as error:
+            raise UsageError(f"The storage {self._scheme} has no such bucket; make it, and run again.") from error
+
+    def put_all(self, names: Sequence[str]) -> None:
+        """`put` for several files, many at once."""
+        self._spread(self.put, names)
+
+    def drop(self, names: Iterable[str]) -> None:
+        """Delete files here and behind the URL; what is not there is no error."""
+        names = list(names)
+        for name in names:
+            self.path(name).unlink(missing_ok=True)
+        if self.shared:
+            self._spread(lambda name: self._try(lambda: self._remove(name)), names)
+
+    def release(self, names: Iterable[str]) -> None:
+        """Delete the copies on this disk of files that are also behind the URL; without one, keep everything."""
+        if self.shared:
+            for name in names:
+                self.path(name).unlink(missing_ok=True)
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        """The files directly in a folder, by name within it, with their bytes: behind the URL, or without one here."""
+        if not self.shared:
+            here = self.path(folder)
+            return {path.name: path.stat().st_size for path in here.iterdir()} if here.is_dir() else {}
+
+        def look() -> dict[str, int]:
+            self._fs.invalidate_cache()  # another machine may have written since
+            try:
+                entries = self._fs.ls(self._at(folder), detail=True)
+            except FileNotFoundError:
+                return {}
+            files = (entry for entry in entries if entry["type"] == "file")
+            return {entry["name"].rpartition("/")[2]: int(entry["size"]) for entry in files}
+
+        return self._try(look)
+
+    def sizes_of(self, names: Sequence[str]) -> list[int | None]:
+        """Bytes of these files, in their order, here or behind the URL; None for one that is nowhere."""
+
+        def size(name: str) -> int | None:
+            path = self.path(name)
+            if path.is_file():
+                return path.stat().st_size
+            try:
+                return self._try(lambda: int(self._fs.info(self._at(name))["size"])) if self.shared else None
+            except FileNotFoundError:
+                return None
+
+        return self._spread(size, names)
+
+    def check(self) -> None:
+        """Raise UsageError unless files can be written, read and deleted behind the URL."""
+        if not self.shared:
+            return
+        name = ".writable"
+        with atomic_path(self.path(name)) as path:
+            path.write_bytes(b"written to see whether it can be\n")
+        self.put(name)
+        self.path(name).unlink()
+        if self.get(name) is None:
+            raise UsageError("The storage took a file and does not give it back; check its settings and run again.")
+        self.drop([name])
+
+    @property
+    def _fs(self) -> Any:
+        if self._remote is None:
+            import fsspec
+
+            try:
+                self._remote, _ = fsspec.url_to_fs(self.url, use_listings_cache=False)
+            except (ImportError, ValueError) as error:
+                raise UsageError(
+                    f"The storage {self._scheme} cannot be used: {error}. For S3: pip install 'unish[s3]'."
+                ) from error
+        return self._remote
+
+    @property
+    def _scheme(self) -> str:
+        return f"{str(self.url).partition('://')[0]}://"
+
+    @property
+    def _protocols(self) -> tuple[str, ...]:
+        protocol = self._fs.protocol
+        return (protocol,) if isinstance(protocol, str) else tuple(protocol)
+
+    def _at(self, name: str) -> str:
+        return str(self._fs._strip_protocol(f"{self.url}/{name}"))
+
+    def _remove(self, name: str) -> None:
+        with suppress(FileNotFoundError):
+            self._fs.rm_file(self._at(name))
+
+    def _compare(self, path: Path, target: str) -> None:
+        """Raise OSError unless the file behind the URL is the one on this disk: by its MD5 if the storage tells it."""
+        info = self._fs.info(target)
+        told = str(info.get("ETag", "")).strip('"')
+        if int(info["size"]) != path.stat().st_size:
+            raise OSError("an upload arrived with another size")
+        if _MD5.fullmatch(told):
+            with path.open("rb") as stream:
+                if hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False)).hexdigest() == told:
+                    return
+        # sent in parts, encrypted there, or a storage that tells no hash: read it back
+        if _digest(self._fs.open(target, "rb")) != _digest(path.open("rb")):
+            raise OSError("an upload arrived with other bytes")
+
+    def _try(self, work: Callable[[], T]) -> T:
+        """Run a transfer; once more if the line failed, although the libraries below try again by themselves."""
+        for last in (False, True):
+            try:
+                return work()
+            except (FileNotFoundError, UsageError, _Different):
+                raise
+            except Exception as error:
+                if last or not isinstance(error, OSError):
+                    raise self._unusable(error) from error
+        raise AssertionError("unreachable")
+
+    def _unusable(self, error: Exception) -> UsageError:
+        # Whatever library speaks to the storage has exceptions of its own; their texts may name hosts and keys.
+        return UsageError(
+            f"The storage {self._scheme} failed ({type(error).__name__}); check its address, the credentials and the "
+            "network, and run again: what is done is kept."
+        )
+
+    def _spread(self, work: Callable[[str], T], names: Sequence[str]) -> list[T]:
+        if not self.shared or len(names) < 2:
+            return [work(name) for name in names]
+        with ThreadPoolExecutor(min(_LANES, len(names))) as lanes:
+            return list(lanes.map(work, names))
+
+
+class _Different(Exception):
+    """What came is not what was asked for."""
+
+
+def _digest(stream: Any) -> str:
+    with stream:
+        digest = hashlib.sha256()
+        while block := stream.read(2**20):
+            digest.update(block)
+        return digest.hexdigest()

@@ -1,0 +1,129 @@
+"""Several workers on one manifest: a real PostgreSQL server, a real S3 server, processes that are killed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from databases import postgres_server
+from objects import s3_server
+
+from curation import pipeline
+from curation.catalog import Catalog
+from curation.manifest import ClipRef, read_manifest, write_manifest
+from curation.settings import DownloadSettings, ObserveSettings, Settings, TeacherSettings
+from curation.shards.reader import ShardReader, verify
+from curation.shards.remote import pull
+from curation.storage import Store
+
+BATCH = 8
+
+
+@dataclass(frozen=True)
+class Lab:
+    """What the workers share, and a manifest of clips that each have a video of their own."""
+
+    folder: Path
+    manifest: Path
+    settings: Settings
+
+    def worker(self, name: str) -> subprocess.Popen[bytes]:
+        """`curation run` in a process group of its own, as on another machine: nothing but its own folder."""
+        settings = self.settings
+        command = [sys.executable, "-m", "curation.cli", "run", str(self.manifest), "--out", str(self.folder / name)]
+        command += ["--policy", str(settings.policy), "--detector", str(settings.observe.detector), "--teacher", "none"]
+        command += ["--local-root", str(settings.download.local_root), "--batch-clips", str(BATCH), "--workers", "1"]
+        command += ["--catalog-url", settings.database, "--storage", str(settings.storage), "--lease-s", "4"]
+        log = (self.folder / f"{name}.log").open("wb")
+        return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+
+
+def make_lab(folder: Path, clips: Path, count: int, settings: Settings) -> Lab:
+    videos = folder / "videos"
+    videos.mkdir()
+    sources = [clips / name for name in ("bars.mp4", "cut.mp4", "set.mp4", "count.mp4", "broken.mp4")]
+    refs = []
+    for number in range(count):
+        source = sources[number % len(sources)]
+        shutil.copyfile(source, videos / f"{number:04}.mp4")
+        refs.append(ClipRef("local", f"{number:04}.mp4"))
+    refs.append(ClipRef("local", "gone.mp4"))
+    manifest = folder / "manifest.csv"
+    write_manifest(refs, manifest)
+    download = DownloadSettings(local_root=videos)
+    return Lab(folder, manifest, settings.model_copy(update={"download": download}))
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[str]:
+    with postgres_server() as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    with pytest.MonkeyPatch.context() as patch, s3_server(patch) as url:
+        yield url
+
+
+@pytest.mark.parametrize("count", [24, pytest.param(200, marks=pytest.mark.slow)])
+def test_a_killed_worker_s_share_goes_to_the_other_and_the_result_is_the_same(
+    tmp_path: Path, clips: Path, seer: Path, tolerant: Path, postgres: str, s3: str, count: int
+):
+    settings = Settings(
+        out=tmp_path / "here",
+        policy=tolerant,
+        observe=ObserveSettings(detector=str(seer)),
+        teacher=TeacherSettings(kind="none"),
+        catalog_url=f"{postgres}?options=-csearch_path%3Drun{count}",
+        storage=f"{s3}/run{count}",
+        batch_clips=BATCH,
+        lease_s=4,
+    )
+    import sqlalchemy as sa
+
+    engine = sa.create_engine(postgres.replace("postgresql:", "postgresql+psycopg:"))
+    with engine.begin() as connection:
+        connection.exec_driver_sql(f"CREATE SCHEMA run{count}")
+    engine.dispose()
+    lab = make_lab(tmp_path, clips, count, settings)
+    workers = [lab.worker("a"), lab.worker("b")]
+    try:
+        deadline = time.monotonic() + 60 + 2 * count
+        catalog = Catalog(settings.database)
+        refs = read_manifest(lab.manifest)
+        while len(catalog.observations(refs)) < 0.4 * count:
+            assert time.monotonic() < deadline and any(worker.poll() is None for worker in workers)
+            time.sleep(0.2)
+        os.killpg(workers[0].pid, signal.SIGKILL)
+        assert workers[0].wait(timeout=10) == -signal.SIGKILL
+        assert workers[1].wait(timeout=deadline - time.monotonic()) == 0, (tmp_path / "b.log").read_text()
+    finally:
+        for worker in workers:
+            if worker.poll() is None:
+                os.killpg(worker.pid, signal.SIGKILL)
+                worker.wait(timeout=10)
+
+    undisturbed = settings.model_copy(update={"out": tmp_path / "alone", "catalog_url": None, "storage": None,
+                                              "download": lab.settings.download})  # fmt: skip
+    expected = pipeline.run(undisturbed, refs)
+    found = pipeline.funnel(lab.settings, refs)
+    assert found.table() == expected.table() and found.sharded == expected.sharded > 0
+    assert catalog.leases() == []
+
+    pulled = tmp_path / "pulled"
+    shards = pull(found.folder, pulled)
+    assert {s.file: s.sha256 for s in shards} == {s.file: s.sha256 for s in verify(Path(expected.folder))}
+    assert len(ShardReader(pulled).clips) == sum(len(s.clips) for s in shards), "no clip twice"
+    folder = found.folder.removeprefix(f"{settings.storage}/")
+    assert set(Store(tmp_path / "x", settings.storage).sizes(folder)) == {"index.parquet", *(s.file for s in shards)}
+    tries = [attempt for ref in refs for attempt in catalog.clip(ref.clip_id).attempts if attempt.stage == "observe"]
+    assert len(tries) <= count, "what the dead worker had finished was not done again"

@@ -1,0 +1,107 @@
+"""Files behind a URL: on a real S3 server on loopback, and on a second folder through fsspec's file system."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from objects import s3_server
+
+from curation.ingest.failures import UsageError
+from curation.storage import Store
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    with pytest.MonkeyPatch.context() as patch, s3_server(patch) as url:
+        yield url
+
+
+@pytest.fixture(params=["s3", "file"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "s3":
+        return f"{request.getfixturevalue('s3')}/{tmp_path.name}"
+    return f"file://{tmp_path / 'shared'}"
+
+
+def write(store: Store, name: str, data: bytes) -> None:
+    store.path(name).parent.mkdir(parents=True, exist_ok=True)
+    store.path(name).write_bytes(data)
+
+
+def test_what_one_machine_puts_another_gets(tmp_path: Path, url: str):
+    here, there = Store(tmp_path / "a", url), pickle.loads(pickle.dumps(Store(tmp_path / "b", url)))
+    names = [f"observations/{n:02x}/{n}.parquet" for n in range(20)]
+    for number, name in enumerate(names):
+        write(here, name, bytes([number]) * (number + 1))
+    here.put_all(names)
+    assert there.sizes_of([*names, "nothing"]) == [*range(1, 21), None]
+    paths = there.get_all(names)
+    assert [path and path.read_bytes() for path in paths] == [bytes([n]) * (n + 1) for n in range(20)]
+    assert there.get("nothing") is None
+    assert there.sizes("observations/03") == {"3.parquet": 4} and there.sizes("none") == {}
+    there.drop([names[3], "nothing"])
+    assert Store(tmp_path / "c", url).get(names[3]) is None
+
+
+def test_a_file_of_another_size_is_not_given_out(tmp_path: Path, url: str):
+    here, there = Store(tmp_path / "a", url), Store(tmp_path / "b", url)
+    write(here, "video", b"12345")
+    here.put("video")
+    assert there.get("video", 6) is None and not list((tmp_path / "b").rglob("*.*"))
+    assert there.get("video", 5) is not None
+    write(here, "video", b"123456")
+    here.put("video")
+    assert there.get("video", 6).read_bytes() == b"123456", "a stale copy is replaced"
+
+
+def test_large_files_go_in_parts_and_are_read_back(tmp_path: Path, s3: str):
+    store = Store(tmp_path / "a", f"{s3}/large")
+    write(store, "video", bytes(range(256)) * (120 * 2**12))
+    store.put("video")
+    assert Store(tmp_path / "b", f"{s3}/large").get("video").stat().st_size == 120 * 2**20
+
+
+def test_copies_are_released_only_where_the_url_has_them(tmp_path: Path, url: str):
+    for store in (Store(tmp_path / "a", url), Store(tmp_path / "b")):
+        write(store, "x", b"x")
+        store.put("x")
+        store.release(["x"])
+        assert store.get("x") is not None
+    assert not list((tmp_path / "a").glob(".x*"))
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("s3://nowhere-at-all/run", "no such bucket"),
+        ("file:///dev/null/x", "failed"),
+        ("nonsense://x", "cannot be used"),
+    ],
+)
+def test_a_storage_that_cannot_be_used_is_one_sentence(tmp_path: Path, s3: str, url: str, said: str):
+    with pytest.raises(UsageError, match=said):
+        Store(tmp_path, url).check()
+
+
+def test_a_good_storage_passes_the_check_and_keeps_nothing_of_it(tmp_path: Path, url: str):
+    store = Store(tmp_path / "a", url)
+    store.check()
+    assert store.sizes("") == {} and not list((tmp_path / "a").iterdir())
+
+
+def test_an_upload_that_arrives_changed_is_noticed(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch):
+    store = Store(tmp_path / "a", url)
+    write(store, "x", b"right")
+    whole = store._fs.put_file
+
+    def falsify(path, target, **options):
+        wrong = tmp_path / "wrong"
+        wrong.write_bytes(b"wrong")
+        return whole(str(wrong), target, **options)
+
+    monkeypatch.setattr(store._fs, "put_file", falsify)
+    with pytest.raises(UsageError, match="failed"):
+        store.put("x")
