@@ -17,25 +17,35 @@ import os
 import re
 import secrets
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import sqlalchemy as sa
 
-from curation.database import Database
+from curation.database import Database, chunks
 from curation.files import sha256_json
+from curation.funnel import FunnelCounts, Tally
 from curation.ingest.failures import FailureCode, UsageError
+from curation.leases import Leases
 from curation.manifest import ClipRef
-from curation.records import CriterionResult, Decision, Verdict, VideoFile
-from curation.tables import FAILED, attempts, clips, forgotten, observations, outputs, provenance, verdicts, videos
+from curation.records import CriterionResult, Verdict, VideoFile
+from curation.tables import (
+    PRESENT,
+    UNRESOLVED,
+    attempts,
+    clips,
+    forgotten,
+    observations,
+    outputs,
+    provenance,
+    verdicts,
+    videos,
+)
+from curation.turns import Turns
 
-_CHUNK = 500  # ids per statement and records per transaction: far below every database's limit on parameters
-
-T = TypeVar("T")
 Kind = Literal["full", "keyframes"]
 
 
@@ -123,27 +133,6 @@ class ClipHistory:
 
 
 @dataclass(frozen=True, slots=True)
-class FunnelCounts:
-    """How many clips got how far.
-
-    failed: (stage, code) -> clips whose last try of that stage failed. rejected_by, unknown_by: first reason -> clips.
-    shards: the files that hold the sharded clips.
-    """
-
-    clips: int
-    downloaded: int
-    observed: int
-    accepted: int
-    rejected: int
-    unknown: int
-    sharded: int
-    failed: dict[tuple[str, str], int]
-    rejected_by: dict[str, int]
-    unknown_by: dict[str, int]
-    shards: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Forgotten:
     """What to do on disk after videos were forgotten; all paths are relative to the work folder.
 
@@ -163,7 +152,7 @@ def forgotten_digest(platform: str, video_id: str) -> str:
     return hashlib.sha256(f"{platform}\n{video_id}".encode()).hexdigest()
 
 
-class Catalog:
+class Catalog(Leases, Turns):
     """The catalog at an SQLAlchemy URL, `sqlite:///file` or `postgresql://...`; made or migrated when opened.
 
     Safe to share between threads, to pickle and to carry over a fork. Wherever clips are asked for, ClipRefs and
@@ -183,10 +172,11 @@ class Catalog:
         """Add clips, or take over a changed split; returns the ids of clips refused because they were forgotten."""
         refused: set[str] = set()
         unique = {ref.clip_id: ref for ref in refs}
-        for chunk in _chunks(sorted(unique)):
+        for chunk in chunks(sorted(unique)):
             digests = {id_: forgotten_digest(unique[id_].platform, unique[id_].video_id) for id_ in chunk}
             with self._database.transaction(write=True) as connection:
                 self._lock_forgotten(connection, "SHARE")
+                self._database.alone(connection, "clips of a video")
                 asked = forgotten.c.digest.in_(sorted(set(digests.values())))
                 gone = set(connection.scalars(sa.select(forgotten.c.digest).where(asked)))
                 refused |= {id_ for id_ in chunk if digests[id_] in gone}
@@ -197,6 +187,7 @@ class Catalog:
                     if id_ not in refused
                 ]
                 self._database.upsert(connection, clips, rows, update=("split",))
+                self._count_clips(connection, {row["video_key"] for row in rows})
         return frozenset(refused)
 
     def record_video(self, video_key: str, file: VideoFile, path: str | PurePosixPath) -> bool:
@@ -215,15 +206,17 @@ class Catalog:
             "present": True,
         }
         with self._database.transaction(write=True) as connection:
+            self._database.alone(connection, "clips of a video", shared=True)
             held = connection.execute(_keep(sa.select(clips.c.clip_id).where(clips.c.video_key == video_key).limit(1)))
             if held.first() is None:
                 return False
             self._database.upsert(connection, videos, [row])
+            self._count_clips(connection, {video_key})
         return True
 
     def record_evicted(self, video_keys: Iterable[str]) -> None:
         """Note that the files of these videos were deleted to make room."""
-        for chunk in _chunks(sorted(set(video_keys))):
+        for chunk in chunks(sorted(set(video_keys))):
             with self._database.transaction(write=True) as connection:
                 connection.execute(sa.update(videos).where(videos.c.video_key.in_(chunk)).values(present=False))
 
@@ -233,9 +226,20 @@ class Catalog:
 
     def record_attempts(self, tries: Iterable[Attempt]) -> frozenset[str]:
         """Add tries to the history, in order. Recording the same try twice makes two."""
+
+        def write(connection: sa.Connection, rows: list[dict[str, Any]]) -> None:
+            last = {(row["stage"], row["clip_id"]): row for row in rows}
+            for stage in {stage for stage, _ in last}:
+                tried = attempts.c.clip_id.in_([clip_id for other, clip_id in last if other == stage])
+                earlier = sa.update(attempts).where(attempts.c.stage == stage, tried, UNRESOLVED)
+                connection.execute(earlier.values(unresolved=False))
+            for row in rows:
+                row["unresolved"] = row["code"] is not None and row is last[row["stage"], row["clip_id"]]
+            connection.execute(sa.insert(attempts), rows)
+
         worker = _worker(os.getpid())
         rows = [asdict(a) | {"transient": bool(a.code and a.code.transient), "worker": worker} for a in tries]
-        return self._record(rows, lambda connection, held: connection.execute(sa.insert(attempts), held))
+        return self._record(rows, write)
 
     def record_observations(self, files: Iterable[ObservationFile]) -> frozenset[str]:
         """Note measurements, in place of earlier ones; verdicts on other measurements of the same clip are dropped."""
@@ -310,17 +314,45 @@ class Catalog:
 
     def videos(self, video_keys: Iterable[str]) -> dict[str, StoredVideo]:
         """The downloaded ones of these videos, by key, also those whose file was evicted."""
-        return {
-            row.video_key: StoredVideo(**row._mapping) for row in self._rows(videos, videos.c.video_key, video_keys)
-        }
+        return {row.video_key: _video(row) for row in self._rows(videos, videos.c.video_key, video_keys)}
+
+    def finished_videos(self, policy_hash: str, provenance_hash: str | None, limit: int) -> list[StoredVideo]:
+        """At most `limit` videos that are here and needed no more, the oldest download first.
+
+        All their clips are rejected, undecided although measured in full, accepted and written (with this provenance,
+        or any), or failed for good. A transient failure is not: another try will want the video.
+        """
+
+        def found(table: sa.Table, *conditions: sa.ColumnElement[bool]) -> sa.Exists:
+            return sa.exists().where(table.c.clip_id == clips.c.clip_id, *conditions)
+
+        decided = verdicts.c.policy_hash == policy_hash
+        of_run = [] if provenance_hash is None else [outputs.c.provenance_hash == provenance_hash]
+        finished = sa.or_(
+            found(verdicts, decided, verdicts.c.decision == "reject"),
+            found(verdicts, decided, verdicts.c.decision == "unknown")
+            & found(observations, observations.c.kind == "full"),
+            found(verdicts, decided, verdicts.c.decision == "accept") & found(outputs, *of_run),
+            found(attempts, UNRESOLVED, attempts.c.transient.is_(sa.false())),
+        )
+        wanted = sa.exists().where(clips.c.video_key == videos.c.video_key, ~finished)
+        asked = sa.select(videos).where(PRESENT, ~wanted).order_by(videos.c.downloaded_at, videos.c.video_key)
+        with self._database.transaction() as connection:
+            return [_video(row) for row in connection.execute(asked.limit(limit))]
+
+    def present_bytes(self) -> int:
+        """How much the videos that are here take up."""
+        with self._database.transaction() as connection:
+            return int(connection.scalar(sa.select(sa.func.sum(videos.c.size_bytes)).where(PRESENT)) or 0)
 
     def failures(self, of: Iterable[ClipRef | str] | None = None, *, code: FailureCode | None = None) -> list[Attempt]:
         """For each clip and stage whose last try failed, that try; of all clips or these, of any code or one."""
-        conditions = [*_unresolved(), *([] if code is None else [attempts.c.code == code.value])]
+        conditions = [UNRESOLVED, *([] if code is None else [attempts.c.code == code.value])]
         found: list[Attempt] = []
         with self._database.transaction() as connection:
             for subset in _subsets(of):
-                asked = sa.select(attempts).where(*conditions, *_within(attempts, subset))
+                of_subset = [] if subset is None else [attempts.c.clip_id.in_(subset)]
+                asked = sa.select(attempts).where(*conditions, *of_subset)
                 found.extend(_attempt(row) for row in connection.execute(asked))
         return sorted(found, key=lambda attempt: (attempt.clip_id, attempt.stage))
 
@@ -360,45 +392,11 @@ class Catalog:
         self, of: Iterable[ClipRef | str] | None, policy_hash: str, provenance_hash: str | None = None
     ) -> FunnelCounts:
         """How far all clips, or these, got under a policy; shards of one provenance, or of any."""
-        count = sa.func.count()
-        total: Counter[str] = Counter()
-        decisions: Counter[tuple[Any, ...]] = Counter()
-        failed: Counter[tuple[Any, ...]] = Counter()
-        shards: Counter[tuple[Any, ...]] = Counter()
-        of_run = [] if provenance_hash is None else [outputs.c.provenance_hash == provenance_hash]
-        of_policy = verdicts.c.policy_hash == policy_hash
-        fetched = sa.select(count).select_from(clips.join(videos, clips.c.video_key == videos.c.video_key))
-        questions = {
-            "clips": (sa.select(count).select_from(clips), clips),
-            "downloaded": (fetched, clips),
-            "observed": (sa.select(count).select_from(observations), observations),
-            "sharded": (sa.select(sa.func.count(outputs.c.clip_id.distinct())).where(*of_run), outputs),
-        }
+        tally = Tally(policy_hash, provenance_hash)
         with self._database.transaction() as connection:
             for subset in _subsets(of):
-                for name, (question, table) in questions.items():
-                    total[name] += connection.scalar(question.where(*_within(table, subset))) or 0
-                shards += _tally(connection, subset, outputs, ["shard"], *of_run)
-                decisions += _tally(connection, subset, verdicts, ["decision", "first_reason"], of_policy)
-                failed += _tally(connection, subset, attempts, ["stage", "code"], *_unresolved())
-
-        def by_reason(wanted: Decision) -> dict[str, int]:
-            return {reason or "": number for (decision, reason), number in decisions.items() if decision == wanted}
-
-        rejected_by, unknown_by = by_reason("reject"), by_reason("unknown")
-        return FunnelCounts(
-            clips=total["clips"],
-            downloaded=total["downloaded"],
-            observed=total["observed"],
-            accepted=sum(by_reason("accept").values()),
-            rejected=sum(rejected_by.values()),
-            unknown=sum(unknown_by.values()),
-            sharded=total["sharded"],
-            failed={(stage, code): number for (stage, code), number in failed.items()},
-            rejected_by=rejected_by,
-            unknown_by=unknown_by,
-            shards=tuple(sorted(shard for (shard,) in shards)),
-        )
+                tally.add(connection, subset)
+        return tally.counts()
 
     def clip(self, prefix: str) -> ClipHistory:
         """Everything about the clip whose id starts with `prefix`; UsageError where that is no clip or several."""
@@ -422,7 +420,7 @@ class Catalog:
             observation = rows(observations, "clip_id")
             return ClipHistory(
                 ref=_ref(row),
-                video=StoredVideo(**video._mapping) if video else None,
+                video=_video(video) if video else None,
                 attempts=tuple(map(_attempt, rows(attempts, "id"))),
                 observation=ObservationFile(**observation[0]._mapping) if observation else None,
                 verdicts=tuple(map(_verdict, rows(verdicts, "judged_at"))),
@@ -445,7 +443,7 @@ class Catalog:
         shards: set[str] = set()
         with self._database.transaction(write=True) as connection:
             self._lock_forgotten(connection, "ROW EXCLUSIVE")
-            for chunk in _chunks(sorted({target for target in asked if isinstance(target, str)})):
+            for chunk in chunks(sorted({target for target in asked if isinstance(target, str)})):
                 either = clips.c.clip_id.in_(chunk) | clips.c.video_key.in_(chunk)
                 found = connection.execute(sa.select(clips.c.platform, clips.c.video_id).where(either).distinct())
                 named.update((platform, video_id) for platform, video_id in found)
@@ -454,7 +452,7 @@ class Catalog:
             stones = [{"digest": digest, "forgotten_at": now} for digest in digests]
             self._database.upsert(connection, forgotten, stones, update=())
             video_keys = sorted(ClipRef(*name).video_key for name in named)
-            for chunk in _chunks(video_keys):
+            for chunk in chunks(video_keys):
                 of_video = clips.c.video_key.in_(chunk)
                 going = sa.select(clips.c.clip_id).where(of_video).order_by(clips.c.clip_id)
                 clip_ids.extend(connection.scalars(going.with_for_update()))
@@ -480,7 +478,7 @@ class Catalog:
     ) -> list[sa.Row[Any]]:
         found: list[sa.Row[Any]] = []
         with self._database.transaction() as connection:
-            for chunk in _chunks(sorted(set(keys))):
+            for chunk in chunks(sorted(set(keys))):
                 found.extend(connection.execute(sa.select(table).where(column.in_(chunk), *conditions)))
         return found
 
@@ -493,15 +491,21 @@ class Catalog:
         and two writers cannot wait for each other.
         """
         left_out: set[str] = set()
-        for chunk in _chunks(sorted(rows, key=lambda row: row["clip_id"])):
+        for chunk in chunks(sorted(rows, key=lambda row: row["clip_id"])):
             ids = {row["clip_id"] for row in chunk}
             asked = sa.select(clips.c.clip_id).where(clips.c.clip_id.in_(sorted(ids))).order_by(clips.c.clip_id)
             with self._database.transaction(write=True) as connection:
-                held = set(connection.scalars(_keep(asked)))
+                held = set(connection.scalars(asked.with_for_update(key_share=True)))
                 left_out |= ids - held
                 if held:
                     write(connection, [row for row in chunk if row["clip_id"] in held])
         return frozenset(left_out)
+
+    def _count_clips(self, connection: sa.Connection, video_keys: set[str]) -> None:
+        """Keep the number of clips beside each downloaded video, where all of them are counted fast."""
+        number = sa.select(sa.func.count()).where(clips.c.video_key == videos.c.video_key).scalar_subquery()
+        these = videos.c.video_key.in_(sorted(video_keys))
+        connection.execute(sa.update(videos).where(these, videos.c.clips != number).values(clips=number))
 
     def _lock_forgotten(self, connection: sa.Connection, mode: str) -> None:
         """Keep registering and forgetting apart; in SQLite writers are alone anyway."""
@@ -514,44 +518,9 @@ def _keep(statement: sa.Select[Any]) -> sa.Select[Any]:
     return statement.with_for_update(read=True)
 
 
-def _unresolved() -> tuple[sa.ColumnElement[bool], ...]:
-    """Failed, and no later try of that stage on that clip."""
-    later = attempts.alias("later")
-    same = (later.c.clip_id == attempts.c.clip_id, later.c.stage == attempts.c.stage, later.c.id > attempts.c.id)
-    return FAILED, ~sa.exists().where(*same)
-
-
 def _subsets(of: Iterable[ClipRef | str] | None) -> Iterable[Sequence[str] | None]:
     """Clip ids in portions, each id once; for all clips the one portion None."""
-    return [None] if of is None else _chunks(sorted(set(_ids(of))))
-
-
-def _within(table: sa.Table, subset: Sequence[str] | None) -> list[sa.ColumnElement[bool]]:
-    return [] if subset is None else [table.c.clip_id.in_(subset)]
-
-
-def _tally(
-    connection: sa.Connection,
-    subset: Sequence[str] | None,
-    table: sa.Table,
-    names: Sequence[str],
-    *conditions: sa.ColumnElement[bool],
-) -> Counter[tuple[Any, ...]]:
-    """How many rows have which values in the named columns.
-
-    A portion is counted here: asked to group it, SQLite would walk the index that is in the order of the groups, that
-    is the whole catalog, for each portion.
-    """
-    columns = [table.c[name] for name in names]
-    if subset is None:
-        grouped = sa.select(*columns, sa.func.count()).where(*conditions).group_by(*columns)
-        return Counter({tuple(values): number for *values, number in connection.execute(grouped)})
-    rows = connection.execute(sa.select(*columns).where(*conditions, *_within(table, subset)))
-    return Counter(map(tuple, rows))
-
-
-def _chunks(items: Sequence[T]) -> Iterator[Sequence[T]]:
-    return (items[first : first + _CHUNK] for first in range(0, len(items), _CHUNK))
+    return [None] if of is None else chunks(sorted(set(_ids(of))))
 
 
 def _ids(of: Iterable[ClipRef | str]) -> Iterator[str]:
@@ -565,6 +534,11 @@ def _last(rows: Iterable[dict[str, Any]], *keys: str) -> list[dict[str, Any]]:
 
 def _ref(row: sa.Row[Any]) -> ClipRef:
     return ClipRef(row.platform, row.video_id, row.start_us, row.end_us, row.split)
+
+
+def _video(row: sa.Row[Any]) -> StoredVideo:
+    fields = {name: value for name, value in row._mapping.items() if name != "clips"}
+    return StoredVideo(**fields)
 
 
 def _attempt(row: sa.Row[Any]) -> Attempt:

@@ -6,12 +6,13 @@ transaction, so none is ever carried over a fork. Never knows what the tables me
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
@@ -21,9 +22,12 @@ from sqlalchemy.pool import NullPool
 from curation.ingest.failures import UsageError
 from curation.tables import metadata
 
-SCHEMA = "0001"  # the newest migration; lets an up-to-date database open without loading alembic
+SCHEMA = "0002"  # the newest migration; lets an up-to-date database open without loading alembic
 LOCK_TIMEOUT_S = 60.0
 _MIGRATION_LOCK = 0x756E6973  # PostgreSQL advisory lock: "unis"
+_CHUNK = 500  # ids per statement and records per transaction: far below every database's limit on parameters
+
+T = TypeVar("T")
 
 
 class Database:
@@ -56,6 +60,27 @@ class Database:
                 raise _usage_error(error) from error
             raise
 
+    def now(self, connection: sa.Connection) -> float:
+        """Unix time by the one clock that all processes share: the server's, or for SQLite this machine's."""
+        if self.is_sqlite:
+            return time.time()
+        return connection.scalar(sa.text("SELECT extract(epoch FROM clock_timestamp())::float8"))
+
+    def alone(self, connection: sa.Connection, what: str, *, shared: bool = False) -> float:
+        """Wait until nobody else is doing `what`, and keep others from it until the transaction ends; the time then.
+
+        shared: others may, if they say so too. In SQLite a writer is alone anyway. Take it before any row is locked.
+        """
+        if not self.is_sqlite:
+            key = int.from_bytes(hashlib.sha256(f"unish {what}".encode()).digest()[:8], signed=True)
+            lock = "pg_advisory_xact_lock_shared" if shared else "pg_advisory_xact_lock"
+            connection.exec_driver_sql(f"SELECT {lock}({key})")
+        return self.now(connection)
+
+    def insert(self, table: sa.Table) -> sqlite.Insert | postgresql.Insert:
+        """An INSERT that knows ON CONFLICT."""
+        return sqlite.insert(table) if self.is_sqlite else postgresql.insert(table)
+
     def upsert(
         self,
         connection: sa.Connection,
@@ -66,7 +91,7 @@ class Database:
         """Insert; where the primary key is there, update all columns, or those named where they differ."""
         if not rows:
             return
-        insert = sqlite.insert(table) if self.is_sqlite else postgresql.insert(table)
+        insert = self.insert(table)
         keys = [column.name for column in table.primary_key]
         new = {name: insert.excluded[name] for name in (rows[0] if update is None else update) if name not in keys}
         changed = [] if update is None else [table.c[name].is_distinct_from(value) for name, value in new.items()]
@@ -119,6 +144,11 @@ class Database:
             connection.exec_driver_sql("UPDATE alembic_version SET version_num = version_num WHERE 1 = 0")
 
 
+def chunks(items: Sequence[T]) -> Iterator[Sequence[T]]:
+    """The items in portions that fit into a statement."""
+    return (items[first : first + _CHUNK] for first in range(0, len(items), _CHUNK))
+
+
 def _engine(url: str) -> sa.Engine:
     """An engine without a pool: a connection kept open would be shared after a fork, which SQLite does not survive."""
     try:
@@ -143,8 +173,8 @@ def _engine(url: str) -> sa.Engine:
         raise UsageError("PostgreSQL needs its driver: pip install 'unish[postgres]'.") from error
     except OSError as error:
         raise UsageError("The catalog's folder cannot be made; choose another --out.") from error
-    if engine.dialect.name == "sqlite":
-        sa.event.listen(engine, "connect", _configure_sqlite)
+    sqlite_ = engine.dialect.name == "sqlite"
+    sa.event.listen(engine, "connect", _configure_sqlite if sqlite_ else _configure_postgresql)
     return engine
 
 
@@ -152,6 +182,12 @@ def _configure_sqlite(connection: Any, _: object) -> None:
     connection.isolation_level = None  # the driver would begin transactions by itself, too late for a writer
     connection.execute("PRAGMA foreign_keys=ON")
     connection.execute("PRAGMA synchronous=NORMAL")
+
+
+def _configure_postgresql(connection: Any, _: object) -> None:
+    # A machine that vanishes in the middle of a transaction would keep all others waiting for hours.
+    connection.execute(f"SET idle_in_transaction_session_timeout = '{LOCK_TIMEOUT_S:.0f}s'")
+    connection.commit()
 
 
 def _upgrade(connection: sa.Connection, version: str | None) -> None:

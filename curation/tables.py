@@ -48,6 +48,17 @@ videos = sa.Table(
     sa.Column("duration_s", sa.Double, nullable=False),
     sa.Column("downloaded_at", sa.Double, nullable=False),
     sa.Column("present", sa.Boolean, nullable=False),
+    sa.Column("clips", sa.Integer, nullable=False, server_default="0"),  # how many there are of this video
+    sa.Index("ix_videos_clips", "clips"),
+)
+PRESENT = videos.c.present.is_(sa.true())
+sa.Index(
+    "ix_videos_present",
+    videos.c.downloaded_at,
+    videos.c.video_key,
+    videos.c.size_bytes,
+    sqlite_where=PRESENT,
+    postgresql_where=PRESENT,
 )
 
 attempts = sa.Table(
@@ -62,17 +73,18 @@ attempts = sa.Table(
     sa.Column("started_at", sa.Double, nullable=False),
     sa.Column("seconds", sa.Double, nullable=False),
     sa.Column("worker", sa.Text, nullable=False),
+    # a failure, and no later try of this stage on this clip
+    sa.Column("unresolved", sa.Boolean, nullable=False, server_default=sa.false()),
     sa.Index("ix_attempts_clip", "clip_id", "stage", "id"),
 )
-FAILED = attempts.c.code.is_not(None)
+UNRESOLVED = attempts.c.unresolved.is_(sa.true())
 sa.Index(
-    "ix_attempts_failed",
+    "ix_attempts_unresolved",
     attempts.c.stage,
     attempts.c.code,
     attempts.c.clip_id,
-    attempts.c.id,
-    sqlite_where=FAILED,
-    postgresql_where=FAILED,
+    sqlite_where=UNRESOLVED,
+    postgresql_where=UNRESOLVED,
 )
 
 observations = sa.Table(
@@ -126,4 +138,33 @@ forgotten = sa.Table(
     metadata,
     sa.Column("digest", _HASH, primary_key=True),
     sa.Column("forgotten_at", sa.Double, nullable=False),
+)
+
+leases = sa.Table(
+    "leases",
+    metadata,
+    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("owner", sa.Text, nullable=False),
+    sa.Column("expires_at", sa.Double, nullable=False),
+)
+
+turns = sa.Table(
+    "turns",
+    metadata,
+    sa.Column("id", sa.BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True),
+    sa.Column("service", sa.Text, nullable=False),
+    sa.Column("session", sa.Text, nullable=False),
+    sa.Column("at", sa.Double, nullable=False),
+    sa.Index("ix_turns_at", "service", "session", "at"),
+)
+
+breakers = sa.Table(  # the open ones; `probing`: lapsed, and one worker is trying until `until`
+    "breakers",
+    metadata,
+    sa.Column("service", sa.Text, primary_key=True),
+    sa.Column("session", sa.Text, primary_key=True),
+    sa.Column("code", sa.Text, nullable=False),
+    sa.Column("until", sa.Double, nullable=False),
+    sa.Column("strikes", sa.Integer, nullable=False),
+    sa.Column("probing", sa.Boolean, nullable=False),
 )

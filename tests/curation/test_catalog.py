@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import pwd
+import random
 import re
 import shutil
 import signal
@@ -23,20 +24,25 @@ from typing import Any, ClassVar
 
 import pytest
 import sqlalchemy as sa
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 import curation.database
 from curation.catalog import Attempt, Catalog, FunnelCounts, ObservationFile, Output, forgotten_digest
+from curation.database import Database
 from curation.files import sha256_json
 from curation.ingest.failures import FailureCode, UsageError
+from curation.leases import Lease
 from curation.manifest import ClipRef
 from curation.records import CriterionResult, Decision, Outcome, Verdict, VideoFile
 from curation.tables import metadata
+from curation.turns import Block, Turn
 
 POLICY, OTHER_POLICY = "a" * 64, "b" * 64
 SHA, OTHER_SHA = "1" * 64, "2" * 64
@@ -211,7 +217,7 @@ def test_recording_again_changes_nothing_but_history(catalog: Catalog) -> None:
         catalog.record_outputs([output(clip, digest) for clip in refs] * 2)
         snapshots.append(catalog.funnel(None, POLICY))
     assert snapshots[0] == snapshots[1]
-    assert snapshots[0] == FunnelCounts(3, 3, 3, 3, 0, 0, 3, {}, {}, {}, ("shards/shard-1.parquet",))
+    assert snapshots[0] == FunnelCounts(3, 3, 3, 3, 0, 0, 3, {}, {}, {}, ("shards/shard-1.parquet",), {digest: 3})
 
 
 def test_a_changed_split_is_taken_over(catalog: Catalog) -> None:
@@ -246,7 +252,8 @@ def test_records_of_unknown_clips_are_left_out_and_named(catalog: Catalog) -> No
     assert catalog.record_verdicts(map(verdict, both), {clip.clip_id: SHA for clip in both}) == missing
     assert catalog.record_outputs([output(clip, digest) for clip in both]) == missing
     assert not catalog.record_video(ref(2).video_key, video_file(), "videos/k/video.mp4")
-    assert catalog.funnel(None, POLICY) == FunnelCounts(1, 0, 1, 1, 0, 0, 1, {}, {}, {}, ("shards/shard-1.parquet",))
+    shards = ("shards/shard-1.parquet",)
+    assert catalog.funnel(None, POLICY) == FunnelCounts(1, 0, 1, 1, 0, 0, 1, {}, {}, {}, shards, {digest: 1})
 
 
 def test_failures_are_the_last_tries_that_failed(catalog: Catalog) -> None:
@@ -302,11 +309,12 @@ def test_the_funnel_counts_by_decision_and_first_reason(catalog: Catalog) -> Non
         rejected_by={"one_person": 2, "height": 1},
         unknown_by={"height": 1},
         shards=("shards/1.parquet", "shards/2.parquet"),
+        datasets={one: 1, two: 1},
     )
     assert catalog.funnel(None, POLICY) == catalog.funnel(refs + refs, POLICY) == whole
-    assert catalog.funnel(refs, POLICY, two) == replace(whole, shards=("shards/2.parquet",))
+    assert catalog.funnel(refs, POLICY, two) == replace(whole, shards=("shards/2.parquet",), datasets={two: 1})
     assert catalog.funnel(None, OTHER_POLICY).rejected_by == {"overlap": 1}
-    assert catalog.funnel([], POLICY) == FunnelCounts(0, 0, 0, 0, 0, 0, 0, {}, {}, {}, ())
+    assert catalog.funnel([], POLICY) == FunnelCounts(0, 0, 0, 0, 0, 0, 0, {}, {}, {}, (), {})
     assert catalog.funnel([refs[1], refs[6]], POLICY).downloaded == 1
 
 
@@ -398,7 +406,7 @@ def test_forgetting_removes_all_of_a_video_and_nothing_else(catalog: Catalog) ->
     assert catalog.forget([ref(7)]).clip_ids == ()
     assert catalog.register([ref(7, 4)]) == {ref(7, 4).clip_id}
     assert catalog.forget([kept[0].video_key]).clip_ids == (kept[0].clip_id,)
-    assert catalog.funnel(None, POLICY) == FunnelCounts(0, 0, 0, 0, 0, 0, 0, {}, {}, {}, ())
+    assert catalog.funnel(None, POLICY) == FunnelCounts(0, 0, 0, 0, 0, 0, 0, {}, {}, {}, (), {})
 
 
 def fill(catalog: Catalog, refs: list[ClipRef]) -> None:
@@ -617,6 +625,317 @@ def test_a_killed_writer_leaves_whole_transactions(url: str) -> None:
             assert connection.exec_driver_sql("PRAGMA foreign_key_check").all() == []
 
 
+# ----------------------------------------------------------------------------------------------------------- leases
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time the catalog believes, in a list of one."""
+    time_ = [1_800_000_000.0]
+    monkeypatch.setattr(Database, "now", lambda *_: time_[0])
+    return time_
+
+
+def test_a_lease_is_held_until_it_lapses_or_is_given_back(catalog: Catalog, clock: list[float]) -> None:
+    assert catalog.claim(["b", "a", "a"], "ann", 60) == {"a", "b"}
+    assert catalog.claim(["a", "b", "c"], "bob", 90) == {"c"}
+    assert catalog.claim(["a", "c"], "ann", 60) == {"a"}, "what one holds one can claim again"
+    clock[0] += 50
+    assert catalog.extend("ann", 60) == 2
+    clock[0] += 30
+    assert catalog.leases() == [Lease("a", "ann", 30.0), Lease("b", "ann", 30.0), Lease("c", "bob", 10.0)]
+    clock[0] += 30
+    assert catalog.claim(["a", "c"], "bob", 60) == {"a", "c"}, "lapsed at this very moment"
+    assert catalog.extend("ann", 60) == 1, "b has lapsed, but nobody took it"
+    catalog.release("ann", ["a"])
+    assert [lease.name for lease in catalog.leases()] == ["a", "b", "c"], "that one was bob's"
+    catalog.release("bob", ["a", "nothing"])
+    catalog.release("ann")
+    assert catalog.leases() == [Lease("c", "bob", 60.0)]
+    assert catalog.extend("ann", 60) == 0
+    assert catalog.claim([], "ann", 60) == frozenset()
+    clock[0] += 60 + 24 * 3600 + 1
+    assert len(catalog.leases()) == 1
+    catalog.claim(["z"], "ann", 60)
+    assert [lease.name for lease in catalog.leases()] == ["z"], "lapsed long ago"
+
+
+def test_leases_go_by_the_database_s_clock(catalog: Catalog) -> None:
+    catalog.claim(["a"], "ann", 0.05)
+    assert catalog.claim(["a"], "bob", 60) == frozenset()
+    time.sleep(0.1)
+    assert catalog.claim(["a"], "bob", 60) == {"a"}
+    assert 55 < catalog.leases()[0].expires_in_s <= 60
+
+
+def claim_all(url: str, owner: str, barrier: multiprocessing.synchronize.Barrier, folder: Path) -> None:
+    catalog = Catalog(url)
+    names = [f"batch-{n:04d}" for n in range(1200)]
+    random.Random(owner).shuffle(names)
+    barrier.wait(timeout=60)
+    won: set[str] = set()
+    for first in range(0, len(names), 60):
+        won |= catalog.claim(names[first : first + 60], owner, 600)
+        assert catalog.extend(owner, 600) == len(won)
+    (folder / owner).write_text("\n".join(won))
+
+
+def test_a_name_is_never_held_twice(url: str, tmp_path: Path) -> None:
+    Catalog(url)
+    barrier = SPAWN.Barrier(3)
+    owners = ["ann", "bob", "eve"]
+    run_together([SPAWN.Process(target=claim_all, args=(url, owner, barrier, tmp_path)) for owner in owners])
+    held = [name for owner in owners for name in (tmp_path / owner).read_text().split()]
+    assert sorted(held) == [f"batch-{n:04d}" for n in range(1200)]
+
+
+# ------------------------------------------------------------------------------------------------- turns, breakers
+
+
+def test_turns_keep_their_distance_and_the_hour(catalog: Catalog, clock: list[float]) -> None:
+    now = clock[0]
+    waits = [catalog.take_turn("youtube", "me", per_hour=3, pause_s=10).wait_s for _ in range(3)]
+    assert waits == [0, 10, 20]
+    full = catalog.take_turn("youtube", "me", per_hour=3, pause_s=10)
+    assert full == Turn(3600.0, FailureCode.RATE_LIMITED, now + 3600)
+    assert catalog.take_turn("youtube", "me", per_hour=3, pause_s=10, patience_s=3600) == Turn(3600, None, now + 3600)
+    assert catalog.take_turn("youtube", "you", per_hour=3, pause_s=10).wait_s == 0
+    assert catalog.take_turn("vimeo", "me", per_hour=3, pause_s=10).wait_s == 0
+    assert catalog.take_turn("youtube", "me", per_hour=0, pause_s=10, patience_s=4000).wait_s == 3610
+    clock[0] += 7300
+    assert catalog.take_turn("youtube", "me", per_hour=3, pause_s=10).wait_s == 0
+    with catalog._database.transaction() as connection:
+        kept = connection.execute(sa.text("SELECT at FROM turns WHERE service = 'youtube' AND session = 'me'")).all()
+    assert kept == [(clock[0],)], "what is older than an hour is no longer needed"
+
+
+def test_a_breaker_opens_longer_each_time_and_closes_with_a_success(catalog: Catalog, clock: list[float]) -> None:
+    def turn() -> Turn:
+        return catalog.take_turn("youtube", "me", per_hour=0, pause_s=5)
+
+    bot, limited = FailureCode.BOT_CHECK, FailureCode.RATE_LIMITED
+    for hours in (0.25, 1, 4, 12, 12):
+        until = clock[0] + hours * 3600
+        assert catalog.block("youtube", "me", bot, None) == until
+        assert catalog.block("youtube", "me", limited, 60) == until, "still the same block"
+        assert catalog.blocks() == [Block("youtube", "me", bot, until)]
+        assert turn() == Turn(hours * 3600, bot, until)
+        assert catalog.take_turn("youtube", "you", per_hour=0, pause_s=0).blocked is None
+        clock[0] = until
+        assert catalog.blocks() == []
+        assert turn() == Turn(0, None, until), "one may try"
+        assert turn() == Turn(600, bot, until + 600), "the others wait for what it finds"
+        assert catalog.blocks() == [Block("youtube", "me", bot, until + 600)]
+    clock[0] += 600
+    assert turn().blocked is None, "the one who tried is lost: another one may"
+    assert turn().blocked is bot
+    catalog.unblock("youtube", "me")
+    assert catalog.blocks() == []
+    assert [turn().wait_s, turn().wait_s] == [5, 10]
+    assert catalog.block("youtube", "me", limited, 7200) == clock[0] + 7200, "a first block again, but what was asked"
+    assert catalog.block("youtube", "me", limited, 9000) == clock[0] + 9000
+    assert catalog.block("youtube", "me", limited, 1e9) == clock[0] + 7 * 24 * 3600
+    catalog.unblock("youtube", "nobody")
+
+
+def test_who_is_out_of_patience_does_not_use_up_the_one_try(catalog: Catalog, clock: list[float]) -> None:
+    for _ in range(2):
+        catalog.take_turn("youtube", "me", per_hour=0, pause_s=2000, patience_s=9000)
+    catalog.block("youtube", "me", FailureCode.BOT_CHECK, None)
+    clock[0] += 900
+    turn = catalog.take_turn("youtube", "me", per_hour=0, pause_s=2000)
+    assert turn == Turn(3100, FailureCode.RATE_LIMITED, clock[0] + 3100)
+    turn = catalog.take_turn("youtube", "me", per_hour=0, pause_s=2000, patience_s=9000)
+    assert turn == Turn(3100, None, clock[0] + 3100)
+    assert catalog.blocks()[0].until == turn.until + 600, "it has its ten minutes from when its turn comes"
+
+
+def assert_polite(times: list[float], per_hour: int, pauses: list[float]) -> None:
+    """Half a millisecond of tolerance: sums of Unix times are not exact."""
+    for earlier, later, pause in zip(times, times[1:], pauses[1:], strict=False):
+        assert later - earlier >= pause - 5e-4
+    for first, beyond in zip(times, times[per_hour:], strict=False):
+        assert not per_hour or beyond - first >= 3600 - 5e-4
+
+
+@given(
+    asked=st.lists(st.tuples(st.floats(0, 2000), st.floats(0, 900), st.floats(0, 3000)), min_size=1, max_size=30),
+    per_hour=st.integers(0, 5),
+)
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+def test_any_order_of_asking_is_polite(
+    empty_catalog: Path, asked: list[tuple[float, float, float]], per_hour: int
+) -> None:
+    with tempfile.TemporaryDirectory(prefix="unish-catalog-") as folder, pytest.MonkeyPatch.context() as patched:
+        path = shutil.copy(empty_catalog, folder)
+        now = 1_800_000_000.0
+        patched.setattr(Database, "now", lambda *_: now)
+        catalog = Catalog(f"sqlite:///{path}")
+        granted, pauses = [], []
+        for later, pause, patience in asked:
+            now += later
+            turn = catalog.take_turn("s", "s", per_hour=per_hour, pause_s=pause, patience_s=patience)
+            assert turn.until == pytest.approx(now + turn.wait_s, abs=1e-3)
+            if turn.blocked is None:
+                granted.append(turn.until)
+                pauses.append(pause)
+            # no later than it must be
+            before = granted[:-1] if turn.blocked is None else granted
+            reasons = [now, *(time_ + pause for time_ in before[-1:])]
+            reasons += [before[-per_hour] + 3600] if per_hour and len(before) >= per_hour else []
+            assert turn.until == pytest.approx(max(reasons), abs=1e-3)
+            assert (turn.wait_s > patience) == (turn.blocked is FailureCode.RATE_LIMITED)
+        assert_polite(granted, per_hour, pauses)
+
+
+def take_turns(url: str, barrier: multiprocessing.synchronize.Barrier, file: Path) -> None:
+    catalog = Catalog(url)
+    barrier.wait(timeout=60)
+    taken = [catalog.take_turn("youtube", "me", per_hour=30, pause_s=7, patience_s=1e6) for _ in range(50)]
+    file.write_text("\n".join(repr(turn.until) for turn in taken))
+
+
+def test_processes_take_turns_together(url: str, tmp_path: Path) -> None:
+    Catalog(url)
+    barrier = SPAWN.Barrier(4)
+    files = [tmp_path / f"turns-{n}" for n in range(4)]
+    run_together([SPAWN.Process(target=take_turns, args=(url, barrier, file)) for file in files])
+    times = sorted(float(line) for file in files for line in file.read_text().split())
+    assert len(times) == 200
+    assert_polite(times, 30, [7.0] * 200)
+
+
+# ------------------------------------------------------------------------------------------------ making room
+
+
+def test_finished_videos_are_the_ones_nobody_needs(catalog: Catalog) -> None:
+    names = ["reject", "unknown", "key_unknown", "accepted", "written", "dead", "dying", "unjudged", "both", "healed"]
+    refs = {name: ref(n) for n, name in enumerate(names)}
+    second = ref(names.index("both"), 1)
+    catalog.register([*refs.values(), second])
+    assert catalog.present_bytes() == 0
+    for clip in refs.values():
+        catalog.record_video(clip.video_key, video_file(), "videos/k/video.mp4")
+    assert catalog.present_bytes() == len(refs) * 2**40
+    one, two = catalog.put_provenance({"teacher": "one"}), catalog.put_provenance({"teacher": "two"})
+    catalog.record_observations([observation(clip, one) for clip in [*refs.values(), second]])
+    catalog.record_observations([replace(observation(refs["key_unknown"], one), kind="keyframes")])
+    decided = {"reject": "reject", "unknown": "unknown", "key_unknown": "unknown", "accepted": "accept"}
+    decided |= {"written": "accept", "both": "reject"}
+    judged = [verdict(refs[name], decision) for name, decision in decided.items()]
+    catalog.record_verdicts(judged, {clip.clip_id: SHA for clip in refs.values()})
+    catalog.record_outputs([output(refs["written"], one)])
+    tries = [
+        Attempt(refs["dead"].clip_id, "observe", FailureCode.CORRUPT),
+        Attempt(refs["dying"].clip_id, "observe", FailureCode.CORRUPT),
+        Attempt(refs["dying"].clip_id, "observe", FailureCode.TIMEOUT),
+        Attempt(refs["healed"].clip_id, "observe", FailureCode.CORRUPT),
+        Attempt(refs["healed"].clip_id, "observe"),
+    ]
+    catalog.record_attempts(tries)
+
+    def finished(provenance: str | None, limit: int = 100) -> list[str]:
+        keys = {clip.video_key: name for name, clip in refs.items()}
+        return [keys[video.video_key] for video in catalog.finished_videos(POLICY, provenance, limit)]
+
+    assert finished(one) == finished(None) == ["reject", "unknown", "written", "dead"]
+    assert finished(two) == ["reject", "unknown", "dead"]
+    assert finished(one, 2) == ["reject", "unknown"]
+    catalog.record_attempt(Attempt(second.clip_id, "teach", FailureCode.NO_VIDEO))
+    catalog.record_video(refs["reject"].video_key, video_file(), "videos/k/video.mp4")
+    assert finished(one) == ["unknown", "written", "dead", "both", "reject"], "fetched again: the newest"
+    catalog.record_evicted([refs["written"].video_key])
+    assert finished(one) == ["unknown", "dead", "both", "reject"]
+    assert catalog.present_bytes() == (len(refs) - 1) * 2**40
+
+
+def test_a_clip_added_to_a_downloaded_video_is_downloaded(catalog: Catalog) -> None:
+    catalog.register([ref(1, 0), ref(2, 0)])
+    catalog.record_video(ref(1).video_key, video_file(), "videos/k/video.mp4")
+    catalog.register([ref(1, n) for n in range(3)] + [ref(2, 1)])
+    catalog.record_video(ref(1).video_key, video_file(), "videos/k/video.mp4")
+    assert catalog.funnel(None, POLICY).downloaded == 3
+
+
+def add_clips(url: str, number: int, barrier: multiprocessing.synchronize.Barrier) -> None:
+    catalog = Catalog(url)
+    barrier.wait(timeout=60)
+    for video in range(60):
+        if number == 0:
+            catalog.record_video(ref(video).video_key, video_file(), "videos/k/video.mp4")
+        else:
+            catalog.register([ref(video, number)])
+            code = FailureCode.TIMEOUT if (video + number) % 2 else None
+            catalog.record_attempt(Attempt(ref(video).clip_id, "observe", code))
+
+
+def test_counts_hold_while_clips_videos_and_failures_come_at_once(url: str) -> None:
+    catalog = Catalog(url)
+    catalog.register([ref(video) for video in range(60)])
+    barrier = SPAWN.Barrier(3)
+    run_together([SPAWN.Process(target=add_clips, args=(url, number, barrier)) for number in range(3)])
+    counts = catalog.funnel(None, POLICY)
+    assert counts == catalog.funnel([ref(video, number) for video in range(60) for number in range(3)], POLICY)
+    assert counts.clips == counts.downloaded == 180
+    last = [catalog.clip(ref(video).clip_id).attempts[-1] for video in range(60)]
+    assert catalog.failures() == sorted((a for a in last if a.code), key=lambda attempt: attempt.clip_id)
+
+
+# ------------------------------------------------------------------------------------------------ older catalogs
+
+
+def test_a_catalog_of_the_first_version_is_upgraded_with_its_rows(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(curation.database.__file__).parent / "migrations"
+    config = Config()
+    config.set_main_option("script_location", str(folder))
+    engine = sa.create_engine(url.replace("postgresql:", "postgresql+psycopg:"), poolclass=sa.pool.NullPool)
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0001")
+    clips = [ref(1, 0), ref(1, 1), ref(2, 0)]
+    of_clip = {clip: (clip.clip_id, "youtube", clip.video_id, clip.video_key) for clip in clips}
+    tries = [
+        (clips[0], "download", "timeout", True),
+        (clips[0], "download", None, False),
+        (clips[0], "observe", "corrupt", False),
+        (clips[1], "download", "geo", False),
+        (clips[1], "download", "timeout", True),
+        (clips[2], "observe", None, False),
+    ]
+    execute(
+        url,
+        *(
+            f"INSERT INTO clips VALUES ('{id_}', '{platform}', '{video}', '{key}', {clip.start_us}, {clip.end_us}, "
+            "'train', 1.0)"
+            for clip, (id_, platform, video, key) in of_clip.items()
+        ),
+        f"INSERT INTO videos VALUES ('{ref(1).video_key}', 'v.mp4', '{SHA}', 7, 'h264', 2, 2, 9, 1.5, 1.0, true)",
+        *(
+            "INSERT INTO attempts (clip_id, stage, code, transient, message, started_at, seconds, worker) VALUES "
+            f"('{clip.clip_id}', '{stage}', {repr(code) if code else 'NULL'}, {str(transient).lower()}, '', 1, 1, 'w')"
+            for clip, stage, code, transient in tries
+        ),
+    )
+    catalog = Catalog(url)
+    failed = {(attempt.clip_id, attempt.stage, attempt.code) for attempt in catalog.failures()}
+    assert failed == {
+        (clips[0].clip_id, "observe", FailureCode.CORRUPT),
+        (clips[1].clip_id, "download", FailureCode.TIMEOUT),
+    }
+    counts = catalog.funnel(None, POLICY)
+    assert (counts.clips, counts.downloaded) == (3, 2)
+    assert counts == catalog.funnel(clips, POLICY)
+    assert len(catalog.clip(clips[0].clip_id).attempts) == 3
+    assert catalog.present_bytes() == 7
+    catalog.record_attempt(Attempt(clips[1].clip_id, "download"))
+    assert catalog.funnel(None, POLICY).failed == {("observe", "corrupt"): 1}
+    assert catalog.claim(["a"], "ann", 60) == {"a"}
+    with catalog._database.transaction() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), metadata) == []
+
+
 # ------------------------------------------------------------------------------------------------------------- size
 
 
@@ -630,10 +949,10 @@ def test_every_query_uses_an_index(tmp_path: Path) -> None:
         f"sqlite:///{path}",
         f"{ids} INSERT INTO clips SELECT printf('%016x', i), 'youtube', 'v' || (i/2), printf('%016x', i/2), i, i+1, "
         "NULL, 0 FROM n",
-        f"{ids} INSERT INTO videos SELECT printf('%016x', i), 'v', 's', 1, 'h264', 1, 1, 1, 1, 0, 1 FROM n "
+        f"{ids} INSERT INTO videos SELECT printf('%016x', i), 'v', 's', 1, 'h264', 1, 1, 1, 1, 0, 1, 2 FROM n "
         "WHERE i < 40000",
         f"{ids} INSERT INTO attempts SELECT i, printf('%016x', i), 'download', CASE i % 5 WHEN 0 THEN 'geo' END, 0, "
-        "'', 0, 0, '' FROM n",
+        "'', 0, 0, '', i % 5 = 0 FROM n",
         f"{ids} INSERT INTO observations SELECT printf('%016x', i), 'full', 'o', 's', '{digest}', 0 FROM n",
         f"{ids} INSERT INTO verdicts SELECT printf('%016x', i), '{POLICY}', 'p', "
         "CASE i % 4 WHEN 0 THEN 'accept' ELSE 'reject' END, CASE i % 4 WHEN 0 THEN NULL ELSE 'r' || (i % 4) END, "
@@ -813,6 +1132,7 @@ class CatalogMachine(RuleBasedStateMachine):
             rejected_by={"one_person": decisions["reject"]} if decisions["reject"] else {},
             unknown_by={"one_person": decisions["unknown"]} if decisions["unknown"] else {},
             shards=tuple(sorted(set(self.outputs.values()))),
+            datasets={self.digest: len(self.outputs)} if self.outputs else {},
         )
 
 

@@ -1,0 +1,120 @@
+"""How many clips got how far: the questions that count, quick also where there are a million clips.
+
+All clips are counted by the database, in indexes that hold nothing but what is counted; a portion of them here.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+
+from curation.tables import UNRESOLVED, attempts, clips, observations, outputs, verdicts, videos
+
+
+@dataclass(frozen=True, slots=True)
+class FunnelCounts:
+    """How many clips got how far.
+
+    failed: (stage, code) -> clips whose last try of that stage failed. rejected_by, unknown_by: first reason -> clips.
+    shards: the files that hold the sharded clips. datasets: provenance hash -> sharded clips.
+    """
+
+    clips: int
+    downloaded: int
+    observed: int
+    accepted: int
+    rejected: int
+    unknown: int
+    sharded: int
+    failed: dict[tuple[str, str], int]
+    rejected_by: dict[str, int]
+    unknown_by: dict[str, int]
+    shards: tuple[str, ...]
+    datasets: dict[str, int]
+
+
+class Tally:
+    """Counts all clips, or one portion after another, under a policy; shards of one provenance, or of any."""
+
+    def __init__(self, policy_hash: str, provenance_hash: str | None) -> None:
+        self._policy = verdicts.c.policy_hash == policy_hash
+        self._dataset = [] if provenance_hash is None else [outputs.c.provenance_hash == provenance_hash]
+        self._total: Counter[str] = Counter()
+        self._decisions: Counter[tuple[Any, ...]] = Counter()
+        self._failed: Counter[tuple[Any, ...]] = Counter()
+        self._shards: Counter[tuple[Any, ...]] = Counter()
+
+    def add(self, connection: sa.Connection, subset: Sequence[str] | None) -> None:
+        """Count these clips, none of which was counted before; None is all clips."""
+        count = sa.func.count()
+        if subset is None:
+            downloaded = sa.select(sa.func.sum(videos.c.clips))
+        else:
+            fetched = clips.join(videos, clips.c.video_key == videos.c.video_key)
+            downloaded = sa.select(count).select_from(fetched).where(*_within(clips, subset))
+        for name, question in {
+            "clips": sa.select(count).select_from(clips).where(*_within(clips, subset)),
+            "downloaded": downloaded,
+            "observed": sa.select(count).select_from(observations).where(*_within(observations, subset)),
+        }.items():
+            self._total[name] += int(connection.scalar(question) or 0)
+        shards = _grouped(connection, subset, outputs, ["provenance_hash", "shard"], *self._dataset)
+        self._shards += shards
+        if len({dataset for dataset, _ in shards}) < 2:  # each clip is in a data set once
+            self._total["sharded"] += sum(shards.values())
+        else:
+            each = sa.select(sa.func.count(outputs.c.clip_id.distinct())).where(*_within(outputs, subset))
+            self._total["sharded"] += connection.scalar(each) or 0
+        self._decisions += _grouped(connection, subset, verdicts, ["decision", "first_reason"], self._policy)
+        self._failed += _grouped(connection, subset, attempts, ["stage", "code"], UNRESOLVED)
+
+    def counts(self) -> FunnelCounts:
+        """What was counted."""
+        datasets: Counter[str] = Counter()
+        for (dataset, _), number in self._shards.items():
+            datasets[dataset] += number
+        reasons: dict[str, dict[str, int]] = {"accept": {}, "reject": {}, "unknown": {}}
+        for (decision, reason), number in self._decisions.items():
+            reasons[decision][reason or ""] = number
+        return FunnelCounts(
+            clips=self._total["clips"],
+            downloaded=self._total["downloaded"],
+            observed=self._total["observed"],
+            accepted=sum(reasons["accept"].values()),
+            rejected=sum(reasons["reject"].values()),
+            unknown=sum(reasons["unknown"].values()),
+            sharded=self._total["sharded"],
+            failed={(stage, code): number for (stage, code), number in self._failed.items()},
+            rejected_by=reasons["reject"],
+            unknown_by=reasons["unknown"],
+            shards=tuple(sorted({shard for _, shard in self._shards})),
+            datasets=dict(datasets),
+        )
+
+
+def _within(table: sa.Table, subset: Sequence[str] | None) -> list[sa.ColumnElement[bool]]:
+    return [] if subset is None else [table.c.clip_id.in_(subset)]
+
+
+def _grouped(
+    connection: sa.Connection,
+    subset: Sequence[str] | None,
+    table: sa.Table,
+    names: Sequence[str],
+    *conditions: sa.ColumnElement[bool],
+) -> Counter[tuple[Any, ...]]:
+    """How many rows have which values in the named columns.
+
+    A portion is counted here: asked to group it, SQLite would walk the index that is in the order of the groups, that
+    is the whole catalog, for each portion.
+    """
+    columns = [table.c[name] for name in names]
+    if subset is None:
+        grouped = sa.select(*columns, sa.func.count()).where(*conditions).group_by(*columns)
+        return Counter({tuple(values): number for *values, number in connection.execute(grouped)})
+    rows = connection.execute(sa.select(*columns).where(*conditions, *_within(table, subset)))
+    return Counter(map(tuple, rows))

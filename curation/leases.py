@@ -1,0 +1,74 @@
+"""Leases: which worker has which piece of work, so that any number of them, on any machine, share one list.
+
+A lease is held until a moment by the database's clock. A worker that lives extends its leases; what a dead worker held
+lapses, and the next one takes it. Never known here: what the names stand for, or how work is cut into pieces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+
+from curation.database import Database, chunks
+from curation.tables import leases
+
+KEPT_S = 24 * 3600.0  # how long a lapsed lease is still shown
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """Who holds what, and for how many seconds more; negative if it lapsed that long ago."""
+
+    name: str
+    owner: str
+    expires_in_s: float
+
+
+class Leases:
+    """The part of a Catalog that hands out work. Names and owners are opaque; neither tells a host or a path."""
+
+    _database: Database
+
+    def claim(self, names: Iterable[str], owner: str, seconds: float) -> frozenset[str]:
+        """Take those of the names that are free, lapsed, or this owner's already; they are its own for `seconds`."""
+        won: set[str] = set()
+        for chunk in chunks(sorted(set(names))):
+            with self._database.transaction(write=True) as connection:
+                # one at a time: two who want the same names in another order cannot wait for each other
+                now = self._database.alone(connection, "leases")
+                rows = [{"name": name, "owner": owner, "expires_at": now + seconds} for name in chunk]
+                insert = self._database.insert(leases).values(rows)
+                new = insert.excluded
+                free = (leases.c.owner == new.owner) | (leases.c.expires_at <= now)
+                taken = insert.on_conflict_do_update(
+                    index_elements=["name"], set_={"owner": new.owner, "expires_at": new.expires_at}, where=free
+                )
+                won.update(connection.scalars(taken.returning(leases.c.name)))
+                connection.execute(sa.delete(leases).where(leases.c.expires_at < now - KEPT_S))
+        return frozenset(won)
+
+    def extend(self, owner: str, seconds: float) -> int:
+        """Hold all that this owner has for `seconds` from now, lapsed or not, but not what others took; how many."""
+        with self._database.transaction(write=True) as connection:
+            until = self._database.alone(connection, "leases") + seconds
+            return connection.execute(
+                sa.update(leases).where(leases.c.owner == owner).values(expires_at=until)
+            ).rowcount
+
+    def release(self, owner: str, names: Iterable[str] | None = None) -> None:
+        """Give back these, or all, of this owner's leases; what others hold stays theirs."""
+        given = [None] if names is None else chunks(sorted(set(names)))
+        for chunk in given:
+            these = [] if chunk is None else [leases.c.name.in_(chunk)]
+            with self._database.transaction(write=True) as connection:
+                self._database.alone(connection, "leases")
+                connection.execute(sa.delete(leases).where(leases.c.owner == owner, *these))
+
+    def leases(self) -> list[Lease]:
+        """All leases by name, also those that lapsed within the last day."""
+        with self._database.transaction() as connection:
+            now = self._database.now(connection)
+            rows = connection.execute(sa.select(leases)).all()
+        return sorted((Lease(row.name, row.owner, row.expires_at - now) for row in rows), key=lambda lease: lease.name)

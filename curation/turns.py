@@ -1,0 +1,122 @@
+"""Turns and circuit breakers: how all workers together stay polite to a service.
+
+A worker asks for a turn before it asks the service, and waits until its turn comes. When the service says no, a breaker
+opens for everybody; after a while one worker may try whether it closes. All times are Unix seconds of the database's
+clock. Never done here: sleeping, or deciding what an answer of the service means.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+
+from curation.database import Database
+from curation.ingest.failures import FailureCode
+from curation.tables import breakers, turns
+
+HOUR_S = 3600.0
+PROBE_S = 600.0  # how long one worker may find out whether the service answers again, before another one may
+LADDER_S = (0.25 * HOUR_S, HOUR_S, 4 * HOUR_S, 12 * HOUR_S)  # by consecutive blocks
+LONGEST_S = 7 * 24 * HOUR_S  # what a service may ask for at most
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """When to go. `until` is the Unix time reserved, `wait_s` how far off it is.
+
+    With `blocked`, nothing was reserved, and `until` is when asking again makes sense.
+    """
+
+    wait_s: float
+    blocked: FailureCode | None
+    until: float
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A service that must be left alone until that Unix time, and what it said."""
+
+    service: str
+    session: str
+    code: FailureCode
+    until: float
+
+
+class Turns:
+    """The part of a Catalog that keeps workers polite. A session is whatever the service counts by; it is opaque."""
+
+    _database: Database
+
+    def take_turn(
+        self, service: str, session: str, *, per_hour: int, pause_s: float, patience_s: float = 900.0
+    ) -> Turn:
+        """Reserve the next time that is `pause_s` after the last and leaves at most `per_hour` (0: any) in each hour.
+
+        blocked: the breaker's code while it is open; once it lapsed, one caller gets a turn to try, and the others wait
+        for what it finds, or 10 minutes. RATE_LIMITED where the wait would be longer than `patience_s`.
+        """
+        mine = _of(turns, service, session)
+        with self._database.transaction(write=True) as connection:
+            now = self._database.alone(connection, f"turns\n{service}\n{session}")
+            breaker = self._breaker(connection, service, session)
+            if breaker is not None and breaker.until > now:
+                return Turn(breaker.until - now, FailureCode(breaker.code), breaker.until)
+            connection.execute(sa.delete(turns).where(mine, turns.c.at < now - max(HOUR_S, pause_s)))
+            latest = sa.select(turns.c.at).where(mine).order_by(turns.c.at.desc()).limit(1)
+            last = connection.scalar(latest)
+            at = now if last is None else max(now, last + pause_s)
+            full = connection.scalar(latest.offset(per_hour - 1)) if per_hour else None
+            if full is not None:
+                at = max(at, full + HOUR_S)
+            if at - now > patience_s:
+                return Turn(at - now, FailureCode.RATE_LIMITED, at)
+            connection.execute(sa.insert(turns).values(service=service, session=session, at=at))
+            if breaker is not None:
+                trying = {"until": at + PROBE_S, "probing": True}
+                connection.execute(sa.update(breakers).where(_of(breakers, service, session)).values(trying))
+        return Turn(at - now, None, at)
+
+    def block(self, service: str, session: str, code: FailureCode, retry_after_s: float | None) -> float:
+        """Open the breaker for 15 min, 1 h, 4 h, 12 h by consecutive blocks, or what was asked for, up to a week.
+
+        Where it is open already, another block counts as the same one, and can only lengthen it. Returns its end.
+        """
+        asked_s = min(retry_after_s or 0.0, LONGEST_S)
+        with self._database.transaction(write=True) as connection:
+            now = self._database.alone(connection, f"turns\n{service}\n{session}")
+            breaker = self._breaker(connection, service, session)
+            if breaker is not None and breaker.until > now and not breaker.probing:
+                until = max(breaker.until, now + asked_s)
+                connection.execute(sa.update(breakers).where(_of(breakers, service, session)).values(until=until))
+                return until
+            strikes = 1 if breaker is None else breaker.strikes + 1
+            until = now + max(LADDER_S[min(strikes, len(LADDER_S)) - 1], asked_s)
+            row = {"service": service, "session": session, "code": code.value, "until": until, "strikes": strikes}
+            self._database.upsert(connection, breakers, [row | {"probing": False}])
+        return until
+
+    def unblock(self, service: str, session: str) -> None:
+        """The service answered as it should: the breaker closes, and the next block is a first one again."""
+        with self._database.transaction() as connection:  # nearly always there is nothing to write
+            if self._breaker(connection, service, session) is None:
+                return
+        with self._database.transaction(write=True) as connection:
+            self._database.alone(connection, f"turns\n{service}\n{session}")
+            connection.execute(sa.delete(breakers).where(_of(breakers, service, session)))
+
+    def blocks(self) -> list[Block]:
+        """The services that must be left alone now, also while one worker is trying."""
+        with self._database.transaction() as connection:
+            now = self._database.now(connection)
+            rows = connection.execute(sa.select(breakers).where(breakers.c.until > now)).all()
+        found = [Block(row.service, row.session, FailureCode(row.code), row.until) for row in rows]
+        return sorted(found, key=lambda block: (block.service, block.session))
+
+    def _breaker(self, connection: sa.Connection, service: str, session: str) -> sa.Row[Any] | None:
+        return connection.execute(sa.select(breakers).where(_of(breakers, service, session))).first()
+
+
+def _of(table: sa.Table, service: str, session: str) -> sa.ColumnElement[bool]:
+    return (table.c.service == service) & (table.c.session == session)
