@@ -6,14 +6,16 @@ lapsed may finish what another has begun: both write the same bytes under the sa
 
 from __future__ import annotations
 
+import fcntl
 import secrets
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from typing import IO, TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from curation.ingest.failures import UsageError
 
@@ -24,15 +26,25 @@ _POLL_S = 0.2
 
 
 class Claims:
-    """What this worker holds. A context manager: at its end all is given back. Safe to share between threads."""
+    """What this worker holds. A context manager: at its end all is given back. Safe to share between threads.
 
-    def __init__(self, catalog: Catalog, seconds: float) -> None:
+    folder: the worker's own, or one that several workers of this machine use; there a dead one is known at once, by a
+    file that it had locked. Elsewhere its claims lapse after so many `seconds` without a heartbeat.
+    """
+
+    def __init__(self, catalog: Catalog, folder: Path, seconds: float) -> None:
         self._catalog, self._seconds = catalog, seconds
+        self._folder = folder / ".claims"
         self._owner = secrets.token_hex(8)
+        self._sign: IO[bytes] | None = None
         self._ended = threading.Event()
         self._heart: threading.Thread | None = None
 
     def __enter__(self) -> Claims:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._sign = (self._folder / self._owner).open("wb")
+        fcntl.flock(self._sign, fcntl.LOCK_EX)
+        self.bury()
         self._heart = threading.Thread(target=self._beat, name="claims", daemon=True)
         self._heart.start()
         return self
@@ -43,6 +55,17 @@ class Claims:
             self._heart.join(timeout=self._seconds)
         with suppress(UsageError):  # the claims lapse by themselves
             self._catalog.release(self._owner)
+        if self._sign is not None:
+            (self._folder / self._owner).unlink(missing_ok=True)
+            self._sign.close()
+
+    def bury(self) -> None:
+        """Give back what workers of this folder held that are dead."""
+        for sign in self._folder.iterdir():
+            with suppress(BlockingIOError, FileNotFoundError), sign.open("rb") as stream:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # nobody alive has it
+                self._catalog.release(sign.name)
+                sign.unlink()
 
     def take(self, name: str) -> bool:
         """Hold a name if no other worker does."""
@@ -105,6 +128,8 @@ class Queue(Generic[Work]):
         while self._fresh:
             if (work := self._try(self._fresh.popleft(), self._trusting)) is not None:
                 return work
+        if self._held:
+            self._claims.bury()
         for _ in range(len(self._held)):
             if (work := self._try(self._held.popleft(), True)) is not None:
                 return work

@@ -335,7 +335,7 @@ def shared_work(settings: Settings, batches: Sequence[Batch]) -> Iterator[Queue[
     file may be damaged or gone.
     """
     state = state_of(settings)
-    with Claims(state.catalog, settings.lease_s) as claims:
+    with Claims(state.catalog, settings.out, settings.lease_s) as claims:
         yield Queue(claims, batches, state.finished, trusting=state.store.shared)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -81,15 +82,11 @@ class State:
         assert isinstance(place, RemotePlace)
         add_shards(place, staging, entries)
 
-    def _index_turn(self) -> Any:
-        from contextlib import contextmanager
-
-        @contextmanager
-        def turn() -> Any:
-            with Claims(self.catalog, _INDEX_LEASE_S) as claims, claims.turn(f"index:{self.dataset_hash[:16]}"):
-                yield
-
-        return turn()
+    @contextmanager
+    def _index_turn(self) -> Iterator[None]:
+        name = f"index:{self.dataset_hash[:16]}"
+        with Claims(self.catalog, self.settings.out, _INDEX_LEASE_S) as claims, claims.turn(name):
+            yield
 
     def _teacher_identity(self) -> dict[str, Any]:
         """The teacher as far as it changes numbers; not its number format, so that machines may share the work."""

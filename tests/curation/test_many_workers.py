@@ -24,7 +24,7 @@ from curation.shards.reader import ShardReader, verify
 from curation.shards.remote import pull
 from curation.storage import Store
 
-BATCH = 8
+BATCH = 4
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def s3() -> Iterator[str]:
         yield url
 
 
-@pytest.mark.parametrize("count", [24, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [16, pytest.param(200, marks=pytest.mark.slow)])
 def test_a_killed_worker_s_share_goes_to_the_other_and_the_result_is_the_same(
     tmp_path: Path, clips: Path, seer: Path, tolerant: Path, postgres: str, s3: str, count: int
 ):
