@@ -56,8 +56,8 @@ class _QuietServer(ThreadingHTTPServer):
 class FileServer:
     """A running server: `host` as host:port, `hits` per path, `requests` as (method, path, Range header).
 
-    headers: those of each request. validators: files have an ETag and a Last-Modified, and If-Range is heeded. A request
-    for a full address, as a client sends it to a proxy, is answered with the file of that path.
+    headers: those of each request. validators: files have an ETag and a Last-Modified, and If-Range is heeded. A
+    request for a full address, as a client sends it to a proxy, is answered with the file of that path.
     """
 
     def __init__(
@@ -151,7 +151,8 @@ class FileServer:
         if headers["Content-Length"] is None or fault.cut is not None:
             request.close_connection = True
             headers["Connection"] = "close"
-        request.send_response(status)
+        headers = {"Date": request.date_time_string(), **headers}
+        request.send_response_only(status)
         for name, value in headers.items():
             if value is not None:
                 request.send_header(name, value)

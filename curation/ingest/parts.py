@@ -154,6 +154,12 @@ def workspace(folder: Path, video_key: str) -> Iterator[Path]:
         _remove_if_empty(home)
 
 
+def discard(folder: Path, video_key: str) -> None:
+    """Remove all that was ever fetched of an unfinished video, as when it is to be forgotten."""
+    shutil.rmtree(folder / PARTS / video_key, ignore_errors=True)
+    _remove_if_empty(folder / PARTS / video_key)
+
+
 def sweep(folder: Path) -> None:
     """Remove what killed processes left below a videos folder and nobody may go on with.
 
@@ -196,7 +202,7 @@ def _lock(work: Path, *, new: bool = False) -> int | None:
     """Lock a work folder; None if another holds it, or it is gone. A new one may be used where locks are missing."""
     try:
         handle = os.open(work / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, PermissionError):  # gone, or another user's
         return None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -230,6 +236,6 @@ def _untouched(work: Path) -> bool:
 
 
 def _remove_if_empty(home: Path) -> None:
-    with contextlib.suppress(OSError):
-        home.rmdir()
-        home.parent.rmdir()
+    for path in (home, home.parent):
+        with contextlib.suppress(OSError):
+            path.rmdir()
