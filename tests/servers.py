@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+import ssl
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -11,7 +13,9 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+MODIFIED = "Wed, 01 Jan 2025 00:00:00 GMT"
 _TYPES = {".mp4": "video/mp4", ".webm": "video/webm", ".mkv": "video/x-matroska", ".html": "text/html"}
 
 
@@ -21,7 +25,10 @@ class Fault:
 
     headers: added, or put in place of the usual ones; None as a value leaves the header out.
     cut: the body ends after this many bytes, while Content-Length promises all of it.
-    hang: no answer until the server closes.
+    hang: no answer until the server closes; with `cut`, no more of the body.
+    drip_s: the body comes byte by byte, with this many seconds before each.
+    ignore_range: the whole file, whatever part is asked for.
+    ignore_condition: the part that is asked for, whatever If-Range says.
     """
 
     status: int | None = None
@@ -29,6 +36,9 @@ class Fault:
     body: bytes | None = None
     cut: int | None = None
     hang: bool = False
+    drip_s: float | None = None
+    ignore_range: bool = False
+    ignore_condition: bool = False
 
 
 def redirect(location: str, status: int = 302) -> Fault:
@@ -44,10 +54,23 @@ class _QuietServer(ThreadingHTTPServer):
 
 
 class FileServer:
-    """A running server: `host` as host:port, `hits` per path, `requests` as (method, path, Range header)."""
+    """A running server: `host` as host:port, `hits` per path, `requests` as (method, path, Range header).
 
-    def __init__(self, folder: Path, faults: dict[str, Fault | list[Fault]]) -> None:
+    headers: those of each request. validators: files have an ETag and a Last-Modified, and If-Range is heeded. A
+    request for a full address, as a client sends it to a proxy, is answered with the file of that path.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        faults: dict[str, Fault | list[Fault]],
+        validators: bool = False,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
         self.folder = folder
+        self._validators = validators
+        self._scheme = "http" if tls is None else "https"
+        self.headers: list[dict[str, str]] = []
         self.hits: Counter[str] = Counter()
         self.requests: list[tuple[str, str, str | None]] = []
         self._faults = {path: [fault] if isinstance(fault, Fault) else list(fault) for path, fault in faults.items()}
@@ -68,11 +91,13 @@ class FileServer:
                 pass
 
         self._http = _QuietServer(("127.0.0.1", 0), Handler)
+        if tls is not None:
+            self._http.socket = tls.wrap_socket(self._http.socket, server_side=True)
         self.host = f"127.0.0.1:{self._http.server_port}"
 
     def url(self, path: str) -> str:
         """The http address of a path that begins with a slash."""
-        return f"http://{self.host}{path}"
+        return f"{self._scheme}://{self.host}{path}"
 
     def script(self, path: str, fault: Fault | list[Fault]) -> None:
         """Answer a path with a fault: one for ever, or a list for the next requests and the file after them."""
@@ -88,13 +113,14 @@ class FileServer:
             return waiting.pop(0) if path in self._once else waiting[0]
 
     def _answer(self, request: BaseHTTPRequestHandler) -> None:
-        path = request.path
+        path = urlsplit(request.path).path
         wanted = request.headers.get("Range")
         with self._lock:
+            self.headers.append(dict(request.headers))
             self.hits[path] += 1
             self.requests.append((request.command, path, wanted))
         fault = self._next_fault(path)
-        if fault.hang:
+        if fault.hang and fault.cut is None:
             self.closing.wait()
             request.close_connection = True
             return
@@ -107,6 +133,12 @@ class FileServer:
             else:
                 body = file.read_bytes()
                 headers["Accept-Ranges"] = "bytes"
+                if self._validators:
+                    headers |= {"ETag": f'"{hashlib.sha256(body).hexdigest()[:16]}"', "Last-Modified": MODIFIED}
+                condition = request.headers.get("If-Range")
+                changed = condition not in (None, headers.get("ETag"), headers.get("Last-Modified"))
+                if fault.ignore_range or (changed and not fault.ignore_condition):
+                    wanted = None
                 if span := re.fullmatch(r"bytes=(\d+)-(\d*)", wanted or ""):
                     first, last = int(span[1]), min(int(span[2] or len(body)), len(body) - 1)
                     if first >= len(body):
@@ -119,20 +151,37 @@ class FileServer:
         if headers["Content-Length"] is None or fault.cut is not None:
             request.close_connection = True
             headers["Connection"] = "close"
-        request.send_response(status)
+        headers = {"Date": request.date_time_string(), **headers}
+        request.send_response_only(status)
         for name, value in headers.items():
             if value is not None:
                 request.send_header(name, value)
         request.end_headers()
-        if request.command != "HEAD":
-            request.wfile.write(body if fault.cut is None else body[: fault.cut])
+        if request.command == "HEAD":
+            return
+        body = body if fault.cut is None else body[: fault.cut]
+        if fault.drip_s is None:
+            request.wfile.write(body)
+        else:
+            for byte in body:
+                if self.closing.wait(fault.drip_s):
+                    break
+                request.wfile.write(bytes([byte]))
         request.wfile.flush()
+        if fault.hang:
+            self.closing.wait()
 
 
 @contextmanager
-def serve(folder: Path, faults: dict[str, Fault | list[Fault]] | None = None) -> Iterator[FileServer]:
+def serve(
+    folder: Path,
+    faults: dict[str, Fault | list[Fault]] | None = None,
+    *,
+    validators: bool = False,
+    tls: ssl.SSLContext | None = None,
+) -> Iterator[FileServer]:
     """Serve a folder on 127.0.0.1, on a free port, with byte ranges; it ends with the block."""
-    server = FileServer(folder, faults or {})
+    server = FileServer(folder, faults or {}, validators, tls)
     thread = threading.Thread(target=server._http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     try:

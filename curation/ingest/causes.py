@@ -24,6 +24,7 @@ _STATUS = {
     402: FailureCode.MEMBERS,
     403: FailureCode.PRIVATE,
     404: FailureCode.REMOVED,
+    407: FailureCode.NETWORK,  # the proxy does not know this machine
     408: FailureCode.TIMEOUT,
     410: FailureCode.REMOVED,
     412: FailureCode.RATE_LIMITED,  # Bilibili's answer to too many requests

@@ -1,26 +1,28 @@
 """One video from its platform to a verified, clean file on this machine.
 
-The whole file is fetched (a section cut from a stream hides frames that decoders disagree on), into a fresh folder,
-checked, freed of tags and sound, and renamed into place. Titles, descriptions, thumbnails and yt-dlp's messages are
-neither written nor logged.
+The whole file is fetched (a section cut from a stream hides frames that decoders disagree on), into a folder of its
+own, checked, freed of tags and sound, and renamed into place. Titles, descriptions, thumbnails and yt-dlp's messages
+are neither written nor logged.
 """
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
 import random
-import shutil
-import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from curation.files import fsync, sha256_file
+from curation.ingest.access import cookie_text, proxy_address
 from curation.ingest.container import DISK_ERRORS, DISK_FULL, container_format, strip
 from curation.ingest.failures import FailureCode, StageError
+from curation.ingest.limits import Limits
+from curation.ingest.parts import FETCHED, drop, sweep_now_and_then, tidy, workspace
 from curation.manifest import ClipRef, link_listed, validate_video_id
 from curation.records import VideoFile
 from curation.settings import DownloadSettings
@@ -62,6 +64,14 @@ _SAID = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class _Fetched:
+    """A file as a server gave it; `resumed`: put together from more than one connection."""
+
+    path: Path
+    resumed: bool = False
+
+
 def download(
     ref: ClipRef,
     folder: Path,
@@ -75,33 +85,47 @@ def download(
     folder: the run's videos folder. progress: called with (bytes so far, bytes in all or 0). The file holds the picture
     alone: no sound, tags or chapters. The height cap chooses among a platform's formats; a plain link or a local file
     has one and is taken as it is. Transient failures are tried again up to `settings.retries` times, after growing,
-    jittered waits or as long as the server asks if that is not over MAX_WAIT_S. Raises StageError with a fixed text.
+    jittered waits or as long as the server asks if that is not over MAX_WAIT_S. What a broken connection had brought of
+    a file is kept below `folder`/.parts and continued, by this call or a later one, if the server vouches that it is
+    still the same. Raises StageError with a fixed text, and UsageError for unusable settings (see check_settings).
     """
     try:
         validate_video_id(ref.platform, ref.video_id, allow_loopback=settings.allow_loopback)
     except ValueError:
         raise StageError(FailureCode.REFUSED, _SAID[FailureCode.REFUSED]) from None
     folder.mkdir(parents=True, exist_ok=True)
+    sweep_now_and_then(folder)
+    limits = Limits(settings, folder, progress)
+    limits.room()
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{ref.video_key}.", dir=folder) as scratch:
+        with workspace(folder, ref.video_key) as work:
+            home = folder / ref.video_key
             if ref.platform == "local":
-                fetched = _local(ref, settings)
-            else:
-                fetched = _fetch(ref, Path(scratch), settings, progress, sleep)
-            return _settle(fetched, Path(scratch), folder / ref.video_key)
+                return _settle(_local(ref, settings), work, home, limits)
+            options = _options(work, settings, limits, sleep)
+            fetched = _fetch(ref, work, settings, options, limits, sleep)
+            try:
+                return _settle(fetched.path, work, home, limits)
+            except StageError as error:
+                if not fetched.resumed or error.code not in (FailureCode.CORRUPT, FailureCode.NO_VIDEO):
+                    raise
+            # Put together from connections that did not belong together after all: once more, from the beginning.
+            fetched = _fetch(ref, work, settings, options, limits, sleep)
+            return _settle(fetched.path, work, home, limits)
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
     raise StageError(FailureCode.DISK_FULL, DISK_FULL)
 
 
-def _settle(fetched: Path, scratch: Path, home: Path) -> VideoFile:
+def _settle(fetched: Path, work: Path, home: Path, limits: Limits) -> VideoFile:
     """Verify a fetched file, strip it and rename the result into `home`."""
     from curation.observe.video import index_video, verify
 
+    limits.room(fetched.stat().st_size)
     source_format = container_format(fetched)  # before anything else opens the file
     video = verify(fetched)
-    clean = strip(index_video(fetched), source_format, scratch / "video")
+    clean = strip(index_video(fetched), source_format, work / "video")
     final = home / clean.name
     video = replace(video, path=final, sha256=sha256_file(clean), size_bytes=clean.stat().st_size)
     home.mkdir(exist_ok=True)
@@ -130,35 +154,40 @@ def _local(ref: ClipRef, settings: DownloadSettings) -> Path:
 
 
 def _fetch(
-    ref: ClipRef, scratch: Path, settings: DownloadSettings, progress: Progress | None, sleep: Callable[[float], None]
-) -> Path:
+    ref: ClipRef,
+    work: Path,
+    settings: DownloadSettings,
+    options: dict[str, Any],
+    limits: Limits,
+    sleep: Callable[[float], None],
+) -> _Fetched:
     for attempt in itertools.count():
-        fresh = scratch / f"try-{attempt}"
-        fresh.mkdir()
-        outcome = _try(ref, fresh, settings, progress)
-        if isinstance(outcome, Path):
+        tidy(work)
+        outcome = _try(ref, work, settings, options, limits)
+        if isinstance(outcome, _Fetched):
             return outcome
-        shutil.rmtree(fresh)
         wait = random.uniform(0.5, 1.5) * 2.0**attempt
         if outcome.code is FailureCode.RATE_LIMITED:
             wait *= _SLOW_DOWN
         wait = min(wait, MAX_WAIT_S) if outcome.retry_after_s is None else max(wait, outcome.retry_after_s)
         if not outcome.again or attempt >= settings.retries or wait > MAX_WAIT_S:
             # Outside any handler: yt-dlp's own error, with a title in its text, must not travel along as context.
-            raise StageError(outcome.code, _SAID[outcome.code])
+            raise StageError(outcome.code, _SAID[outcome.code], outcome.retry_after_s)
         sleep(wait)
     raise AssertionError("unreachable")
 
 
-def _try(ref: ClipRef, fresh: Path, settings: DownloadSettings, progress: Progress | None) -> Path | Cause:
+def _try(
+    ref: ClipRef, work: Path, settings: DownloadSettings, options: dict[str, Any], limits: Limits
+) -> _Fetched | Cause:
     """One try: the file, or the Cause of the failure."""
     from yt_dlp.utils import YoutubeDLError
 
     from curation.ingest.causes import cause_of
-    from curation.ingest.network import Guard, GuardedYoutubeDL
+    from curation.ingest.network import Guard
+    from curation.ingest.transfer import FetchingYoutubeDL
 
     direct = ref.platform == "http"
-    options = _options(fresh, settings, progress)
     if direct:
         if not link_listed(ref.video_id, settings.http_hosts):
             raise StageError(FailureCode.REFUSED, "The host of this link is not on the list of allowed hosts.")
@@ -166,19 +195,29 @@ def _try(ref: ClipRef, fresh: Path, settings: DownloadSettings, progress: Progre
     else:
         guard = Guard(None, settings.allow_loopback)
         url, extractor = _SITES[ref.platform]
-        options["allowed_extractors"] = [extractor]
-    with GuardedYoutubeDL(guard, options, extractors=not direct) as ydl:
+        options = {**options, "allowed_extractors": [extractor]}
+    if settings.cookies is not None:  # yt-dlp writes cookies back to where they came from: here, to memory
+        options = {**options, "cookiefile": io.StringIO(cookie_text(settings.cookies))}
+    if settings.proxy_file is not None:
+        options = {**options, "proxy": proxy_address(settings.proxy_file)}
+    with FetchingYoutubeDL(guard, options, work, limits, settings.retries, extractors=not direct) as ydl:
         try:
             if direct:
                 ydl.process_ie_result(_direct(ref))
             else:
                 ydl.extract_info(url.format(ref.video_id))
+            stopped = None
         except (YoutubeDLError, OSError) as error:
             return cause_of(error, ydl.last_error, direct=direct)
-    files = [path for path in fresh.iterdir() if path.stem == "video" and path.suffix not in (".part", ".ytdl")]
-    if len(files) != 1 or not files[0].is_file():
+        except StageError as error:
+            stopped = StageError(error.code, error.message)
+    if stopped is not None:  # by a limit of ours; raised here without yt-dlp's frames and errors
+        raise stopped
+    fetched = work / FETCHED
+    if not fetched.is_file():
         raise StageError(FailureCode.UNSUPPORTED, "yt-dlp ended without an error and without a file.")
-    return files[0]
+    drop(work)
+    return _Fetched(fetched, ydl.resumed)
 
 
 def _direct(ref: ClipRef) -> dict[str, Any]:
@@ -195,11 +234,10 @@ def _direct(ref: ClipRef) -> dict[str, Any]:
     }
 
 
-def _options(fresh: Path, settings: DownloadSettings, progress: Progress | None) -> dict[str, Any]:
-    def hook(state: dict[str, Any]) -> None:
-        if progress is not None:
-            total = state.get("total_bytes") or state.get("total_bytes_estimate") or 0
-            progress(int(state.get("downloaded_bytes") or 0), int(total))
+def _options(work: Path, settings: DownloadSettings, limits: Limits, sleep: Callable[[float], None]) -> dict[str, Any]:
+    def wait_for_fragment(n: int) -> float:
+        sleep(min(MAX_WAIT_S, random.uniform(0.5, 1.5) * 2.0**n))
+        return 0.0  # what yt-dlp still has to wait
 
     plain = "[protocol~='^(https?|m3u8|m3u8_native|http_dash_segments)$']"
     h264 = "[vcodec~='^(avc|h264)']"
@@ -208,17 +246,18 @@ def _options(fresh: Path, settings: DownloadSettings, progress: Progress | None)
     choices = (f"bv{h264}{low}", f"b{h264}{low}", f"bv{low}", f"b{unknown}")
     return {
         "format": "/".join(choice + plain for choice in choices),
-        "outtmpl": {"default": "video.%(ext)s"},
-        "paths": {"home": str(fresh)},
+        "outtmpl": {"default": FETCHED},  # a platform's idea of a suffix never becomes part of a name
+        "paths": {"home": str(work)},
         "match_filter": _not_live,
-        "progress_hooks": [hook],
+        "progress_hooks": [limits.hook],
         "socket_timeout": settings.timeout_s,
+        "ratelimit": settings.bytes_per_s,
         # one place decides about trying again, except for single segments of long videos
         "retries": 0,
         "extractor_retries": 0,
         "file_access_retries": 0,
-        "fragment_retries": settings.retries,
-        "retry_sleep_functions": {"fragment": lambda n: min(MAX_WAIT_S, 2.0**n)},
+        "fragment_retries": 0,
+        "retry_sleep_functions": {"http": wait_for_fragment},
         "skip_unavailable_fragments": False,  # a missing segment is a failure, not a shorter video
         "noplaylist": True,
         "playlist_items": "1",
@@ -232,7 +271,7 @@ def _options(fresh: Path, settings: DownloadSettings, progress: Progress | None)
         "fixup": "never",  # the container is rewritten anyway
         # ffmpeg would open addresses on its own, past the guard
         "external_downloader": {"default": "native"},
-        "ffmpeg_location": str(fresh / "none"),
+        "ffmpeg_location": str(work / "none"),
     }
 
 

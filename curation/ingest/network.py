@@ -8,6 +8,7 @@ Behind a proxy the proxy resolves names, and only the URL is judged. Nothing her
 from __future__ import annotations
 
 import functools
+import http.client
 import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from yt_dlp.networking._requests import RequestsHTTPAdapter, RequestsRH
 from yt_dlp.networking.exceptions import RequestError
 
 from curation.addresses import address_allowed, host_listed
+from curation.ingest.pace import paced_response
 
 # Plugins are code from the user's configuration folders; nobody reviewed them for this use.
 yt_dlp.globals.plugin_dirs.value = []
@@ -95,14 +97,31 @@ def _guarded_pools(guard: Guard) -> dict[str, type]:
     return {"http": Pool, "https": SecurePool}
 
 
+def _paced_pools(pools: dict[str, type], response: type[http.client.HTTPResponse]) -> dict[str, type]:
+    """The same pools with connections that make responses of this class."""
+
+    def paced(pool: Any) -> type:
+        connection = type("PacedConnection", (pool.ConnectionCls,), {"response_class": response})
+        return type("PacedPool", (pool,), {"ConnectionCls": connection})
+
+    return {scheme: paced(pool) for scheme, pool in pools.items()}
+
+
 class _Adapter(RequestsHTTPAdapter):
-    def __init__(self, guard: Guard, **options: Any) -> None:
-        self._guard = guard
+    def __init__(self, guard: Guard, response: type[http.client.HTTPResponse], **options: Any) -> None:
+        self._guard, self._response = guard, response
         super().__init__(**options)
 
     def init_poolmanager(self, *args: Any, **options: Any) -> None:
         super().init_poolmanager(*args, **options)
-        self.poolmanager.pool_classes_by_scheme = _guarded_pools(self._guard)
+        self.poolmanager.pool_classes_by_scheme = _paced_pools(_guarded_pools(self._guard), self._response)
+
+    def proxy_manager_for(self, proxy: str, **options: Any) -> Any:
+        known = proxy in self.proxy_manager
+        manager = super().proxy_manager_for(proxy, **options)
+        if not known:
+            manager.pool_classes_by_scheme = _paced_pools(manager.pool_classes_by_scheme, self._response)
+        return manager
 
     def send(self, request: Any, *args: Any, **options: Any) -> Any:
         self._guard.check_url(request.url)  # requests sends every hop of a redirect through here
@@ -118,6 +137,7 @@ class _GuardedRH(RequestsRH):
         session = super()._create_instance(cookiejar, legacy_ssl_support)
         adapter = _Adapter(
             self._guard,
+            paced_response(self.timeout),
             ssl_context=self._make_sslcontext(legacy_ssl_support=legacy_ssl_support),
             source_address=self.source_address,
             max_retries=urllib3.util.retry.Retry(False),

@@ -21,6 +21,7 @@ from yt_dlp.utils import YoutubeDLError
 from curation.ingest.causes import cause_of
 from curation.ingest.download import MAX_WAIT_S, _not_live, _options, download
 from curation.ingest.failures import FailureCode, StageError
+from curation.ingest.limits import Limits
 from curation.ingest.network import AddressRefused, Guard, GuardedYoutubeDL
 from curation.manifest import ClipRef
 from curation.observe.video import index_video
@@ -416,7 +417,8 @@ def formats(*given):
 
 
 def chosen(tmp_path, offer, **settings):
-    options = _options(tmp_path, DownloadSettings(**settings), None)
+    settings = DownloadSettings(**settings)
+    options = _options(tmp_path, settings, Limits(settings, tmp_path, None), time.sleep)
     with GuardedYoutubeDL(Guard(None, allow_loopback=False), options, extractors=False) as ydl:
         assert not ydl.cache.enabled
         info = {"id": "x", "title": "x", "extractor": "x", "extractor_key": "X", "formats": offer}
@@ -559,6 +561,7 @@ import json, resource, sys
 from pathlib import Path
 from curation.ingest.download import download
 from curation.ingest.failures import StageError
+from curation.ingest.limits import Limits
 from curation.manifest import ClipRef
 from curation.settings import DownloadSettings
 

@@ -1,0 +1,77 @@
+"""The user's cookies and proxy, read without a trace.
+
+Neither file is ever written, copied, logged or quoted: errors name the setting and the line, never what is in it.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from curation.ingest.failures import UsageError
+from curation.settings import DownloadSettings
+
+_HEADER = "# Netscape HTTP Cookie File\n"
+_COOKIE_FIELDS = 7
+_EXPIRES = re.compile(r"(?:\d+(?:\.\d+)?)?").fullmatch
+_PROXY_SCHEMES = ("http", "https", "socks5", "socks5h")
+_PROXY_ADVICE = "write one line such as http://host:8080 or socks5://user:password@host:1080 into it"
+
+
+def check_settings(settings: DownloadSettings) -> None:
+    """Find what would fail every download. Raises UsageError."""
+    least, most = settings.pause_s
+    if not 0 <= least <= most:
+        raise UsageError("The setting pause_s needs two numbers of seconds, the smaller one first; correct it.")
+    if settings.cookies is not None:
+        cookie_text(settings.cookies)
+    if settings.proxy_file is not None:
+        proxy_address(settings.proxy_file)
+
+
+def cookie_text(path: Path) -> str:
+    """The text of a Netscape cookie file. Raises UsageError if it cannot be read or is none.
+
+    yt-dlp takes a text stream as well as a file, and writes cookies back to what it was given: so it gets a copy in
+    memory. A line that it does not understand it would print, so there must be none.
+    """
+    lines = _read(path, "cookies").splitlines()
+    for number, line in enumerate(lines, 1):
+        fields = line.removeprefix("#HttpOnly_").split("\t")
+        if (line.startswith("#") and not line.startswith("#HttpOnly_")) or not line.strip():
+            continue
+        if len(fields) != _COOKIE_FIELDS or not _EXPIRES(fields[4]):
+            raise UsageError(
+                f"Line {number} of the file named by cookies is no cookie in Netscape format; export the file again."
+            )
+    return _HEADER + "\n".join(lines) + "\n"
+
+
+def proxy_address(path: Path) -> str:
+    """The one line of a proxy file: an http, https or socks5 address. Raises UsageError if it is anything else."""
+    lines = _read(path, "proxy_file").split("\n")
+    address = lines[0].strip()
+    try:
+        parts = urlsplit(address)
+        good = parts.scheme in _PROXY_SCHEMES and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        good = False
+    if (
+        not good
+        or any(lines[1:])
+        or re.search(r"\s", address)
+        or parts.path.strip("/")
+        or parts.query
+        or parts.fragment
+    ):
+        raise UsageError(f"The file named by proxy_file holds no address of a proxy; {_PROXY_ADVICE}.")
+    return address
+
+
+def _read(path: Path, setting: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        pass
+    raise UsageError(f"The file named by {setting} cannot be read as text; correct the setting or the file's rights.")

@@ -1,0 +1,51 @@
+"""How large a video may be, and how much of the disk it leaves free.
+
+Asked before the first byte, from what the server announces, and again while bytes arrive, since announcements are
+missing or wrong.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from curation.ingest.failures import FailureCode, StageError
+from curation.settings import DownloadSettings
+
+TOO_LARGE = "The video is larger than the setting max_video_mb allows."
+NO_ROOM = "The disk has less free space than the setting min_free_mb asks to leave."
+_LOOK_EVERY = 16 << 20  # bytes between two looks at the disk
+
+
+class Limits:
+    """The limits of one video. Sizes are bytes; what is exceeded is raised as StageError REFUSED or DISK_FULL."""
+
+    def __init__(self, settings: DownloadSettings, folder: Path, progress: Callable[[int, int], None] | None) -> None:
+        self._largest = settings.max_video_mb << 20
+        self._spare = settings.min_free_mb << 20
+        self._folder, self._progress = folder, progress
+        self._looked_at = 0
+
+    def room(self, size: int = 0) -> None:
+        """The disk must hold `size` more bytes and still have what is to be left free."""
+        if shutil.disk_usage(self._folder).free < self._spare + size:
+            raise StageError(FailureCode.DISK_FULL, NO_ROOM)
+
+    def announced(self, size: int, already: int = 0) -> None:
+        """A server says how large the video is; `already` of it are here. The clean copy made of it counts too."""
+        if size > self._largest:
+            raise StageError(FailureCode.REFUSED, TOO_LARGE)
+        self.room(2 * size - already)
+
+    def hook(self, state: dict[str, Any]) -> None:
+        """yt-dlp's progress hook: checks what has arrived, then tells the caller's progress."""
+        done = int(state.get("downloaded_bytes") or 0)
+        if done > self._largest:
+            raise StageError(FailureCode.REFUSED, TOO_LARGE)
+        if not self._looked_at <= done < self._looked_at + _LOOK_EVERY:  # smaller after a new beginning
+            self._looked_at = done
+            self.room()
+        if self._progress is not None:
+            self._progress(done, int(state.get("total_bytes") or state.get("total_bytes_estimate") or 0))

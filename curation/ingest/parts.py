@@ -1,0 +1,241 @@
+"""What is kept of a broken download, who may go on with it, and when it is thrown away.
+
+Everything that belongs to an unfinished video lies in <folder>/.parts/<video_key>/<work folder>/. A work folder is used
+by the process that holds the lock on it; the lock ends with its process, however that ends, and whoever asks next for
+the same video finds the folder free. What it finds there is believed only as far as a validator goes that the server
+gave before the first byte.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import Any
+
+from curation.files import atomic_path
+from curation.ingest.failures import FailureCode, StageError
+
+PARTS = ".parts"
+FETCHED = "fetched"
+PART = f"{FETCHED}.part"
+VALIDATOR = "validator.json"
+MAX_AGE_S = 24 * 3600.0
+_LOCK = "lock"
+_SWEEP_EVERY_S = 3600.0
+_SETTLED_S = 60.0  # RFC 9110, 8.8.2.2: a younger Last-Modified does not tell two versions apart
+_KEPT = frozenset({FailureCode.NETWORK, FailureCode.TIMEOUT, FailureCode.HTTP_5XX, FailureCode.RATE_LIMITED})
+_OLD_SCRATCH = re.compile(r"\.[0-9a-f]{16}\.\w+").fullmatch
+
+_swept: dict[Path, float] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Validator:
+    """How a server named the content that a part is the beginning of. `total` in bytes; etag is a strong one."""
+
+    format_id: str
+    total: int
+    etag: str | None
+    modified: str | None
+
+    @classmethod
+    def of(cls, format_id: str, response: Any) -> Validator | None:
+        """The validator in an answer's headers; None where they do not pin the content down."""
+        headers = response.headers
+        total = content_range(headers)[1] if response.status == 206 else number(headers.get("Content-Length"))
+        etag = headers.get("ETag")
+        if etag is not None and not etag.startswith('"'):
+            etag = None
+        modified = headers.get("Last-Modified")
+        if etag is None and not _settled(modified, headers.get("Date")):
+            return None
+        return None if not total or headers.get("Content-Encoding") else cls(format_id, total, etag, modified)
+
+    @property
+    def condition(self) -> str:
+        """The value of If-Range."""
+        return self.etag or self.modified or ""
+
+    def continued_by(self, response: Any, start: int) -> bool:
+        """Whether an answer is the rest of the same content from byte `start` on."""
+        headers = response.headers
+        if response.status != 206 or content_range(headers) != (start, self.total) or headers.get("Content-Encoding"):
+            return False
+        etag, modified = headers.get("ETag"), headers.get("Last-Modified")
+        same = etag == self.etag if self.etag else modified == self.modified
+        return same and modified in (None, self.modified)
+
+    def write(self, work: Path) -> None:
+        """Put it beside the part that is about to begin."""
+        with atomic_path(work / VALIDATOR) as path:
+            path.write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+    @classmethod
+    def read(cls, work: Path) -> Validator | None:
+        """The validator of the part in a work folder; None where there is no part that may be continued."""
+        try:
+            validator = cls(**json.loads((work / VALIDATOR).read_text(encoding="utf-8")))
+            age = time.time() - (work / VALIDATOR).stat().st_mtime
+            size = (work / PART).stat().st_size
+        except (OSError, ValueError, TypeError):
+            return None
+        return validator if 0 < size <= validator.total and age < MAX_AGE_S else None
+
+
+def content_range(headers: Any) -> tuple[int | None, int | None]:
+    """First byte and total of a Content-Range header."""
+    match = re.fullmatch(r"bytes (\d{1,18})-\d{1,18}/(\d{1,18})", headers.get("Content-Range") or "")
+    return (int(match[1]), int(match[2])) if match else (None, None)
+
+
+def number(text: str | None) -> int | None:
+    """A header's count of bytes; None if it is none."""
+    return int(text) if text is not None and re.fullmatch(r"\d{1,18}", text) else None
+
+
+def _settled(modified: str | None, date: str | None) -> bool:
+    try:
+        changed = parsedate_to_datetime(modified or "").timestamp()
+        now = parsedate_to_datetime(date).timestamp() if date else time.time()
+    except ValueError:
+        return False
+    return now - changed >= _SETTLED_S
+
+
+def drop(work: Path) -> None:
+    """Forget the part of a work folder. The part goes first: bytes without a validator are never continued."""
+    (work / PART).unlink(missing_ok=True)
+    (work / VALIDATOR).unlink(missing_ok=True)
+
+
+def tidy(work: Path) -> None:
+    """Leave nothing in a work folder but a part that may be continued."""
+    kept = {_LOCK} if Validator.read(work) is None else {_LOCK, PART, VALIDATOR}
+    for path in work.iterdir():
+        if path.name in kept:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+@contextlib.contextmanager
+def workspace(folder: Path, video_key: str) -> Iterator[Path]:
+    """A folder for this process alone to fetch a video in: a free one with a part to go on with, or a new one.
+
+    folder: the run's videos folder. After a failure that may pass the part stays; else nothing does.
+    """
+    home = folder / PARTS / video_key
+    handle, work = _claim(home)
+    keep = False
+    try:
+        tidy(work)
+        yield work
+    except BaseException as error:
+        keep = error.code in _KEPT if isinstance(error, StageError) else not isinstance(error, OSError)
+        raise
+    finally:
+        if keep:
+            tidy(work)
+        if not keep or Validator.read(work) is None:
+            shutil.rmtree(work, ignore_errors=True)
+        os.close(handle)
+        _remove_if_empty(home)
+
+
+def discard(folder: Path, video_key: str) -> None:
+    """Remove all that was ever fetched of an unfinished video, as when it is to be forgotten."""
+    shutil.rmtree(folder / PARTS / video_key, ignore_errors=True)
+    _remove_if_empty(folder / PARTS / video_key)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes left below a videos folder and nobody may go on with.
+
+    Safe beside running downloads. Where the file system has no locks, only what was untouched for a day is removed.
+    """
+    for home in _listed(folder / PARTS):
+        for work in _listed(home):
+            handle = _lock(work)
+            if (handle is not None and Validator.read(work) is None) or _untouched(work):
+                shutil.rmtree(work, ignore_errors=True)
+            if handle is not None:
+                os.close(handle)
+        _remove_if_empty(home)
+    for path in _listed(folder):
+        if _OLD_SCRATCH(path.name) and _untouched(path):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def sweep_now_and_then(folder: Path) -> None:
+    """sweep(), once in a process for a folder, and again after an hour."""
+    now, key = time.monotonic(), folder.absolute()
+    if now - _swept.get(key, -_SWEEP_EVERY_S) >= _SWEEP_EVERY_S:
+        _swept[key] = now
+        sweep(folder)
+
+
+def _claim(home: Path) -> tuple[int, Path]:
+    for work in sorted(_listed(home)):
+        if (handle := _lock(work)) is not None:
+            return handle, work
+    while True:  # another process may remove the empty folders between the steps
+        with contextlib.suppress(FileNotFoundError):
+            home.mkdir(parents=True, exist_ok=True)
+            work = Path(tempfile.mkdtemp(dir=home))
+            if (handle := _lock(work, new=True)) is not None:
+                return handle, work
+
+
+def _lock(work: Path, *, new: bool = False) -> int | None:
+    """Lock a work folder; None if another holds it, or it is gone. A new one may be used where locks are missing."""
+    try:
+        handle = os.open(work / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):  # gone, or another user's
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held = True
+    except BlockingIOError:
+        held = False
+    except OSError:
+        held = new
+    try:
+        if held and os.fstat(handle).st_ino == (work / _LOCK).stat().st_ino:
+            return handle
+    except FileNotFoundError:  # it was removed before the lock was got
+        pass
+    os.close(handle)
+    return None
+
+
+def _listed(folder: Path) -> list[Path]:
+    try:
+        return [Path(entry.path) for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False)]
+    except FileNotFoundError:
+        return []
+
+
+def _untouched(work: Path) -> bool:
+    try:
+        latest = max(path.stat().st_mtime for path in (work, *work.rglob("*")))
+    except FileNotFoundError:  # somebody is at it
+        return False
+    return time.time() - latest > MAX_AGE_S
+
+
+def _remove_if_empty(home: Path) -> None:
+    for path in (home, home.parent):
+        with contextlib.suppress(OSError):
+            path.rmdir()

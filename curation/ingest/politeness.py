@@ -1,0 +1,137 @@
+"""How often a platform is asked, by all workers of a session together.
+
+The times themselves live in the catalog, which every worker shares; the gate only asks it for a turn and waits for it.
+It sends nothing, and it stores no host name: a plain link's host goes into the catalog as a short hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+from urllib.parse import urlsplit
+
+from curation.ingest.failures import FailureCode, StageError
+from curation.manifest import ClipRef
+from curation.settings import DownloadSettings
+
+MAX_PATIENCE_S = 900.0  # longer waits are not slept through: the worker goes on with other videos
+
+_CLOSES = (FailureCode.BOT_CHECK, FailureCode.RATE_LIMITED)
+
+
+class Answer(Protocol):
+    """What the catalog says to a worker that wants to ask a service; the meaning of the fields is at Turn."""
+
+    @property
+    def wait_s(self) -> float: ...
+    @property
+    def blocked(self) -> FailureCode | None: ...
+    @property
+    def until(self) -> float: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A reserved time, `wait_s` seconds from now; or, with `blocked` set, none before the unix time `until`."""
+
+    wait_s: float
+    blocked: FailureCode | None = None
+    until: float = 0.0
+
+
+class Turns(Protocol):
+    """The catalog's side: atomic across processes and machines, by one clock."""
+
+    def take_turn(self, service: str, session: str, *, per_hour: int, pause_s: float) -> Answer:
+        """Reserve the next time at least `pause_s` after the last one, at most `per_hour` (0: any) in an hour."""
+        ...
+
+    def block(self, service: str, session: str, code: FailureCode, retry_after_s: float | None) -> float:
+        """Open the breaker, longer each time in a row and never shorter than asked; the unix time it ends."""
+        ...
+
+    def unblock(self, service: str, session: str) -> None:
+        """Close the breaker."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Blocked:
+    """This service may not be asked before the unix time `until`."""
+
+    code: FailureCode
+    until: float
+
+
+class Gate:
+    """Called around every fetch: wait, then failed or succeeded. One gate may serve many videos of many platforms."""
+
+    def __init__(
+        self,
+        catalog: Turns,
+        settings: DownloadSettings,
+        *,
+        sleep: Callable[[float], None] = time.sleep,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self._catalog, self._settings = catalog, settings
+        self._sleep, self._now = sleep, now
+        self._reserved: dict[str, float] = {}  # times that lie too far ahead to wait for, until they come near
+
+    def wait(self, ref: ClipRef) -> Blocked | None:
+        """Sleep until this video's platform may be asked; Blocked at once if that is over MAX_PATIENCE_S away.
+
+        A time that was reserved and is too far away is kept for a later call, so that it is not reserved in vain.
+        """
+        service = service_of(ref)
+        if service is None:
+            return None
+        now = self._now()
+        at = self._reserved.get(service, now - 1)
+        if at < now:  # none, or one that passed unused and may lie close to another worker's by now
+            self._reserved.pop(service, None)
+            polite = ref.platform != "http"
+            turn = self._catalog.take_turn(
+                service,
+                self._settings.session,
+                per_hour=self._settings.videos_per_hour if polite else 0,
+                pause_s=random.uniform(*self._settings.pause_s) if polite else 0.0,
+            )
+            if turn.blocked is not None:
+                return Blocked(turn.blocked, turn.until)
+            at = now + turn.wait_s
+        if at - now > MAX_PATIENCE_S:
+            self._reserved[service] = at
+            return Blocked(FailureCode.RATE_LIMITED, at)
+        self._reserved.pop(service, None)
+        if at > now:
+            self._sleep(at - now)
+        return None
+
+    def failed(self, ref: ClipRef, error: StageError) -> None:
+        """A service that takes this machine for a robot, or asks for fewer requests, is left alone by all workers."""
+        service = service_of(ref)
+        if service is not None and error.code in _CLOSES:
+            self._reserved.pop(service, None)
+            self._catalog.block(service, self._settings.session, error.code, error.retry_after_s)
+
+    def succeeded(self, ref: ClipRef) -> None:
+        """A service that gave a video has nothing against this machine."""
+        service = service_of(ref)
+        if service is not None:
+            self._catalog.unblock(service, self._settings.session)
+
+
+def service_of(ref: ClipRef) -> str | None:
+    """What turns are taken for: a platform; "http-" and 12 hex digits for a host and port; None for a local file."""
+    if ref.platform == "local":
+        return None
+    if ref.platform != "http":
+        return ref.platform
+    parts = urlsplit(ref.video_id)
+    port = parts.port or {"http": 80, "https": 443}[parts.scheme]
+    return "http-" + hashlib.sha256(f"{parts.hostname}:{port}".encode()).hexdigest()[:12]
