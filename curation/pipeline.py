@@ -41,6 +41,7 @@ def preflight(settings: Settings) -> Settings:
     """
     from curation.evaluate import detector_ready
     from curation.ffmpeg import ffmpeg_exe
+    from curation.ingest.access import check_settings
     from curation.teach.depth import check_teacher
 
     forget_cached()
@@ -57,18 +58,20 @@ def preflight(settings: Settings) -> Settings:
     weights = find_weights(settings.observe.detector or policy.detector)
     observe_settings = settings.observe.model_copy(update={"detector": str(weights)})
     detector_ready(str(weights), observe_settings)
-    root = settings.download.local_root
-    if root is not None:
-        root = root.expanduser().absolute()
-        if not root.is_dir():
-            raise UsageError(f"The folder of local videos {root} is not there; correct --local-root.")
+    download_settings = settings.download
+    places = {name: getattr(download_settings, name) for name in ("local_root", "cookies", "proxy_file")}
+    places = {name: path and path.expanduser().absolute() for name, path in places.items()}
+    if places["local_root"] is not None and not places["local_root"].is_dir():
+        raise UsageError(f"The folder of local videos {places['local_root']} is not there; correct --local-root.")
+    download_settings = download_settings.model_copy(update=places)
+    check_settings(download_settings)
     settings = settings.model_copy(
         update={
             "out": out,
             "policy": find_policy(settings.policy),
             "observe": observe_settings,
             "teacher": check_teacher(settings.teacher),
-            "download": settings.download.model_copy(update={"local_root": root}),
+            "download": download_settings,
         }
     )
     Catalog(settings.database)

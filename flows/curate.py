@@ -62,10 +62,9 @@ def curate(
     catalog_url: str | None = None,
     storage: str | None = None,
     lease_s: Annotated[float, Field(ge=3)] = 120.0,
-    download_session: str = _DOWNLOAD.session,
+    session: str = _DOWNLOAD.session,
     videos_per_hour: Annotated[int, Field(ge=0)] = _DOWNLOAD.videos_per_hour,
-    min_pause_s: Annotated[float, Field(ge=0)] = _DOWNLOAD.pause_s[0],
-    max_pause_s: Annotated[float, Field(ge=0)] = _DOWNLOAD.pause_s[1],
+    pause_s: tuple[float, float] = _DOWNLOAD.pause_s,
     bytes_per_s: Annotated[int | None, Field(ge=1)] = None,
     max_video_mb: Annotated[int, Field(ge=1)] = _DOWNLOAD.max_video_mb,
     min_free_mb: Annotated[int, Field(ge=0)] = _DOWNLOAD.min_free_mb,
@@ -112,10 +111,9 @@ def curate(
         storage: An fsspec URL, such as s3://bucket/run, where machines share videos, measurements and shards; empty
             takes UNISH_STORAGE, or keeps everything in the output folder.
         lease_s: A run that is silent for so long loses its batches to others on the same catalog.
-        download_session: A name for the address that platforms see; workers behind one address share its rates.
+        session: A name for the address that platforms see; workers behind one address share its rates.
         videos_per_hour: At most so many videos per platform and session; 0 for no limit.
-        min_pause_s: Least seconds between two videos of a platform.
-        max_pause_s: Most seconds of the pause, which is drawn anew each time.
+        pause_s: Least and most seconds between two videos of a platform.
         bytes_per_s: No video is fetched faster than this.
         max_video_mb: Larger videos are not fetched.
         min_free_mb: Disk space that a download leaves free.
@@ -147,9 +145,9 @@ def curate(
                 http_hosts=tuple(http_hosts),
                 local_root=local_root,
                 allow_loopback=allow_loopback,
-                session=download_session,
+                session=session,
                 videos_per_hour=videos_per_hour,
-                pause_s=(min_pause_s, max_pause_s),
+                pause_s=pause_s,
                 bytes_per_s=bytes_per_s,
                 max_video_mb=max_video_mb,
                 min_free_mb=min_free_mb,
