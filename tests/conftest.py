@@ -58,7 +58,13 @@ def yolo11n() -> Path:
 
 
 @pytest.fixture(scope="session")
-def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def clips(small_clips: Path) -> Path:
+    """Short clips; some folders of tests have others of their own."""
+    return small_clips
+
+
+@pytest.fixture(scope="session")
+def small_clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of short clips (2 s, 12 frames a second), one cut in the middle, one broken."""
     folder = tmp_path_factory.mktemp("clips")
     sources = {"bars": "testsrc2=s=320x180", "set": "testsrc2=s=180x320", "count": "testsrc=s=256x256"}
