@@ -231,7 +231,8 @@ class Catalog(Leases, Turns):
             last = {(row["stage"], row["clip_id"]): row for row in rows}
             for stage in {stage for stage, _ in last}:
                 tried = attempts.c.clip_id.in_([clip_id for other, clip_id in last if other == stage])
-                earlier = sa.update(attempts).where(attempts.c.stage == stage, tried, UNRESOLVED)
+                # not UNRESOLVED, or SQLite would look for few clips among all failures of the stage
+                earlier = sa.update(attempts).where(attempts.c.stage == stage, tried, attempts.c.unresolved)
                 connection.execute(earlier.values(unresolved=False))
             for row in rows:
                 row["unresolved"] = row["code"] is not None and row is last[row["stage"], row["clip_id"]]
@@ -323,17 +324,19 @@ class Catalog(Leases, Turns):
         or any), or failed for good. A transient failure is not: another try will want the video.
         """
 
-        def found(table: sa.Table, *conditions: sa.ColumnElement[bool]) -> sa.Exists:
-            return sa.exists().where(table.c.clip_id == clips.c.clip_id, *conditions)
+        def found(table: sa.Table, beside: sa.Table, *conditions: sa.ColumnElement[bool]) -> sa.Exists:
+            return sa.exists().where(table.c.clip_id == beside.c.clip_id, *conditions)
 
-        decided = verdicts.c.policy_hash == policy_hash
         of_run = [] if provenance_hash is None else [outputs.c.provenance_hash == provenance_hash]
+        decision = verdicts.c.decision
+        enough = sa.or_(
+            decision == "reject",
+            (decision == "unknown") & found(observations, verdicts, observations.c.kind == "full"),
+            (decision == "accept") & found(outputs, verdicts, *of_run),
+        )
         finished = sa.or_(
-            found(verdicts, decided, verdicts.c.decision == "reject"),
-            found(verdicts, decided, verdicts.c.decision == "unknown")
-            & found(observations, observations.c.kind == "full"),
-            found(verdicts, decided, verdicts.c.decision == "accept") & found(outputs, *of_run),
-            found(attempts, UNRESOLVED, attempts.c.transient.is_(sa.false())),
+            found(verdicts, clips, verdicts.c.policy_hash == policy_hash, enough),
+            found(attempts, clips, UNRESOLVED, attempts.c.transient.is_(sa.false())),
         )
         wanted = sa.exists().where(clips.c.video_key == videos.c.video_key, ~finished)
         asked = sa.select(videos).where(PRESENT, ~wanted).order_by(videos.c.downloaded_at, videos.c.video_key)
@@ -561,7 +564,12 @@ def _verdict(row: sa.Row[Any]) -> Verdict:
 
 def _criterion_json(result: CriterionResult) -> dict[str, Any]:
     measured = {name: float(value) for name, value in result.measured.items() if math.isfinite(value)}
-    return asdict(result) | {"measured": measured}
+    return {
+        "criterion": result.criterion,
+        "outcome": result.outcome,
+        "reasons": list(result.reasons),
+        "measured": measured,
+    }
 
 
 def _relative(path: str | PurePosixPath) -> str:

@@ -57,6 +57,7 @@ sa.Index(
     videos.c.downloaded_at,
     videos.c.video_key,
     videos.c.size_bytes,
+    videos.c.present,  # or SQLite would look at the rows all the same
     sqlite_where=PRESENT,
     postgresql_where=PRESENT,
 )
@@ -83,6 +84,7 @@ sa.Index(
     attempts.c.stage,
     attempts.c.code,
     attempts.c.clip_id,
+    attempts.c.unresolved,  # or SQLite would look at the rows all the same
     sqlite_where=UNRESOLVED,
     postgresql_where=UNRESOLVED,
 )

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.util
 import multiprocessing
 import os
 import pickle
-import pwd
 import random
 import re
 import shutil
 import signal
 import socket
 import sqlite3
-import subprocess
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar
 
 import pytest
@@ -86,43 +86,27 @@ def empty_catalog(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def postgres() -> Iterator[str]:
-    """URL of a PostgreSQL server of our own, on a free loopback port, in a temporary folder."""
-    if find_spec("psycopg") is None:
-        pytest.skip("no psycopg: install the `postgres` extra")
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin")) or [Path(shutil.which("postgres") or "/none").parent]
-    programs = found[-1]
-    if not (programs / "initdb").exists():
-        pytest.skip("no PostgreSQL server programs on this machine")
-    folder = Path(tempfile.mkdtemp(prefix="unish-postgres-"))
-    user = None
-    if os.getuid() == 0:  # the server refuses to run as root
-        user = "nobody"
-        os.chown(folder, pwd.getpwnam(user).pw_uid, -1)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    data = folder / "data"
+def bench() -> ModuleType:
+    """The benchmark, which makes catalogs and servers."""
+    path = Path(__file__).parents[2] / "benchmarks" / "catalog.py"
+    spec = importlib.util.spec_from_file_location("benchmarks_catalog", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def postgres(bench: ModuleType) -> Iterator[str]:
+    """URL of a PostgreSQL server of our own."""
+    server = bench.postgres_server("-c", "fsync=off")
     try:
-        make = [str(programs / "initdb"), "-D", str(data), "-U", "unish", "-A", "trust", "-E", "UTF8", "--no-sync"]
-        subprocess.run(make, user=user, cwd=folder, check=True, stdout=subprocess.DEVNULL)
-        serve = [str(programs / "postgres"), "-D", str(data), "-h", "127.0.0.1", "-p", str(port), "-k", str(folder)]
-        server = subprocess.Popen([*serve, "-c", "fsync=off"], user=user, cwd=folder, stderr=subprocess.DEVNULL)
-        try:
-            url = f"postgresql://unish@127.0.0.1:{port}/postgres"
-            deadline = time.monotonic() + 60
-            while time.monotonic() < deadline and server.poll() is None:
-                try:
-                    Catalog(url)
-                    break
-                except UsageError:
-                    time.sleep(0.1)
-            yield url
-        finally:
-            server.send_signal(signal.SIGINT)  # "fast": ends without waiting for clients
-            server.wait(timeout=60)
-    finally:
-        shutil.rmtree(folder)
+        url = server.__enter__()
+    except UsageError as error:
+        pytest.skip(str(error))
+    with ExitStack() as stack:
+        stack.push(server)
+        yield url
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -860,7 +844,7 @@ def test_a_clip_added_to_a_downloaded_video_is_downloaded(catalog: Catalog) -> N
 def add_clips(url: str, number: int, barrier: multiprocessing.synchronize.Barrier) -> None:
     catalog = Catalog(url)
     barrier.wait(timeout=60)
-    for video in range(60):
+    for video in range(30):
         if number == 0:
             catalog.record_video(ref(video).video_key, video_file(), "videos/k/video.mp4")
         else:
@@ -871,13 +855,13 @@ def add_clips(url: str, number: int, barrier: multiprocessing.synchronize.Barrie
 
 def test_counts_hold_while_clips_videos_and_failures_come_at_once(url: str) -> None:
     catalog = Catalog(url)
-    catalog.register([ref(video) for video in range(60)])
+    catalog.register([ref(video) for video in range(30)])
     barrier = SPAWN.Barrier(3)
     run_together([SPAWN.Process(target=add_clips, args=(url, number, barrier)) for number in range(3)])
     counts = catalog.funnel(None, POLICY)
-    assert counts == catalog.funnel([ref(video, number) for video in range(60) for number in range(3)], POLICY)
-    assert counts.clips == counts.downloaded == 180
-    last = [catalog.clip(ref(video).clip_id).attempts[-1] for video in range(60)]
+    assert counts == catalog.funnel([ref(video, number) for video in range(30) for number in range(3)], POLICY)
+    assert counts.clips == counts.downloaded == 90
+    last = [catalog.clip(ref(video).clip_id).attempts[-1] for video in range(30)]
     assert catalog.failures() == sorted((a for a in last if a.code), key=lambda attempt: attempt.clip_id)
 
 
@@ -979,6 +963,7 @@ def test_every_query_uses_an_index(tmp_path: Path) -> None:
     catalog.funnel(None, POLICY, digest)
     catalog.failures()
     catalog.failures(code=FailureCode.GEO)
+    catalog.present_bytes()
     whole_catalog = len(statements)
     catalog.funnel(some, POLICY)
     catalog.funnel(some, POLICY, digest)
@@ -1007,6 +992,19 @@ def test_every_query_uses_an_index(tmp_path: Path) -> None:
                 ):
                     scans.add((step, statement))
     assert scans == set()
+
+
+def test_the_benchmark_makes_a_catalog_that_holds_together(url: str, bench: ModuleType) -> None:
+    """What it writes past the Catalog is what the Catalog would have written: all and some are counted alike."""
+    shown: list[int] = []
+    catalog = bench.fill(url, 2000, shown.append)
+    assert shown == [2000]
+    counts = catalog.funnel(None, bench.POLICY)
+    assert counts == catalog.funnel([bench.ref(number) for number in range(2000)], bench.POLICY)
+    assert (counts.clips, counts.downloaded, counts.observed, sum(counts.failed.values())) == (2000, 1800, 1800, 200)
+    assert counts.accepted + counts.rejected == 1800
+    assert len(catalog.leases()) == bench.LEASES
+    assert all(milliseconds > 0 for milliseconds in bench.measure(catalog, 2000, 1).values())
 
 
 # -------------------------------------------------------------------------------------------------------- invariants

@@ -37,12 +37,16 @@ def upgrade() -> None:
         "UPDATE attempts SET unresolved = true WHERE code IS NOT NULL AND NOT EXISTS (SELECT 1 FROM attempts AS later "
         "WHERE later.clip_id = attempts.clip_id AND later.stage = attempts.stage AND later.id > attempts.id)"
     )
-    _create_partial_index("ix_attempts_unresolved", "attempts", ["stage", "code", "clip_id"], "unresolved")
+    _create_partial_index(
+        "ix_attempts_unresolved", "attempts", ["stage", "code", "clip_id", "unresolved"], "unresolved"
+    )
     op.drop_index("ix_attempts_failed", "attempts")
     op.add_column("videos", sa.Column("clips", sa.Integer, nullable=False, server_default="0"))
     op.execute("UPDATE videos SET clips = (SELECT count(*) FROM clips WHERE clips.video_key = videos.video_key)")
     op.create_index("ix_videos_clips", "videos", ["clips"])
-    _create_partial_index("ix_videos_present", "videos", ["downloaded_at", "video_key", "size_bytes"], "present")
+    _create_partial_index(
+        "ix_videos_present", "videos", ["downloaded_at", "video_key", "size_bytes", "present"], "present"
+    )
 
 
 def _create_partial_index(name: str, table: str, columns: list[str], flag: str) -> None:
