@@ -116,6 +116,7 @@ class Queue(Generic[Work]):
         self._claims, self._finished, self._trusting = claims, finished, trusting
         self._fresh = deque(work)
         self._held: deque[Work] = deque()
+        self._later: list[Work] = []
         self.passed: list[Work] = []
 
     @property
@@ -144,6 +145,18 @@ class Queue(Generic[Work]):
             self._held.append(work)
         return None
 
-    def leave(self, work: Work) -> None:
-        """Give a piece back, done or not."""
+    def leave(self, work: Work, *, later: bool = False) -> None:
+        """Give a piece back, done or not; to be offered again after `resume` if it should be."""
         self._claims.leave(work.batch_id)
+        if later:
+            self._later.append(work)
+
+    @property
+    def postponed(self) -> int:
+        """Pieces to be offered again after `resume`."""
+        return len(self._later)
+
+    def resume(self) -> None:
+        """Offer again what was left for later."""
+        self._fresh.extend(self._later)
+        self._later.clear()

@@ -77,6 +77,7 @@ def run(
     catalog_url: CatalogUrl = None,
     storage: Storage = None,
     lease_s: Annotated[float, typer.Option(help="A worker silent for so long loses its batches.")] = 120.0,
+    patience_s: Annotated[float, typer.Option(help="How long to wait for a platform to be asked again.")] = 3600.0,
     session: Annotated[str, typer.Option(help="Workers behind one address share a name, and its rates.")] = "default",
     videos_per_hour: Annotated[int, typer.Option(help="Per platform and session; 0 for no limit.")] = 250,
     pause: Annotated[tuple[float, float], typer.Option(help="Least and most seconds between videos.")] = (
@@ -115,6 +116,7 @@ def run(
         catalog_url=catalog_url,
         storage=storage,
         lease_s=lease_s,
+        patience_s=patience_s,
     )  # fmt: skip
     for code in settings.retry:
         if code not in set(FailureCode):

@@ -31,6 +31,7 @@ from curation.storage import Store
 from curation.workers import spread
 
 POLL_S = 2.0  # how often work that other workers hold is asked for
+_SCRATCH_S = 3600.0  # how long a machine keeps its copy of a video that is in the shared storage
 _AHEAD = 2  # batches fetched before they are observed: enough to hide the network, little enough to bound the disk
 
 
@@ -90,7 +91,7 @@ def check_refs(refs: Sequence[ClipRef], settings: Settings) -> None:
 def download(settings: Settings, batch: Batch, progress: Progress | None = None) -> StageReport:
     """Fetch the videos that this batch still needs, one after the other, each once.
 
-    A platform that asked to be left alone is left alone: its clips are postponed, for another run to fetch.
+    A platform that asked to be left alone is left alone: its clips are postponed.
     """
     from curation.ingest.download import download as fetch
     from curation.ingest.politeness import Gate
@@ -107,6 +108,7 @@ def download(settings: Settings, batch: Batch, progress: Progress | None = None)
     for ref in wanted:
         by_video.setdefault(ref.video_key, []).append(ref)
     gate = Gate(state.catalog, settings.download)
+    state.store.release_older("videos/*/video.*", _SCRATCH_S)  # on a cluster, another machine may have used them
     for key, clips in by_video.items():
         if gate.wait(clips[0]) is not None:
             log.postpone(len(clips))
@@ -295,7 +297,7 @@ def run(settings: Settings, refs: Sequence[ClipRef], progress: Callable[[str, in
 
     def advance(batch: Batch, *stages: str) -> None:
         for stage in stages:
-            done[stage] += len(batch.refs)
+            done[stage] = min(done[stage] + len(batch.refs), len(refs))
             if progress is not None:
                 progress(stage, done[stage], len(refs))
 
@@ -320,10 +322,8 @@ def run(settings: Settings, refs: Sequence[ClipRef], progress: Callable[[str, in
                     judge(settings, batch)
                     teach(settings, batch, shown("teach"))
                     advance(batch, "teach")
-                    queue.leave(batch)
-                elif queue.waiting:
-                    time.sleep(POLL_S)
-                else:
+                    leave(settings, queue, batch)
+                elif not wait_for_more(settings, queue):
                     break
     finally:
         fetcher.shutdown(wait=False, cancel_futures=True)  # a failure or Ctrl-C must not wait for a slow download
@@ -340,6 +340,32 @@ def shared_work(settings: Settings, batches: Sequence[Batch]) -> Iterator[Queue[
     state = state_of(settings)
     with Claims(state.catalog, settings.out, settings.lease_s) as claims:
         yield Queue(claims, batches, state.finished, trusting=state.store.shared)
+
+
+def leave(settings: Settings, queue: Queue[Batch], batch: Batch) -> None:
+    """Give back a batch; one with clips of a platform that must be left alone now is tried again later."""
+    state = state_of(settings)
+    queue.leave(batch, later=bool(state.catalog.blocks()) and not state.finished(batch))
+
+
+def wait_for_more(settings: Settings, queue: Queue[Batch]) -> bool:
+    """Wait a little for what other workers hold, or for a platform that asked to be left alone; False to end the run.
+
+    What must be left alone for longer than `settings.patience_s` is for another run.
+    """
+    if queue.waiting:
+        time.sleep(POLL_S)
+        return True
+    if not queue.postponed:
+        return False
+    catalog = state_of(settings).catalog
+    blocks = catalog.blocks()
+    if blocks and min(block.until for block in blocks) - time.time() > settings.patience_s:
+        return False
+    while blocks and catalog.blocks() == blocks:
+        time.sleep(POLL_S)
+    queue.resume()
+    return True
 
 
 def postponed(platform: str, until: float) -> str:

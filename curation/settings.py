@@ -76,6 +76,7 @@ class Settings(BaseModel):
     retry: tuple[str, ...] = Field((), description="Failure codes to try again although they are permanent.")
     catalog_url: str | None = Field(None, description="SQLAlchemy URL; None is SQLite in the output folder.")
     lease_s: float = Field(120.0, ge=3, description="Batches of a worker that is silent for so long go to others.")
+    patience_s: float = Field(3600.0, ge=0, description="A run waits so long for a platform to be asked again.")
     storage: str | None = Field(None, pattern=r"^[a-z][a-z0-9+]*://.", description="fsspec URL shared by machines.")
 
     @property

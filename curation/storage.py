@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -116,6 +117,14 @@ class Store:
         if self.shared:
             for name in names:
                 self.path(name).unlink(missing_ok=True)
+
+    def release_older(self, pattern: str, seconds: float) -> None:
+        """`release` every file of this disk whose name fits the pattern and that was written so long ago."""
+        if self.shared:
+            for path in self.root.glob(pattern):
+                with suppress(FileNotFoundError):
+                    if time.time() - path.stat().st_mtime > seconds:
+                        path.unlink()
 
     def sizes(self, folder: str) -> dict[str, int]:
         """The files directly in a folder, by name within it, with their bytes: behind the URL, or without one here."""

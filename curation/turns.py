@@ -81,6 +81,7 @@ class Turns:
     def block(self, service: str, session: str, code: FailureCode, retry_after_s: float | None) -> float:
         """Open the breaker for 15 min, 1 h, 4 h, 12 h by consecutive blocks, or what was asked for, up to a week.
 
+        The first in a row that says how long is believed, also if that is short; a second one is not.
         Where it is open already, another block counts as the same one, and can only lengthen it. Returns its end.
         """
         asked_s = min(retry_after_s or 0.0, LONGEST_S)
@@ -92,7 +93,8 @@ class Turns:
                 connection.execute(sa.update(breakers).where(_of(breakers, service, session)).values(until=until))
                 return until
             strikes = 1 if breaker is None else breaker.strikes + 1
-            until = now + max(LADDER_S[min(strikes, len(LADDER_S)) - 1], asked_s)
+            step_s = LADDER_S[min(strikes, len(LADDER_S)) - 1]
+            until = now + (max(1.0, asked_s) if strikes == 1 and asked_s else max(step_s, asked_s))
             row = {"service": service, "session": session, "code": code.value, "until": until, "strikes": strikes}
             self._database.upsert(connection, breakers, [row | {"probing": False}])
         return until

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections import deque
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, cast
@@ -62,6 +61,7 @@ def curate(
     catalog_url: str | None = None,
     storage: str | None = None,
     lease_s: Annotated[float, Field(ge=3)] = 120.0,
+    patience_s: Annotated[float, Field(ge=0)] = 3600.0,
     session: str = _DOWNLOAD.session,
     videos_per_hour: Annotated[int, Field(ge=0)] = _DOWNLOAD.videos_per_hour,
     pause_s: tuple[float, float] = _DOWNLOAD.pause_s,
@@ -111,6 +111,7 @@ def curate(
         storage: An fsspec URL, such as s3://bucket/run, where machines share videos, measurements and shards; empty
             takes UNISH_STORAGE, or keeps everything in the output folder.
         lease_s: A run that is silent for so long loses its batches to others on the same catalog.
+        patience_s: A platform that must be left alone for longer is left to another run.
         session: A name for the address that platforms see; workers behind one address share its rates.
         videos_per_hour: At most so many videos per platform and session; 0 for no limit.
         pause_s: Least and most seconds between two videos of a platform.
@@ -178,6 +179,7 @@ def curate(
             retry=tuple(retry),
             catalog_url=catalog_url or os.environ.get("UNISH_CATALOG_URL"),
             lease_s=lease_s,
+            patience_s=patience_s,
             storage=storage or os.environ.get("UNISH_STORAGE"),
         )
         _refuse_relative(manifest, out, local_root, cookies, proxy_file)
@@ -247,13 +249,11 @@ def _work(runner: TaskRunner[Any], settings: Settings, batches: list[Batch], lan
                 chains.append(_Chain(batch, futures))
                 open_chains.append(chains[-1])
                 del chains[:-lanes]
-                before += len(batch.refs)
+                before = min(before + len(batch.refs), total)
             if open_chains:
                 unfinished += _finish(open_chains[0])
-                queue.leave(open_chains.popleft().batch)
-            elif queue.waiting:
-                time.sleep(pipeline.POLL_S)
-            else:
+                pipeline.leave(settings, queue, open_chains.popleft().batch)
+            elif not pipeline.wait_for_more(settings, queue):
                 return unfinished
 
 

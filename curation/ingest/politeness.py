@@ -18,7 +18,9 @@ from curation.ingest.failures import FailureCode, StageError
 from curation.manifest import ClipRef
 from curation.settings import DownloadSettings
 
-MAX_PATIENCE_S = 900.0  # longer waits are not slept through: the worker goes on with other videos
+MAX_PATIENCE_S = 3660.0  # an hourly budget is always waited for; longer waits are not slept through
+
+NAP_S = 60.0  # a breaker that opens for less is waited for
 
 _CLOSES = (FailureCode.BOT_CHECK, FailureCode.RATE_LIMITED)
 
@@ -46,7 +48,7 @@ class Turn:
 class Turns(Protocol):
     """The catalog's side: atomic across processes and machines, by one clock."""
 
-    def take_turn(self, service: str, session: str, *, per_hour: int, pause_s: float) -> Answer:
+    def take_turn(self, service: str, session: str, *, per_hour: int, pause_s: float, patience_s: float) -> Answer:
         """Reserve the next time at least `pause_s` after the last one, at most `per_hour` (0: any) in an hour."""
         ...
 
@@ -80,43 +82,34 @@ class Gate:
     ) -> None:
         self._catalog, self._settings = catalog, settings
         self._sleep, self._now = sleep, now
-        self._reserved: dict[str, float] = {}  # times that lie too far ahead to wait for, until they come near
 
     def wait(self, ref: ClipRef) -> Blocked | None:
-        """Sleep until this video's platform may be asked; Blocked at once if that is over MAX_PATIENCE_S away.
-
-        A time that was reserved and is too far away is kept for a later call, so that it is not reserved in vain.
-        """
+        """Sleep until this video's platform may be asked; Blocked at once if that is over MAX_PATIENCE_S away."""
         service = service_of(ref)
         if service is None:
             return None
-        now = self._now()
-        at = self._reserved.get(service, now - 1)
-        if at < now:  # none, or one that passed unused and may lie close to another worker's by now
-            self._reserved.pop(service, None)
-            polite = ref.platform != "http"
+        polite = ref.platform != "http"
+        while True:
             turn = self._catalog.take_turn(
                 service,
                 self._settings.session,
                 per_hour=self._settings.videos_per_hour if polite else 0,
                 pause_s=random.uniform(*self._settings.pause_s) if polite else 0.0,
+                patience_s=MAX_PATIENCE_S,
             )
-            if turn.blocked is not None:
+            if turn.blocked is None:
+                if turn.wait_s > 0:
+                    self._sleep(turn.wait_s)
+                return None
+            left = turn.until - self._now()
+            if left > NAP_S:
                 return Blocked(turn.blocked, turn.until)
-            at = now + turn.wait_s
-        if at - now > MAX_PATIENCE_S:
-            self._reserved[service] = at
-            return Blocked(FailureCode.RATE_LIMITED, at)
-        self._reserved.pop(service, None)
-        if at > now:
-            self._sleep(at - now)
-        return None
+            self._sleep(max(1.0, left))
 
     def failed(self, ref: ClipRef, error: StageError) -> None:
         """A service that takes this machine for a robot, or asks for fewer requests, is left alone by all workers."""
         service = service_of(ref)
         if service is not None and error.code in _CLOSES:
-            self._reserved.pop(service, None)
             self._catalog.block(service, self._settings.session, error.code, error.retry_after_s)
 
     def succeeded(self, ref: ClipRef) -> None:

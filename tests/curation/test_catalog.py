@@ -718,6 +718,11 @@ def test_a_breaker_opens_longer_each_time_and_closes_with_a_success(catalog: Cat
     assert [turn().wait_s, turn().wait_s] == [5, 10]
     assert catalog.block("youtube", "me", limited, 7200) == clock[0] + 7200, "a first block again, but what was asked"
     assert catalog.block("youtube", "me", limited, 9000) == clock[0] + 9000
+    catalog.unblock("youtube", "me")
+    assert catalog.block("youtube", "me", limited, 3) == clock[0] + 3, "who says how long is believed"
+    clock[0] += 3
+    assert turn().blocked is None
+    assert catalog.block("youtube", "me", limited, 3) == clock[0] + 3600, "but not twice"
     assert catalog.block("youtube", "me", limited, 1e9) == clock[0] + 7 * 24 * 3600
     catalog.unblock("youtube", "nobody")
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -71,6 +73,19 @@ def test_copies_are_released_only_where_the_url_has_them(tmp_path: Path, url: st
         store.release(["x"])
         assert store.get("x") is not None
     assert not list((tmp_path / "a").glob(".x*"))
+
+
+def test_old_copies_go_young_ones_and_unshared_ones_stay(tmp_path: Path, url: str):
+    store, alone = Store(tmp_path / "a", url), Store(tmp_path / "b")
+    for each in (store, alone):
+        for name, age in (("videos/x/video.mp4", 100), ("videos/y/video.mp4", 0)):
+            write(each, name, b"x")
+            os.utime(each.path(name), (time.time() - age,) * 2)
+            each.put(name)
+        each.release_older("videos/*/video.*", 50)
+    assert [path.parent.name for path in sorted((tmp_path / "a").rglob("video.mp4"))] == ["y"]
+    assert len(list((tmp_path / "b").rglob("video.mp4"))) == 2
+    assert store.get("videos/x/video.mp4") is not None
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from prefect_place import Place
+from prefect_place import Place, wait_until
 from servers import serve
 
 from curation import pipeline
@@ -73,10 +73,7 @@ def test_twenty_kills_change_nothing(service: Place, videos: Path, seer: Path, t
             assert service.service("start").returncode == 0
             if not active(service):
                 make_run(service, parameters)
-            deadline = time.monotonic() + 60
-            while not flow_processes(service):
-                assert time.monotonic() < deadline, "no flow process came up"
-                time.sleep(0.1)
+            wait_until(lambda: bool(flow_processes(service)), "a flow process", 240)
             time.sleep(chance.uniform(0.0, 14.0))
             whom = chance.choice(sorted(hits))
             flows = flow_processes(service)

@@ -75,6 +75,7 @@ def test_every_parameter_reaches_the_settings(service, monkeypatch, tmp_path):
         "download_timeout_s": 9.0, "download_retries": 1, "http_hosts": ["example.org"], "local_root": tmp_path,
         "allow_loopback": True, "catalog_url": "sqlite:///c", "batch_clips": 2, "workers": 4, "shard_mb": 9,
         "retry": ["corrupt"], "storage": "file:///shared", "lease_s": 30.0, "session": "lab", "videos_per_hour": 60,
+        "patience_s": 60.0,
         "pause_s": [1.0, 2.0], "bytes_per_s": 10**6, "max_video_mb": 100, "min_free_mb": 10, "budget_mb": 1000,
         "cookies": tmp_path / "c", "proxy_file": tmp_path / "p",
     }  # fmt: skip
