@@ -99,13 +99,11 @@ def bench() -> ModuleType:
 @pytest.fixture(scope="session")
 def postgres(bench: ModuleType) -> Iterator[str]:
     """URL of a PostgreSQL server of our own."""
-    server = bench.postgres_server("-c", "fsync=off")
-    try:
-        url = server.__enter__()
-    except UsageError as error:
-        pytest.skip(str(error))
     with ExitStack() as stack:
-        stack.push(server)
+        try:
+            url = stack.enter_context(bench.postgres_server("-c", "fsync=off"))
+        except UsageError as error:
+            pytest.skip(str(error))
         yield url
 
 
