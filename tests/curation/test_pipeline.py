@@ -13,10 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from servers import Fault, serve
 
 from curation import pipeline
 from curation.batches import Funnel, read_batches
 from curation.catalog import Catalog
+from curation.ffmpeg import ffmpeg_exe
 from curation.files import sha256_file
 from curation.ingest.failures import FailureCode, UsageError
 from curation.manifest import ClipRef, write_manifest
@@ -278,3 +280,54 @@ def test_a_changed_policy_file_is_read_again(settings: Settings, tolerant: Path,
     assert pipeline.run(mine, REFS[:1]).accepted == 1
     policy.write_text(tolerant.read_text().replace("min_duration_s: 1.0", "min_duration_s: 99.0"))
     assert pipeline.run(mine, REFS[:1]).accepted == 0
+
+
+def test_a_platform_that_says_no_is_left_alone_and_others_go_on(settings: Settings, clips: Path):
+    with serve(clips, {"/bars.mp4": Fault(status=429, headers={"Retry-After": "7200"})}) as no, serve(clips) as yes:
+        links = [ClipRef("http", no.url("/bars.mp4")), ClipRef("http", no.url("/set.mp4"))]
+        links += [ClipRef("http", no.url("/count.mp4")), ClipRef("http", yes.url("/set.mp4"))]
+        allowed = DownloadSettings(http_hosts=(no.host, yes.host), allow_loopback=True)
+        settings = settings.model_copy(update={"download": allowed, "batch_clips": 2, "patience_s": 0.0})
+        funnel = pipeline.run(settings, links)
+        assert no.hits == {"/bars.mp4": 1}, "one no is enough"
+        assert yes.hits["/set.mp4"] and (funnel.observed, funnel.pending) == (1, 2)
+        assert funnel.failed == {"rate_limited": 1}
+        ((platform, until),) = funnel.postponed.items()
+        assert platform == "http" and 7000 < until - time.time() < 7300
+        assert pipeline.run(settings, links) == funnel and no.hits == {"/bars.mp4": 1}, "also after a restart"
+
+        (block,) = Catalog(settings.database).blocks()
+        Catalog(settings.database).unblock(block.service, block.session)  # two hours later
+        no.script("/bars.mp4", [])
+        funnel = pipeline.run(settings, links)
+        assert funnel.observed == 4 and not funnel.postponed and not funnel.pending and not funnel.failed
+
+
+def test_a_short_no_is_waited_for_within_the_run(settings: Settings, clips: Path):
+    answers = [Fault(status=429, headers={"Retry-After": "1"})] * 4
+    with serve(clips, {"/bars.mp4": answers}) as server:
+        links = [ClipRef("http", server.url(f"/{name}.mp4")) for name in ("bars", "set")]
+        allowed = DownloadSettings(http_hosts=(server.host,), allow_loopback=True, retries=0)
+        funnel = pipeline.run(settings.model_copy(update={"download": allowed}), links)
+        assert funnel.failed == {"rate_limited": 1} and funnel.observed == 1 and not funnel.postponed
+
+
+def test_finished_videos_make_room_and_are_not_fetched_again(settings: Settings, tmp_path: Path):
+    folder = tmp_path / "large"
+    folder.mkdir()
+    for number in range(4):
+        noise = f"testsrc2=s=640x360:r=12:d=2,noise=alls=40:allf=t:all_seed={number}"
+        command = [ffmpeg_exe(), "-y", "-loglevel", "error", "-f", "lavfi", "-i", noise]
+        command += ["-c:v", "libx264", "-preset", "ultrafast", "-pix_fmt", "yuv420p", str(folder / f"{number}.mp4")]
+        subprocess.run(command, check=True)
+    size = min(path.stat().st_size for path in folder.iterdir())
+    refs = [ClipRef("local", f"{number}.mp4") for number in range(4)]
+    budget = DownloadSettings(local_root=folder, budget_mb=size * 2 // 2**20)
+    settings = settings.model_copy(update={"download": budget, "batch_clips": 1})
+    funnel = pipeline.run(settings, refs)
+    assert funnel.sharded == 4 and not funnel.failed
+    kept = sorted(path.parent.name for path in (settings.out / "videos").glob("*/video.*"))
+    assert 1 <= len(kept) <= 3 and refs[3].video_key in kept and refs[0].video_key not in kept
+    shards = shard_bytes(funnel)
+    assert pipeline.run(settings, refs) == funnel and shard_bytes(funnel) == shards
+    assert kept == sorted(path.parent.name for path in (settings.out / "videos").glob("*/video.*"))
