@@ -1,6 +1,6 @@
 """One command starts the Prefect server and serves the deployments of this checkout, one stops them.
 
-    python -m flows.service start | status | stop
+    python -m flows.service start | status | stop | watch
 
 The server listens on loopback only; its database, logs and the record of what was started lie in PREFECT_HOME
 (.state of the checkout). Every process started here, and every process they start, carries a token of this
@@ -25,6 +25,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 from urllib.parse import urlsplit
@@ -34,7 +35,6 @@ import typer
 
 from curation.files import atomic_path
 from curation.ingest.failures import UsageError
-from flows import DOWNLOAD_TAG
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -44,6 +44,7 @@ _CHECKOUT = Path(__file__).resolve().parents[1]
 ROOT = _CHECKOUT if (_CHECKOUT / "pyproject.toml").is_file() else Path.cwd()  # installed without a checkout: here
 TOKEN = "UNISH_SERVICE"  # environment variable, "<token>:<role>"
 POLL_S = 0.25
+_AGAIN = "run it again, what is done is kept."
 GRACE_S = 20.0  # from SIGTERM to SIGKILL
 Role = Literal["server", "worker"]
 
@@ -138,8 +139,7 @@ def start(timeout_s: float = 180.0) -> Service:
         if not service.alive("worker"):
             _end(service, "worker")
             with _client(service) as client:
-                _close_stale_runs(client, "The process that ran it was killed; run it again, what is done is kept.")
-                _limit_downloads(client)
+                _close_stale_runs(client, f"The process that ran it was killed; {_AGAIN}")
             _ready(service).unlink(missing_ok=True)
             service = _spawn(service, "worker", ["flows.service", "serve"])
         _wait(service, "worker", lambda: _serving(service), deadline)
@@ -156,11 +156,42 @@ def stop() -> bool:
         _end(service, "worker")
         if service.alive("server") and service.healthy():
             with _client(service) as client:
-                _close_stale_runs(client, "The service was stopped; run it again, what is done is kept.")
+                _close_stale_runs(client, f"The service was stopped; {_AGAIN}")
         _end(service, "server")
         _record(service.home).unlink(missing_ok=True)
         _ready(service).unlink(missing_ok=True)
     return running
+
+
+def watch(silence_s: float = 90.0) -> None:
+    """Have the server of PREFECT_API_URL mark runs as Crashed that were silent for so long; safe to repeat.
+
+    For workers of work pools, whose machines may vanish. They must run with PREFECT_FLOWS_HEARTBEAT_FREQUENCY=30.
+    """
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.objects import StateType
+    from prefect.events.actions import ChangeFlowRunState
+    from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
+    from prefect.events.schemas.events import ResourceSpecification
+
+    beat, ends = "prefect.flow-run.heartbeat", ("Completed", "Failed", "Cancelled", "Crashed")
+    automation = AutomationCore(
+        name="unish-silent-runs",
+        trigger=EventTrigger(
+            match=ResourceSpecification({"prefect.resource.id": ["prefect.flow-run.*"]}),
+            for_each={"prefect.resource.id"},
+            after={beat},
+            expect={beat, *(f"prefect.flow-run.{end}" for end in ends)},
+            posture=Posture.Proactive,
+            threshold=0,
+            within=timedelta(seconds=silence_s),
+        ),
+        actions=[ChangeFlowRunState(state=StateType.CRASHED, message=f"Silent for {silence_s:.0f} s; {_AGAIN}")],
+    )
+    with get_client(sync_client=True) as client:
+        for known in client.read_automations_by_name(automation.name):
+            client.delete_automation(known.id)
+        client.create_automation(automation)
 
 
 def serve() -> None:
@@ -361,20 +392,6 @@ def _close_stale_runs(client: SyncPrefectClient, message: str) -> None:
         client.set_flow_run_state(run.id, Crashed(message=message), force=True)
 
 
-def _limit_downloads(client: SyncPrefectClient) -> None:
-    """Have a concurrency limit for downloads, with the user's number if there is one.
-
-    It is made anew each time: slots taken by killed tasks are never given back, and a reset leaves them counted.
-    """
-    from prefect.exceptions import ObjectNotFound
-
-    limit = 1
-    with suppress(ObjectNotFound):
-        limit = client.read_concurrency_limit_by_tag(DOWNLOAD_TAG).concurrency_limit
-        client.delete_concurrency_limit_by_tag(DOWNLOAD_TAG)
-    client.create_concurrency_limit(DOWNLOAD_TAG, limit)
-
-
 @app.command("start")
 def _start(
     timeout: Annotated[float, typer.Option(help="Seconds to wait until runs are taken.")] = 180.0,
@@ -404,6 +421,13 @@ def _status() -> None:
     if service is not None and server:
         typer.echo(f"UI: {service.ui_url}")
     raise typer.Exit(0 if server and worker else 1)
+
+
+@app.command("watch")
+def _watch() -> None:
+    """Have the server of PREFECT_API_URL end runs of work pools that fell silent; once, and before the first run."""
+    watch()
+    typer.echo("Runs that are silent for 90 s become Crashed. Start workers with PREFECT_FLOWS_HEARTBEAT_FREQUENCY=30.")
 
 
 @app.command("serve", hidden=True)

@@ -28,7 +28,6 @@ from curation import pipeline
 from curation.batches import Batch, StageReport
 from curation.ingest.failures import UsageError
 from curation.settings import Settings
-from flows import DOWNLOAD_TAG
 
 RETRY_DELAYS_S = [5.0, 60.0]
 REFRESH_S = 2.0  # how often a progress bar is written
@@ -71,7 +70,7 @@ _stage = partial(
 )
 
 
-@_stage(name="download", tags={DOWNLOAD_TAG})
+@_stage(name="download")
 async def download(settings: Settings, batch: Batch, bar: Bar) -> StageReport:
     """Fetch and verify the batch's videos."""
     return await _in_thread(partial(pipeline.download, settings, batch), bar)

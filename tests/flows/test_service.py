@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import time
 from pathlib import Path
 
 import psutil
@@ -59,8 +60,6 @@ def test_starting_twice_is_harmless(service):
     assert again.returncode == 0 and service.api_url.removesuffix("/api") in again.stdout
     assert service.record == before
     assert service.service("status").returncode == 0
-    with service.client() as client:
-        assert client.read_concurrency_limit_by_tag("download").concurrency_limit >= 1
 
 
 def test_the_server_listens_on_loopback_and_reports_nothing(service):
@@ -160,9 +159,6 @@ def test_a_killed_worker_is_put_right_by_the_next_start(service, hanging):
     os.killpg(before["worker"], signal.SIGKILL)  # the serving process and the flow it runs
     wait_until(lambda: len(service.processes(before["token"])) == 1, "all but the server to be gone")
     assert [run.state_type for run in active_runs(service)] == [StateType.RUNNING]
-    with service.client() as client:
-        assert client.read_concurrency_limit_by_tag("download").active_slots
-        client.create_concurrency_limit("download", 2)  # the user's own number
 
     assert service.service("start").returncode == 0
     after = service.record
@@ -172,9 +168,7 @@ def test_a_killed_worker_is_put_right_by_the_next_start(service, hanging):
     assert killed.state_type == StateType.CRASHED and "run it again" in killed.state.message
     with service.client() as client:
         tasks = client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[killed.id])))
-        limit = client.read_concurrency_limit_by_tag("download")
     assert {task.state_type for task in tasks} == {StateType.CRASHED}
-    assert limit.active_slots == [] and limit.concurrency_limit == 2
 
     files.script("/bars.mp4", [])
     again = make_run(service, settings)
@@ -223,3 +217,38 @@ def test_nothing_runs_before_the_first_start(tmp_path):
     environment = {"PREFECT_HOME": str(tmp_path), "PREFECT_API_URL": f"http://127.0.0.1:{free_port()}/api"}
     status = command("python", "-m", "flows.service", "status", **environment)
     assert (status.returncode, status.stdout) == (1, "server: not running\nworker: not running\n")
+
+
+def test_a_killed_flow_does_not_hold_up_the_next_one(service, hanging):
+    files, settings = hanging
+    (flow,) = psutil.Process(service.record["worker"]).children()
+    flow.kill()
+    wait_until(lambda: active_runs(service) == [], "the killed run to be noticed")
+    files.script("/bars.mp4", [])
+    again = make_run(service, settings)
+    wait_until(lambda: last_run(service).id == again and last_run(service).state.is_final(), "the next run to end")
+    assert last_run(service).state_name == "Completed"
+
+
+@pytest.mark.slow
+def test_a_run_whose_machine_vanished_is_ended_by_the_server_alone(place, clips, detector, tmp_path, monkeypatch):
+    from prefect.client.schemas.objects import StateType
+
+    place.service("stop")
+    monkeypatch.setenv("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "30")
+    assert place.service("start").returncode == 0
+    for _ in range(2):
+        watched = place.service("watch")
+        assert watched.returncode == 0, watched.stderr
+    with place.client() as client:
+        assert len(client.read_automations_by_name("unish-silent-runs")) == 1
+    with serve(clips, {"/bars.mp4": Fault(hang=True)}) as files:
+        manifest = write_manifest(tmp_path / "m.csv", [f"http,{files.url('/bars.mp4')},,"])
+        settings = {"manifest": manifest, "out": tmp_path / "out", "detector": detector, "teacher": "none"}
+        make_run(place, settings | {"http_hosts": [files.host], "allow_loopback": True})
+        wait_until(lambda: files.hits["/bars.mp4"] > 0, "the download to begin", 120)
+        time.sleep(45)  # the first heartbeat comes after 30 s
+        os.killpg(place.record["worker"], signal.SIGKILL)
+        wait_until(lambda: last_run(place).state_type == StateType.CRASHED, "the server to notice", 240)
+    assert "Silent" in last_run(place).state.message
+    place.service("stop")
