@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -315,6 +318,30 @@ def test_two_at_once_never_share_a_work_folder(tmp_path):
         assert (first / PART).read_bytes() == b"abc"
         assert not (second / PART).exists()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_many_at_once_keep_their_folders_to_themselves(tmp_path):
+    """Taking, keeping, removing and sweeping at the same time; a lock is one thread's as it is one process's."""
+    end = time.monotonic() + 1.5
+
+    def work(seed):
+        chance = random.Random(seed)
+        while time.monotonic() < end:
+            if chance.random() < 0.2:
+                sweep(tmp_path)
+            with contextlib.suppress(StageError), workspace(tmp_path, f"{chance.randrange(2)}") as folder:
+                owner = folder / "owner"
+                assert not owner.exists()
+                owner.write_text(f"{seed}")
+                Validator("0", 10, '"a"', None).write(folder)
+                (folder / PART).write_bytes(b"abc")
+                time.sleep(chance.choice((0, 0.002)))
+                assert owner.read_text() == f"{seed}"
+                if chance.random() < 0.5:
+                    raise StageError(FailureCode.NETWORK, "")
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(work, range(6)))
 
 
 @pytest.mark.parametrize("code", list(FailureCode))
