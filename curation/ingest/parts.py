@@ -9,6 +9,7 @@ gave before the first byte.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -31,6 +32,8 @@ PART = f"{FETCHED}.part"
 VALIDATOR = "validator.json"
 MAX_AGE_S = 24 * 3600.0
 _LOCK = "lock"
+_GONE = "gone-"
+_PATIENCE = 1000
 _SWEEP_EVERY_S = 3600.0
 _SETTLED_S = 60.0  # RFC 9110, 8.8.2.2: a younger Last-Modified does not tell two versions apart
 _KEPT = frozenset({FailureCode.NETWORK, FailureCode.TIMEOUT, FailureCode.HTTP_5XX, FailureCode.RATE_LIMITED})
@@ -149,15 +152,19 @@ def workspace(folder: Path, video_key: str) -> Iterator[Path]:
         if keep:
             tidy(work)
         if not keep or Validator.read(work) is None:
-            shutil.rmtree(work, ignore_errors=True)
+            _remove(work)
         os.close(handle)
         _remove_if_empty(home)
 
 
 def discard(folder: Path, video_key: str) -> None:
-    """Remove all that was ever fetched of an unfinished video, as when it is to be forgotten."""
-    shutil.rmtree(folder / PARTS / video_key, ignore_errors=True)
-    _remove_if_empty(folder / PARTS / video_key)
+    """Remove the parts of a video, as when it is to be forgotten; one in use just now is its user's to remove."""
+    home = folder / PARTS / video_key
+    for work in _listed(home):
+        if (handle := _lock(work)) is not None:
+            _remove(work)
+            os.close(handle)
+    _remove_if_empty(home)
 
 
 def sweep(folder: Path) -> None:
@@ -169,7 +176,7 @@ def sweep(folder: Path) -> None:
         for work in _listed(home):
             handle = _lock(work)
             if (handle is not None and Validator.read(work) is None) or _untouched(work):
-                shutil.rmtree(work, ignore_errors=True)
+                _remove(work)
             if handle is not None:
                 os.close(handle)
         _remove_if_empty(home)
@@ -188,14 +195,15 @@ def sweep_now_and_then(folder: Path) -> None:
 
 def _claim(home: Path) -> tuple[int, Path]:
     for work in sorted(_listed(home)):
-        if (handle := _lock(work)) is not None:
+        if not work.name.startswith(_GONE) and (handle := _lock(work)) is not None:
             return handle, work
-    while True:  # another process may remove the empty folders between the steps
-        with contextlib.suppress(FileNotFoundError):
+    for _ in range(_PATIENCE):  # another process may remove the empty folders between the steps
+        with contextlib.suppress(FileNotFoundError, FileExistsError):
             home.mkdir(parents=True, exist_ok=True)
             work = Path(tempfile.mkdtemp(dir=home))
             if (handle := _lock(work, new=True)) is not None:
                 return handle, work
+    raise OSError(errno.EAGAIN, "no work folder can be made")
 
 
 def _lock(work: Path, *, new: bool = False) -> int | None:
@@ -218,6 +226,14 @@ def _lock(work: Path, *, new: bool = False) -> int | None:
         pass
     os.close(handle)
     return None
+
+
+def _remove(work: Path) -> None:
+    """Remove a work folder; renamed first, so that nobody finds and locks it anew while it is being emptied."""
+    gone = work if work.name.startswith(_GONE) else work.with_name(_GONE + work.name)
+    with contextlib.suppress(OSError):
+        work.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def _listed(folder: Path) -> list[Path]:

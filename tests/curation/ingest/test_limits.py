@@ -14,7 +14,8 @@ import pytest
 from servers import Fault, redirect
 
 from curation.ingest.access import check_settings, cookie_text, proxy_address
-from curation.ingest.failures import FailureCode, UsageError
+from curation.ingest.download import download
+from curation.ingest.failures import FailureCode, StageError, UsageError
 from curation.ingest.limits import NO_ROOM, TOO_LARGE
 from curation.manifest import ClipRef
 from curation.settings import DownloadSettings
@@ -65,11 +66,13 @@ def disk(monkeypatch):
     return answers
 
 
-def test_a_disk_that_is_nearly_full_is_not_begun_on(place, disk):
+def test_a_disk_that_is_nearly_full_is_not_begun_on(place, disk, names):
     disk[:] = [(100 << 20) - 1]
     error = place.failure(NAME, min_free_mb=100)
     assert (error.code, error.message) == (FailureCode.DISK_FULL, NO_ROOM)
     assert place.server.requests == [] and place.waits == []
+    assert place.failure(ClipRef("youtube", "abcdefghijk"), min_free_mb=100).code is FailureCode.DISK_FULL
+    assert names == []  # nor is a platform's page read first
     disk[:] = [(100 << 20) + 10_000_000]
     assert place.fetch(NAME, min_free_mb=100).frames == 60
 
@@ -88,8 +91,12 @@ def test_a_disk_that_fills_up_on_the_way_is_noticed(place, disk):
     place.server.script(NAME, Fault(body=body, headers={"Content-Length": None}))
     plenty = 10 << 30
     disk[:] = [plenty, plenty, plenty, 0]
-    error = place.failure(NAME, min_free_mb=100)
-    assert error.code is FailureCode.DISK_FULL
+    seen = []
+    settings = place.settings.model_copy(update={"min_free_mb": 100})
+    with pytest.raises(StageError) as caught:
+        download(place.ref(NAME), place.folder, settings, lambda done, total: seen.append(done))
+    assert caught.value.code is FailureCode.DISK_FULL
+    assert 10 << 20 < max(seen) < 20 << 20
     assert place.server.hits[NAME] == 1 and list(place.folder.iterdir()) == []
 
 
@@ -105,11 +112,8 @@ def test_local_copies_leave_the_space_free_too(place, disk):
 def test_a_plain_file_comes_no_faster_than_asked(place):
     size = (place.server.folder / NAME[1:]).stat().st_size
     began = time.monotonic()
-    place.fetch(NAME, bytes_per_s=2 * size)
-    limited = time.monotonic() - began
-    began = time.monotonic()
-    place.fetch(NAME)
-    assert limited > 0.45 > time.monotonic() - began
+    place.fetch(NAME, bytes_per_s=size)
+    assert time.monotonic() - began > 0.9
 
 
 # --- cookies
@@ -131,7 +135,6 @@ def test_cookies_are_sent_and_their_file_is_left_alone(place, jar, tmp_path, cap
     before = jar.read_bytes(), jar.stat()
     place.server.script(NAME, [Fault(503), Fault(headers={"Set-Cookie": "session=changed; Max-Age=9999"})])
     copies = []
-    from curation.ingest.download import download
 
     def look(done, total):
         copies.extend(path for path in tmp_path.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes())

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -120,6 +123,14 @@ def test_an_answer_that_is_not_the_rest_is_not_appended(place, whole, fault):
     assert place.fetch(NAME).sha256 == whole
     assert place.ranges()[2:] == ([] if fault.ignore_range else [None])
     assert place.waits == []
+
+
+def test_the_old_bytes_are_gone_before_a_new_content_is_vouched_for(place):
+    broken(place)
+    new = Fault(ignore_range=True, headers={"ETag": '"new"'}, cut=0, hang=True)
+    place.server.script(NAME, new)
+    assert place.failure(NAME, retries=0, timeout_s=0.3).code is FailureCode.TIMEOUT
+    assert list(place.folder.iterdir()) == []
 
 
 def test_an_error_of_the_server_keeps_the_part(place, whole):
@@ -251,10 +262,10 @@ def hanging(place):
 
 
 def test_a_killed_process_leaves_its_part_to_the_next(place, whole, hanging):
-    size = place.part().stat().st_size
     place.server.script(NAME, [])
     hanging.send_signal(signal.SIGKILL)
     hanging.wait()
+    size = place.part().stat().st_size
     assert place.left() == KEPT
     assert place.fetch(NAME).sha256 == whole
     assert place.ranges() == [None, f"bytes={size}-"]
@@ -263,15 +274,16 @@ def test_a_killed_process_leaves_its_part_to_the_next(place, whole, hanging):
 
 def test_a_part_in_use_is_neither_used_nor_swept_by_another(place, whole, hanging):
     part = place.part()
-    size = part.stat().st_size
     assert place.fetch(NAME).sha256 == whole
     assert place.ranges() == [None, None]
+    spoil_age(part)
     sweep(place.folder)
-    assert part.stat().st_size == size
+    assert part.exists()  # in use, however old
+    os.utime(part.with_name(VALIDATOR))
     hanging.kill()
     hanging.wait()
     sweep(place.folder)
-    assert part.stat().st_size == size  # it may still be gone on with
+    assert part.exists()  # it may still be gone on with
     spoil_age(part)
     sweep(place.folder)
     assert not (place.folder / PARTS).exists()
@@ -306,6 +318,30 @@ def test_two_at_once_never_share_a_work_folder(tmp_path):
         assert (first / PART).read_bytes() == b"abc"
         assert not (second / PART).exists()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_many_at_once_keep_their_folders_to_themselves(tmp_path):
+    """Taking, keeping, removing and sweeping at the same time; a lock is one thread's as it is one process's."""
+    end = time.monotonic() + 1.5
+
+    def work(seed):
+        chance = random.Random(seed)
+        while time.monotonic() < end:
+            if chance.random() < 0.2:
+                sweep(tmp_path)
+            with contextlib.suppress(StageError), workspace(tmp_path, f"{chance.randrange(2)}") as folder:
+                owner = folder / "owner"
+                assert not owner.exists()
+                owner.write_text(f"{seed}")
+                Validator("0", 10, '"a"', None).write(folder)
+                (folder / PART).write_bytes(b"abc")
+                time.sleep(chance.choice((0, 0.002)))
+                assert owner.read_text() == f"{seed}"
+                if chance.random() < 0.5:
+                    raise StageError(FailureCode.NETWORK, "")
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(work, range(6)))
 
 
 @pytest.mark.parametrize("code", list(FailureCode))
