@@ -99,14 +99,19 @@ class Turns:
             self._database.upsert(connection, breakers, [row | {"probing": False}])
         return until
 
-    def unblock(self, service: str, session: str) -> None:
-        """The service answered as it should: the breaker closes, and the next block is a first one again."""
+    def unblock(self, service: str, session: str, *, anyway: bool = False) -> None:
+        """The service answered as it should: the breaker closes, and the next block is a first one again.
+
+        While it is open nobody asks, so that a success then is one of a request from before: it closes nothing, unless
+        a person says so (`anyway`).
+        """
         with self._database.transaction() as connection:  # nearly always there is nothing to write
             if self._breaker(connection, service, session) is None:
                 return
         with self._database.transaction(write=True) as connection:
-            self._database.alone(connection, f"turns\n{service}\n{session}")
-            connection.execute(sa.delete(breakers).where(_of(breakers, service, session)))
+            now = self._database.alone(connection, f"turns\n{service}\n{session}")
+            asked = [] if anyway else [sa.or_(breakers.c.probing, breakers.c.until <= now)]
+            connection.execute(sa.delete(breakers).where(_of(breakers, service, session), *asked))
 
     def blocks(self) -> list[Block]:
         """The services that must be left alone now, also while one worker is trying."""

@@ -717,6 +717,8 @@ def test_a_breaker_opens_longer_each_time_and_closes_with_a_success(catalog: Cat
     assert catalog.block("youtube", "me", limited, 7200) == clock[0] + 7200, "a first block again, but what was asked"
     assert catalog.block("youtube", "me", limited, 9000) == clock[0] + 9000
     catalog.unblock("youtube", "me")
+    assert catalog.blocks(), "a success of a request from before the block says nothing"
+    catalog.unblock("youtube", "me", anyway=True)
     assert catalog.block("youtube", "me", limited, 3) == clock[0] + 3, "who says how long is believed"
     clock[0] += 3
     assert turn().blocked is None

@@ -297,7 +297,7 @@ def test_a_platform_that_says_no_is_left_alone_and_others_go_on(settings: Settin
         assert pipeline.run(settings, links) == funnel and no.hits == {"/bars.mp4": 1}, "also after a restart"
 
         (block,) = Catalog(settings.database).blocks()
-        Catalog(settings.database).unblock(block.service, block.session)  # two hours later
+        Catalog(settings.database).unblock(block.service, block.session, anyway=True)  # two hours later
         no.script("/bars.mp4", [])
         funnel = pipeline.run(settings, links)
         assert funnel.observed == 4 and not funnel.postponed and not funnel.pending and not funnel.failed
