@@ -183,7 +183,7 @@ def watch(silence_s: float = 90.0) -> None:
             after={beat},
             expect={beat, *(f"prefect.flow-run.{end}" for end in ends)},
             posture=Posture.Proactive,
-            threshold=0,
+            threshold=1,
             within=timedelta(seconds=silence_s),
         ),
         actions=[ChangeFlowRunState(state=StateType.CRASHED, message=f"Silent for {silence_s:.0f} s; {_AGAIN}")],
