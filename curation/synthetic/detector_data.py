@@ -1,12 +1,13 @@
 """Labelled pictures of the synthetic world for the demo detector: YOLO's folder layout, deterministic per seed.
 
-Framings are those of clips: mostly one large dancer, often cut by a border, small, hidden, or not alone. Labels are
-boxes of visible pixels. A picture in which something is nearly hidden or tiny is drawn again, so that whatever can be
-seen is labelled.
+Framings are those of clips: mostly one large dancer, often cut by a border, small, hidden, or not alone; beside them
+come frames of clips as they are. Labels are boxes of visible pixels. A picture in which something is nearly hidden or
+tiny is not taken, so that whatever can be seen is labelled.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from curation.files import atomic_path
 from curation.synthetic.body import load_body
 from curation.synthetic.camera import MOVES, Shot, film
+from curation.synthetic.clips import CASES, ClipPlan, shoot
 from curation.synthetic.motion import Place, dance
 from curation.synthetic.scene import CLASSES, KINDS, Builder, build_scene
 from curation.synthetic.take import Dancer, Frame, Take, held_ball
@@ -25,13 +27,24 @@ from curation.workers import spread
 
 PER_SCENE = 12
 MIN_SHOWN, MIN_SIDE = 0.30, 0.02
+_UNFIT = ("too_short", "corrupt", "letterboxed", "letterbox_truncated")  # few frames, or labels beside the picture
+_BLACK = 12.0  # mean level below which a faded frame shows nothing
 
 
 def write_pictures(folder: Path, scenes: int, seed: int, workers: int | None = None) -> None:
     """Write scenes * 12 pictures and labels below folder/images and folder/labels."""
+    _write(_write_scene, folder, range(seed, seed + scenes), workers)
+
+
+def write_clip_pictures(folder: Path, clips: int, seed: int, workers: int | None = None) -> None:
+    """Write up to 6 frames of each of `clips` clips, as it would be shown, and labels, beside other pictures."""
+    _write(_write_clip, folder, range(seed, seed + clips), workers)
+
+
+def _write(function: Callable[..., None], folder: Path, seeds: range, workers: int | None) -> None:
     (folder / "images").mkdir(parents=True, exist_ok=True)
     (folder / "labels").mkdir(parents=True, exist_ok=True)
-    for _, result in spread(partial(_write_scene, folder=folder), range(seed, seed + scenes), workers):
+    for _, result in spread(partial(function, folder=folder), seeds, workers):
         if isinstance(result, BaseException):
             raise result
 
@@ -45,15 +58,37 @@ def _write_scene(seed: int, folder: Path) -> None:
         if index % 6 == 0:
             scene_seed, kind = int(rng.integers(2**31)), str(rng.choice(list(KINDS)))
         frame = _picture(rng, kind, scene_seed, people)
-        while len(labels(frame)) < sum(seen.visible is not None for seen in frame.seen):
+        while not _all_labelled(frame):
             frame = _picture(rng, kind, scene_seed, people)
-        image = _degrade(frame.rendered.rgb, rng)
-        name = f"{seed:06d}_{index:02d}"
-        with atomic_path(folder / "images" / f"{name}.jpg") as temporary:
-            quality = int(rng.integers(45, 92))
-            cv2.imwrite(str(temporary), image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])
-        with atomic_path(folder / "labels" / f"{name}.txt") as temporary:
-            temporary.write_text("".join(f"{c} {x:.6f} {y:.6f} {w:.6f} {h:.6f}\n" for c, x, y, w, h in labels(frame)))
+        _keep(folder, f"{seed:06d}_{index:02d}", _degrade(frame.rendered.rgb, rng), frame, rng)
+
+
+def _write_clip(seed: int, folder: Path) -> None:
+    if any((folder / "labels").glob(f"{seed:06d}_*.txt")):
+        return
+    rng = np.random.default_rng(seed)
+    case = str(rng.choice([case for case in CASES if case not in _UNFIT]))
+    upright = case == "rotated" or (case == "good" and rng.random() < 0.3)
+    size = (360, 640) if upright else (640, 360)
+    footage = shoot(ClipPlan(str(seed), case, int(rng.integers(2**31)), size, 12, 3.0))
+    for index in np.linspace(0, len(footage.parts) - 1, 6).round().astype(int).tolist():
+        frame = footage.frame(index)
+        image = footage.finish(frame.rendered.rgb, index)
+        if _all_labelled(frame) and image.mean() > _BLACK:
+            image = _degrade(image, rng) if rng.random() < 0.6 else image
+            _keep(folder, f"{seed:06d}_{index:02d}", image, frame, rng)
+
+
+def _keep(folder: Path, name: str, image: NDArray[np.uint8], frame: Frame, rng: np.random.Generator) -> None:
+    with atomic_path(folder / "images" / f"{name}.jpg") as temporary:
+        quality = int(rng.integers(45, 92))
+        cv2.imwrite(str(temporary), image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])
+    with atomic_path(folder / "labels" / f"{name}.txt") as temporary:
+        temporary.write_text("".join(f"{c} {x:.6f} {y:.6f} {w:.6f} {h:.6f}\n" for c, x, y, w, h in labels(frame)))
+
+
+def _all_labelled(frame: Frame) -> bool:
+    return len(labels(frame)) == sum(seen.visible is not None for seen in frame.seen)
 
 
 def labels(frame: Frame) -> list[tuple[int, float, float, float, float]]:

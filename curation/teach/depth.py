@@ -31,7 +31,7 @@ HUB_TIMEOUT_S = 10.0
 SAME_FRAME_S = 0.005  # times may be rounded to milliseconds; a neighbouring frame is never this close
 ASPECT_TOLERANCE = 0.15  # rounding to multiples of 14 stretches a narrow grid by up to a tenth
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
-_BACKBONE = re.compile(r"dinov2_vit[sblg]14(_reg)?")
+_BACKBONE = re.compile(r"dinov2_vit[sblg]14(_reg)?|synthetic_vit14")
 _ENTRY_ARRAYS = ("depth", "intrinsics", "valid", "times_s")
 _CONFIG_PARTS = ("encoder", "neck", "points_head", "mask_head", "scale_head")
 
@@ -274,6 +274,10 @@ def _read_network(path: Path, *, mmap: bool = False) -> Any:
     except Exception as error:  # damaged, or code where weights should be; torch has no common type for these
         raise _wrong_weights(path, "is damaged, or holds more than plain weights: fetch it again") from error
     config, state = _checkpoint_parts(path, checkpoint)
+    if config["encoder"]["backbone"] == "synthetic_vit14":  # a size that MoGe does not know by itself
+        from curation.synthetic.teacher import register
+
+        register()
     try:
         with torch.device("meta"), _linspace_on_cpu():  # no time and memory for numbers that are replaced at once
             network = MoGeModel(**config)
