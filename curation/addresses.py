@@ -5,6 +5,14 @@ from __future__ import annotations
 import ipaddress
 
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
+# Not the public internet, whatever the Python at hand says: protocol assignments, 6to4 relays, the host that virtual
+# machines of one cloud ask for their metadata, site-local and documentation addresses.
+_REFUSED = tuple(
+    map(
+        ipaddress.ip_network,
+        ("192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32", "fec0::/10", "3fff::/20"),
+    )
+)
 
 
 def address_allowed(address: str, *, allow_loopback: bool = False) -> bool:
@@ -24,6 +32,8 @@ def address_allowed(address: str, *, allow_loopback: bool = False) -> bool:
             return False
     if ip.is_loopback:
         return allow_loopback
+    if any(ip in network for network in _REFUSED):
+        return False
     return ip.is_global and not ip.is_multicast and not ip.is_reserved
 
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -25,6 +26,7 @@ from curation.settings import DownloadSettings, ObserveSettings, Settings, Teach
 
 if TYPE_CHECKING:
     from curation.batches import Funnel
+    from curation.catalog import Catalog
 
 _INTERRUPTED = 130  # the exit code of a command ended by Ctrl-C
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
@@ -54,8 +56,10 @@ def check_manifest(manifest: Manifest, http_host: Hosts = None, allow_loopback: 
     from curation.manifest import read_manifest
 
     refs = read_manifest(manifest, http_hosts=tuple(http_host or ()), allow_loopback=allow_loopback)
+    if not refs:
+        raise UsageError(f"{manifest.name} lists no clips; add a row.")
     videos = len({ref.video_key for ref in refs})
-    console.print(f"{manifest.name} is good: {len(refs)} clips of {videos} videos")
+    console.print(f"{manifest.name} is good: {len(refs)} clips of {videos} videos", soft_wrap=True, markup=False)
 
 
 @app.command()
@@ -160,21 +164,29 @@ def judge(
 
 @app.command()
 def status(out: Out, policy: PolicyOption = Path("default"), catalog_url: CatalogUrl = None) -> None:
-    """How many clips got how far."""
+    """How many clips got how far, who works on the rest, and which platforms must be left alone."""
     from curation.catalog import Catalog
     from curation.policy import load_policy
 
-    counts = Catalog(_existing(out, catalog_url).database).funnel(None, load_policy(policy).hash)
+    catalog = Catalog(_existing(out, catalog_url).database)
+    counts = catalog.funnel(None, load_policy(policy).hash)
     table = Table("stage", "clips", "share")
     rows = [("registered", counts.clips), ("downloaded", counts.downloaded), ("observed", counts.observed)]
     rows += [("accepted", counts.accepted)]
     rows += [(f"rejected: {reason}", clips) for reason, clips in sorted(counts.rejected_by.items())]
     rows += [("undecided", counts.unknown)]
     rows += [(f"failed in {stage}: {code}", clips) for (stage, code), clips in sorted(counts.failed.items())]
-    rows += [("in shards", counts.sharded)]
+    rows += [(f"in shards of {_data_set(catalog, key)}", clips) for key, clips in sorted(counts.datasets.items())]
+    if not counts.datasets:
+        rows += [("in shards", 0)]
     for name, clips in rows:
-        table.add_row(name, str(clips), f"{clips / max(counts.clips, 1):.1%}")
+        table.add_row(escape(name), str(clips), f"{clips / max(counts.clips, 1):.1%}")
     console.print(table)
+    held = [lease for lease in catalog.leases() if lease.expires_in_s > 0 and not lease.name.startswith("index:")]
+    if held:
+        workers = len({lease.owner for lease in held})
+        console.print(f"{_many(len(held), 'batch', 'batches')} in work by {_many(workers, 'worker', 'workers')}")
+    _print_blocks(catalog)
 
 
 @app.command()
@@ -188,7 +200,8 @@ def failures(
 
     if code is not None and code not in set(FailureCode):
         raise UsageError(f"--code {code} is no failure code; known are {', '.join(FailureCode)}.")
-    found = Catalog(_existing(out, catalog_url).database).failures(code=FailureCode(code) if code else None)
+    catalog = Catalog(_existing(out, catalog_url).database)
+    found = catalog.failures(code=FailureCode(code) if code else None)
     table = Table("clip", "stage", "code", "what", title=f"{len(found)} failures")
     for attempt in found:
         table.add_row(attempt.clip_id, attempt.stage, str(attempt.code), escape(attempt.message))
@@ -196,6 +209,7 @@ def failures(
     for each in sorted({attempt.code for attempt in found if attempt.code}):
         again = "may work if run again" if each.transient else f"tried again only with --retry {each.value}"
         console.print(f"{each.value} ({again}): {each.advice}", soft_wrap=True)
+    _print_blocks(catalog)
 
 
 @app.command()
@@ -268,6 +282,29 @@ def _existing(out: Path, catalog_url: str | None) -> Settings:
     return Settings(out=out, catalog_url=catalog_url)
 
 
+def _data_set(catalog: Catalog, key: str) -> str:
+    """A data set as its folder of shards is called: policy, teacher, and the first digits of what it was made with."""
+    made_with = catalog.provenance(key) or {}
+    names = [made_with.get(part, {}).get("name") for part in ("policy", "teacher")]
+    return "-".join([*filter(None, names), key[:8]])
+
+
+def _print_blocks(catalog: Catalog) -> None:
+    """Which platforms asked to be left alone, with what answer, and until when."""
+    from curation.pipeline import postponed
+
+    until: dict[tuple[str, str], float] = {}
+    for block in catalog.blocks():  # of plain links many hosts, none of which has a name here
+        key = block.service.partition("-")[0], block.code.value
+        until[key] = max(block.until, until.get(key, 0.0))
+    for (platform, code), end in sorted(until.items()):
+        console.print(f"{code}: {postponed(platform, end)}", soft_wrap=True, markup=False)
+
+
+def _many(number: int, one: str, more: str) -> str:
+    return f"{number} {one if number == 1 else more}"
+
+
 def _print_funnel(funnel: Funnel) -> None:
     table = Table("stage", "clips", "share")
     for row in funnel.table():
@@ -304,6 +341,9 @@ def _bars() -> Iterator[Callable[[str, int, int], None]]:
 
 def main() -> None:
     """Entry point: a user's mistake is one sentence and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a name on disk need not be text in the terminal's encoding
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except SystemExit as ended:

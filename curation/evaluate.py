@@ -62,14 +62,28 @@ class CaseResult:
 
 
 def read_cases(path: Path) -> list[Case]:
-    """Read labels: columns file, expected, first_reason and, optionally, one per criterion."""
+    """Read labels: columns file, expected, first_reason and, optionally, one per criterion.
+
+    Raises UsageError that names the file and, where a row is at fault, the row and the field.
+    """
     try:
         with path.open(newline="", encoding="utf-8-sig") as stream:
-            rows = list(csv.DictReader(stream))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"The cases {path} cannot be read: {error}.") from error
+            rows = list(csv.DictReader(stream, strict=True))
+    except OSError as error:
+        raise UsageError(f"The cases {path} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"The cases {path} cannot be read: save the file as UTF-8 text.") from error
+    except csv.Error as error:
+        raise UsageError(f"The cases {path} cannot be read: {error}; correct the quotes.") from error
     if not rows or any(name not in rows[0] for name in _COLUMNS):
         raise UsageError(f"{path.name} needs the columns {', '.join(_COLUMNS)} and at least one row.")
+    named: set[str] = set()
+    for number, row in enumerate(rows, 2):
+        if None in row or None in row.values():
+            raise UsageError(f"{path.name} is wrong at row {number}: give it as many fields as the header has.")
+        if not row["file"] or not row["file"].isprintable() or row["file"] in named:
+            raise UsageError(f"{path.name} is wrong at row {number}, file: name one file, which no other row names.")
+        named.add(row["file"])
     return [
         Case(
             row["file"],
@@ -135,9 +149,13 @@ def _error(case: Case, code: str, message: str) -> CaseResult:
 
 
 def write_results(results: Sequence[CaseResult], path: Path) -> None:
-    """Write the results as a JSON list."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps([result.as_json() for result in results], indent=1) + "\n", encoding="utf-8")
+    """Write the results as a JSON list; UsageError where that cannot be."""
+    text = json.dumps([result.as_json() for result in results], indent=1) + "\n"
+    try:
+        with atomic_path(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"The results cannot be written to {path}: {error.strerror}.") from error
 
 
 def summary(results: Sequence[CaseResult]) -> str:

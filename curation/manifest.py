@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -159,7 +160,7 @@ def read_manifest(path: Path, *, http_hosts: Iterable[str] | None = (), allow_lo
 
     Spans are half-open, so touching ones are fine; overlapping ones of the same video are refused. Platform `http`
     needs its host in `http_hosts` ("example.org" or "example.org:8080"); None leaves that to the download. Raises
-    ManifestError with every bad row, UsageError if there is no such file or its suffix is unknown.
+    ManifestError with every bad row, UsageError if there is no such file, it cannot be read, or its suffix is unknown.
     """
     path = Path(path)
     hosts = None if http_hosts is None else tuple(http_hosts)
@@ -242,13 +243,19 @@ def _suffix(path: Path) -> str:
 
 
 def _rows(path: Path, problems: list[Problem]) -> Iterator[tuple[int, _Row]]:
+    # Unlike Path's own methods, these take a name that is too long for one of nothing.
+    if os.path.isdir(path):  # noqa: PTH112
+        raise UsageError(f"{path} is a folder; give the path of a manifest.")
     suffix = _suffix(path)
-    if not path.is_file():
+    if not os.path.isfile(path):  # noqa: PTH113
         raise UsageError(f"There is no file {path}; give the path of a manifest.")
     if suffix == ".parquet":
         yield from _parquet_rows(path, problems)
         return
-    data = path.read_bytes()
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"{path.name} cannot be read: {error.strerror}; check the rights of the file.") from error
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -282,6 +289,9 @@ def _csv_rows(text: str, problems: list[Problem]) -> Iterator[tuple[int, _Row]]:
                 if places is None:
                     header = [value.strip() for value in values]
                     width = len(header)
+                    if width == 1 and re.search("[\t;|]", header[0]):
+                        problems.append(Problem(row, "row", "put commas between the fields, nothing else"))
+                        return
                     places = _columns(header, row, problems)
                     if places is None:
                         return
@@ -332,12 +342,35 @@ def _parquet_rows(path: Path, problems: list[Problem]) -> Iterator[tuple[int, _R
         places = _columns(table.column_names, 1, problems)
         if places is None:
             return
-        nothing = [None] * table.num_rows
-        columns = [nothing if place is None else table.column(place).to_pylist() for place in places]
     except (pa.ArrowException, OSError, ValueError):
         problems.append(Problem(1, "file", "this is no readable Parquet file; write it again"))
         return
-    yield from enumerate(zip(*columns, strict=True), start=1)
+    columns: list[list[Any]] = []
+    for name, place in zip(COLUMNS, places, strict=True):
+        column = None if place is None else table.column(place)
+        if column is not None and not _plain(column.type):
+            message = f"this column holds {str(column.type)[:40]}; write text, or numbers for times"
+            problems.append(Problem(1, name, message))
+            continue
+        try:
+            columns.append([None] * table.num_rows if column is None else column.to_pylist())
+        except ValueError:  # text that is no UTF-8
+            problems.append(Problem(1, name, "this column holds text that is not UTF-8; write it again"))
+    if len(columns) == len(COLUMNS):
+        yield from enumerate(zip(*columns, strict=True), start=1)
+
+
+def _plain(kind: Any) -> bool:
+    """Whether a column of this Arrow type holds text or numbers, which alone are ever turned into Python values."""
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    known = (
+        pa.types.is_null, pa.types.is_boolean, pa.types.is_integer, pa.types.is_floating, pa.types.is_string,
+        pa.types.is_large_string, pa.types.is_string_view, pa.types.is_binary, pa.types.is_large_binary,
+    )  # fmt: skip
+    return any(holds(kind) for holds in known)
 
 
 def _parse(

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from curation.catalog import Catalog, Output
 from curation.cli import main, teacher_settings
+from curation.ingest.failures import FailureCode
+from curation.manifest import ClipRef
+from curation.pipeline import postponed
 
 
 @pytest.fixture
@@ -43,10 +48,30 @@ def manifest(tmp_path: Path) -> Path:
         (["evaluate", "--cases", "nowhere.csv", "--policy", "paper"], "nowhere.csv"),
         (["run", "nowhere.csv", "--out", "x", "--retry", "boredom"], "no failure code"),
         (["run", "nowhere.csv", "--out", "x", "--num-tokens", "0"], "num_tokens"),
+        (["status", "--out", "a-folder"], "no catalog"),
+        (["check-manifest", "folder.csv"], "folder.csv is a folder"),
+        (["check-manifest", "empty.csv"], "empty.csv lists no clips"),
+        (["check-manifest", "empty.jsonl"], "empty.jsonl lists no clips"),
+        (["check-manifest", "tabs.csv"], "put commas between the fields"),
+        (["check-manifest", "tabs.tsv"], "end it in .csv"),
+        (["check-manifest", "a" * 300 + ".csv"], "There is no file"),
+        (["status", "--out", "a-run", "--policy", "folder.csv"], "it is a folder"),
+        (["judge", "--out", "a-run", "--policy", "nobody"], "nobody cannot be read: there is no such file"),
+        (["inspect", "--out", "a-run", "../x"], "is not a clip id"),
+        (["evaluate", "--cases", "folder.csv"], "folder.csv cannot be read"),
     ],
 )
-def test_a_mistake_is_one_sentence(curation, tmp_path: Path, words: list[str], said: str):
-    code, printed = curation(*(tmp_path / word if word == "nowhere" else word for word in words))
+def test_a_mistake_is_one_sentence(curation, monkeypatch, tmp_path: Path, words: list[str], said: str):
+    (tmp_path / "folder.csv").mkdir()
+    (tmp_path / "a-folder" / "catalog.sqlite").mkdir(parents=True)
+    (tmp_path / "a-run").mkdir()
+    Catalog(f"sqlite:///{tmp_path}/a-run/catalog.sqlite")
+    (tmp_path / "empty.csv").write_text("platform,video_id\n")
+    (tmp_path / "empty.jsonl").touch()
+    for name in ("tabs.csv", "tabs.tsv"):
+        (tmp_path / name).write_text("platform\tvideo_id\nyoutube\tabcdefghijk\n")
+    monkeypatch.chdir(tmp_path)
+    code, printed = curation(*words)
     assert code == 2
     assert said in printed and "Traceback" not in printed
 
@@ -55,6 +80,45 @@ def test_every_bad_row_is_named(curation, manifest: Path):
     code, printed = curation("check-manifest", manifest)
     assert code == 2
     assert all(said in printed for said in ("row 2", "video_id", "row 3", "end_s"))
+
+
+@pytest.fixture
+def catalog(tmp_path: Path) -> Catalog:
+    return Catalog(f"sqlite:///{tmp_path}/catalog.sqlite")
+
+
+def test_status_tells_data_sets_apart(curation, catalog: Catalog, tmp_path: Path):
+    refs = [ClipRef("vimeo", "1"), ClipRef("vimeo", "2")]
+    catalog.register(refs)
+    hashes = [catalog.put_provenance({"policy": {"name": "mine"}, "teacher": {"name": name}}) for name in ("a", "b")]
+    for digest, clips in zip(hashes, (refs, refs[:1]), strict=True):
+        catalog.record_outputs(Output(ref.clip_id, digest, "s.parquet", 0, 1, 9, "0" * 64) for ref in clips)
+    _, printed = curation("status", "--out", tmp_path)
+    for name, digest, clips in zip("ab", hashes, (2, 1), strict=True):
+        assert re.search(rf"in shards of mine-{name}-{digest[:8]} .* {clips} .* {clips / 2:.1%}", printed)
+
+
+def test_status_counts_work_in_hand(curation, catalog: Catalog, tmp_path: Path):
+    assert "in work" not in curation("status", "--out", tmp_path)[1]
+    catalog.claim(["b1", "b2"], "first", 60)
+    catalog.claim(["b3", "index:0123"], "second", 60)
+    catalog.claim(["b4"], "dead", 0)
+    assert "3 batches in work by 2 workers" in curation("status", "--out", tmp_path)[1]
+    catalog.release("first")
+    assert "1 batch in work by 1 worker\n" in curation("status", "--out", tmp_path)[1]
+
+
+@pytest.mark.parametrize("command", ["status", "failures"])
+def test_open_breakers_are_told(curation, catalog: Catalog, tmp_path: Path, command: str):
+    assert "left alone" not in curation(command, "--out", tmp_path)[1]
+    until = catalog.block("vimeo", "default", FailureCode.BOT_CHECK, 3600)
+    catalog.block("http-0123456789ab", "default", FailureCode.RATE_LIMITED, 60)
+    latest = catalog.block("http-ba9876543210", "default", FailureCode.RATE_LIMITED, 7200)
+    code, printed = curation(command, "--out", tmp_path)
+    assert code == 0
+    assert f"bot_check: {postponed('vimeo', until)}" in printed
+    assert f"rate_limited: {postponed('http', latest)}" in printed
+    assert printed.count("left alone") == 2 and "0123456789ab" not in printed
 
 
 def test_help_is_quick():

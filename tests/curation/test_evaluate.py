@@ -60,3 +60,26 @@ def test_labels_without_columns_or_rows_are_refused(tmp_path: Path, text: str):
     (tmp_path / "cases.csv").write_text(text)
     with pytest.raises(UsageError, match="at least one row"):
         evaluation.read_cases(tmp_path / "cases.csv")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b"a.mp4,accept\n", "row 2: give it as many fields"),
+        (b"a.mp4,accept,,,\n", "row 2: give it as many fields"),
+        (b"a.mp4,accept,\n,reject,\n", "row 3, file"),
+        (b"a.mp4,accept,\na.mp4,reject,\n", "row 3, file: name one file, which no other row names"),
+        (b"a\0.mp4,accept,\n", "row 2, file"),
+        (b'"a"b.mp4,accept,\n', "quotes"),
+        (b"\xff,accept,\n", "UTF-8"),
+    ],
+)
+def test_a_wrong_label_is_one_sentence(tmp_path: Path, text: bytes, said: str):
+    (tmp_path / "cases.csv").write_bytes(b"file,expected,first_reason\n" + text)
+    with pytest.raises(UsageError, match=said):
+        evaluation.read_cases(tmp_path / "cases.csv")
+
+
+def test_results_that_cannot_be_written_are_one_sentence(tmp_path: Path):
+    with pytest.raises(UsageError, match="cannot be written"):
+        evaluation.write_results([], tmp_path)

@@ -274,6 +274,20 @@ def test_the_policies_name_their_detectors():
         ("- 1", "must be a mapping"),
         ("name: x", "detector"),
         (None, "height.min_mean"),
+        ("extends: default\nlength: {min_duration_s: .inf}", "length.min_duration_s: Input should be a finite number"),
+        ("extends: default\nlength: {min_duration_s: yes}", "length.min_duration_s"),
+        ("extends: default\nlength: {min_samples: 2000000}", "length.min_samples"),
+        ("extends: default\nlength: 3", "wrong at length: this must be a mapping"),
+        ("extends: default\nbreadth: 3", "wrong at breadth: there is no such field"),
+        ('extends: default\n"\\e[31m": 3', r"wrong at '\\x1b\[31m'"),
+        ("extends: default\nname: a\nname: b", "the field name is there twice, in line 3"),
+        ("extends: default\nname: 2020-13-45", "2020-13-45 is no timestamp, in line 2"),
+        ("a: &a {b: 1}\nc: {<<: *a}", "merge keys are not taken"),
+        ("extends: p.yaml", "p.yaml is wrong at extends: p.yaml extends another policy itself"),
+        ("extends: nobody", "p.yaml is wrong at extends: there is no policy nobody"),
+        ("extends: [default]", "p.yaml is wrong at extends: this is no text"),
+        ("[" * 3000, "nested too deeply"),
+        ("#" * (2**20 + 1), "over 1 MiB"),
     ],
 )
 def test_a_wrong_policy_is_one_sentence_that_names_the_field(tmp_path: Path, text: str | None, said: str):
@@ -293,13 +307,17 @@ def test_a_policy_may_extend_another_and_change_a_part_of_a_part(tmp_path: Path)
     mine = load_policy(tmp_path / "mine.yaml")
     assert (mine.name, mine.single.tolerance, mine.border) == ("mine", 0.2, DEFAULT.border)
     assert mine.single.person_confidence == DEFAULT.single.person_confidence
-    with pytest.raises(UsageError, match="is wrong at"):
+    with pytest.raises(UsageError, match="is wrong at extends"):
         load_policy(tmp_path / "yours.yaml")  # one level: whoever reads a policy reads two files at most
 
 
 def test_a_missing_policy_is_one_sentence(tmp_path: Path):
     with pytest.raises(UsageError, match="cannot be read"):
         load_policy(tmp_path / "none.yaml")
+    with pytest.raises(UsageError, match="it is a folder; built in are default, paper"):
+        load_policy(tmp_path)
+    with pytest.raises(UsageError, match="no such file"):
+        load_policy(tmp_path / ("a" * 300))
 
 
 @settings(max_examples=100)
