@@ -345,7 +345,7 @@ def shared_work(settings: Settings, batches: Sequence[Batch]) -> Iterator[Queue[
 def leave(settings: Settings, queue: Queue[Batch], batch: Batch) -> None:
     """Give back a batch; one with clips of a platform that must be left alone now is tried again later."""
     state = state_of(settings)
-    queue.leave(batch, later=bool(state.catalog.blocks()) and not state.finished(batch))
+    queue.leave(batch, later=bool(state.catalog.blocks()) and state.untried(batch))
 
 
 def wait_for_more(settings: Settings, queue: Queue[Batch]) -> bool:

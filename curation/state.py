@@ -210,6 +210,11 @@ class State:
         left = [ref for ref in batch.refs if not done(ref)]
         return not left or len(self.given_up(left, ("download", "observe", "teach"))) == len(left)
 
+    def untried(self, batch: Batch) -> bool:
+        """Whether the batch has clips of which nothing is known: neither measurements nor a failure."""
+        known = self.catalog.observations(batch.refs).keys() | {a.clip_id for a in self.catalog.failures(batch.refs)}
+        return any(ref.clip_id not in known for ref in batch.refs)
+
     def _sound_shards(self, names: set[str]) -> set[str]:
         """Shards that are there with a readable end; a cut one is taken away, so that its clips are written again."""
         import pyarrow as pa

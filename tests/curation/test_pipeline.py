@@ -312,6 +312,18 @@ def test_a_short_no_is_waited_for_within_the_run(settings: Settings, clips: Path
         assert funnel.failed == {"rate_limited": 1} and funnel.observed == 1 and not funnel.postponed
 
 
+def test_postponed_clips_are_come_back_to_within_the_run(
+    settings: Settings, clips: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("curation.ingest.politeness.NAP_S", -1.0)  # every block postpones
+    with serve(clips, {"/bars.mp4": [Fault(status=429, headers={"Retry-After": "4"})]}) as server:
+        links = [ClipRef("http", server.url(f"/{name}.mp4")) for name in ("bars", "set", "count")]
+        allowed = DownloadSettings(http_hosts=(server.host,), allow_loopback=True, retries=0)
+        funnel = pipeline.run(settings.model_copy(update={"download": allowed, "batch_clips": 1}), links)
+        assert funnel.failed == {"rate_limited": 1} and (funnel.observed, funnel.pending) == (2, 0)
+        assert server.hits == {"/bars.mp4": 1, "/set.mp4": 1, "/count.mp4": 1}
+
+
 def test_finished_videos_make_room_and_are_not_fetched_again(settings: Settings, tmp_path: Path):
     folder = tmp_path / "large"
     folder.mkdir()
