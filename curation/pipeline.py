@@ -210,6 +210,7 @@ def judge_all(settings: Settings, progress: Progress | None = None) -> int:
         known = state.catalog.verdicts([file.clip_id for file in page], state.policy.hash)
         missing = [file for file in page if file.clip_id not in known]
         judged += state.judge(missing)
+        state.store.release([file.path for file in missing])
         seen += len(page)
         if progress is not None:
             progress(seen, seen)
