@@ -449,7 +449,7 @@ def test_any_policy_judges_or_is_refused_with_file_and_field():
             outcomes["refused" if loaded_or_refused(path) is None else "loaded"] += 1
 
     check()
-    assert min(outcomes["loaded"], outcomes["refused"]) >= 25, outcomes
+    assert min(outcomes["loaded"], outcomes["refused"]) >= 5, outcomes  # not one kind alone
 
 
 @pytest.mark.parametrize(("part", "name"), FIELDS)
