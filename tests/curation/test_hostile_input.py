@@ -93,7 +93,8 @@ HOSTILE_IDS = [
 HOSTILE_PLATFORMS = ["", "YouTube", "youtube ", "file", "generic", "https", "youtubе", "--exec", "\0", "a" * 99, "[/]"]
 HOSTILE_TEXT = [
     "nan", "NaN", "inf", "-inf", "1e999", "-1", "-0.000001", "1e308", "1e-999", "9" * 400, "10000000.1", "1,5", "1_000",
-    "0x10", "٣", "½", "1:30", "00:01:30", "2024-01-01", "true", "abc", "\0", "1 2", "+", ".", "e5", "5 s", "'5", "=5",
+    "0x10", "٣", "½", "1:30", "00:01:30", "2024-01-01", "true", "abc", "\0", "0", "1 2", "+", ".",
+    "e5", "5 s", "'5", "=5",
 ]  # fmt: skip
 HOSTILE_VALUES: list[Any] = [
     None, True, False, 0, -1, 5, 10**400, 2**63, 0.5, -0.0, 1e308, float("nan"), float("inf"), float("-inf"), [], [1],
@@ -104,7 +105,7 @@ HOSTILE_NAMES = [
     "a" * 500, "\x1b[31m", "[bold]", "split",
 ]  # fmt: skip
 
-times = st.sampled_from([(0.0, 5.0), (5.0, 9.5), (3.0, 6.0), (None, 5.0), (5.0, None), (None, None), (9.0, 1.0)])
+times = st.sampled_from([(0.0, 5.0), (5.0, 9.5), (3.0, 6.0), (None, 5.0), (5.0, None), (None, None)])
 good_rows = st.builds(
     lambda clip, span, split: dict(zip(COLUMNS, (*clip, *span, split), strict=True)),
     st.sampled_from(GOOD),
@@ -123,9 +124,13 @@ wrongs = {
 @st.composite
 def tables(draw: st.DrawFn, values: st.SearchStrategy[Any]) -> tuple[list[str], list[list[Any]]]:
     """Header and rows: good ones, with some cells, rows and columns spoiled; `values` are what no cell should hold."""
-    rows = draw(st.lists(good_rows, max_size=5))
     header = draw(st.permutations(COLUMNS) | st.just(list(COLUMNS)))
+    good = draw(st.booleans())
+    unique = (lambda row: row["video_id"]) if good else None  # spans of one video may overlap
+    rows = draw(st.lists(good_rows, min_size=int(good), max_size=5, unique_by=unique))
     table = [[row[name] for name in header] for row in rows]
+    if good:
+        return header, table
     for _ in range(draw(st.sampled_from([0, 0, 1, 1, 2, 3])) if table else 0):
         row = draw(st.integers(0, len(table) - 1))
         column = draw(st.integers(0, len(header) - 1))
@@ -218,7 +223,7 @@ def parquet_files(draw: st.DrawFn) -> bytes:
     spoiled.append(pa.array(["vimeo"]).dictionary_encode())
     spoiled.append(pa.StringArray.from_buffers(1, pa.py_buffer(np.array([0, 2], np.int32)), pa.py_buffer(b"\xff\xfe")))
     columns = []
-    odd = draw(st.sampled_from([None, None, None, *range(len(header))]))
+    odd = draw(st.none() | st.sampled_from(range(len(header))))
     for place in range(len(header)):
         values = [row[place] if place < len(row) else None for row in rows]
         if place == odd:
@@ -299,7 +304,7 @@ def test_any_manifest_is_read_or_refused_with_row_and_field(suffix: str, example
             outcomes["refused" if refs is None else "read" if refs else "empty"] += 1
 
     check()
-    assert min(outcomes["read"], outcomes["refused"]) >= examples // 20, outcomes
+    assert min(outcomes["read"], outcomes["refused"]) >= 3, outcomes  # not one kind alone
 
 
 @pytest.mark.parametrize("link", [link for link in HOSTILE_IDS if "://" in link])
@@ -444,7 +449,7 @@ def test_any_policy_judges_or_is_refused_with_file_and_field():
             outcomes["refused" if loaded_or_refused(path) is None else "loaded"] += 1
 
     check()
-    assert min(outcomes["loaded"], outcomes["refused"]) >= 25, outcomes
+    assert min(outcomes["loaded"], outcomes["refused"]) >= 5, outcomes  # not one kind alone
 
 
 @pytest.mark.parametrize(("part", "name"), FIELDS)
