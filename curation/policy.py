@@ -26,6 +26,7 @@ PERSON = "person"
 
 _Share = Field(ge=0, le=1)
 _MAX_COUNT = 1_000_000  # of samples or frames: more than any clip has
+_MOST = 1e9  # of any figure: it must fit into the single precision of the measurements
 _MAX_BYTES = 1 << 20  # of a policy file
 
 
@@ -37,15 +38,15 @@ class _Part(BaseModel):
 class LengthRule(_Part):
     """How much of a clip there must be."""
 
-    min_duration_s: float = Field(ge=0)
+    min_duration_s: float = Field(ge=0, le=_MOST)
     min_samples: int = Field(ge=1, le=_MAX_COUNT)
 
 
 class EditLine(_Part):
     """A change of at least `gap` that exceeds the changes around it `ratio` times is an edit."""
 
-    gap: float = Field(ge=0)
-    ratio: float = Field(ge=0)
+    gap: float = Field(ge=0, le=_MOST)
+    ratio: float = Field(ge=0, le=_MOST)
 
 
 class ShotRule(_Part):
@@ -53,17 +54,17 @@ class ShotRule(_Part):
 
     edits: tuple[EditLine, ...] = Field(strict=False)
     person_edits: tuple[EditLine, ...] = Field(strict=False)
-    cut_content: float = Field(ge=0)
-    cut_gap: float = Field(ge=0)
-    ratio_window_s: float = Field(gt=0)
-    flash_luma: float = Field(ge=0)
-    flash_gap: float = Field(ge=0)
+    cut_content: float = Field(ge=0, le=_MOST)
+    cut_gap: float = Field(ge=0, le=_MOST)
+    ratio_window_s: float = Field(gt=0, le=_MOST)
+    flash_luma: float = Field(ge=0, le=_MOST)
+    flash_gap: float = Field(ge=0, le=_MOST)
     edge_frames: int = Field(ge=0, le=_MAX_COUNT)
     fade_contrast: float = _Share
-    fade_s: float = Field(gt=0)
+    fade_s: float = Field(gt=0, le=_MOST)
     dissolve: float = _Share
     dissolve_frames: int = Field(ge=1, le=_MAX_COUNT)
-    max_heights_per_s: float | None = Field(gt=0)
+    max_heights_per_s: float | None = Field(gt=0, le=_MOST)
 
 
 class SingleRule(_Part):

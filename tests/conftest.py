@@ -12,6 +12,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import yaml
 
@@ -19,6 +20,10 @@ from curation.ffmpeg import ffmpeg_exe
 from curation.settings import POLICIES
 
 ROOT = Path(__file__).parent.parent
+
+hypothesis.settings.register_profile("ci", derandomize=True)  # the same examples, so that a change decides, not chance
+if os.environ.get("CI"):
+    hypothesis.settings.load_profile("ci")
 
 
 @pytest.fixture(scope="session", autouse=True)

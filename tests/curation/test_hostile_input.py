@@ -455,7 +455,7 @@ def test_any_policy_judges_or_is_refused_with_file_and_field():
 @pytest.mark.parametrize(("part", "name"), FIELDS)
 def test_the_one_wrong_field_is_named(tmp_path: Path, part: str, name: str):
     path = tmp_path / "p.yaml"
-    for value in (None, True, "0.4", {"a": 1}, [None], -1, 10**18, float("inf"), float("nan"), b"\0"):
+    for value in (None, True, "0.4", {"a": 1}, [None], -1, 10**18, 1e308, float("inf"), float("nan"), b"\0"):
         path.write_text(yaml.safe_dump({"extends": "default", part: {name: value}}))
         try:
             policy = load_policy(path)
@@ -464,6 +464,7 @@ def test_the_one_wrong_field_is_named(tmp_path: Path, part: str, name: str):
         else:
             assert getattr(getattr(policy, part), name) is not None or (part, name) == ("shot", "max_heights_per_s")
             assert type(value) is not bool or name == "inside_bars"
+            assert value != 1e308, "no figure of the measurements is as large"
     del (values := {key: dict(of) if isinstance(of, dict) else of for key, of in DEFAULT.items()})[part][name]
     path.write_text(yaml.safe_dump(values))
     with pytest.raises(UsageError, match=f"p.yaml is wrong at {part}.{name}: this field is missing"):
