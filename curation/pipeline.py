@@ -26,7 +26,7 @@ from curation.policy import Policy, find_policy, load_policy, subject_boxes
 from curation.policy import judge as judge_observations
 from curation.records import ClipSample
 from curation.settings import Settings
-from curation.state import State, forget_cached, frames_name, observation_name, state_of
+from curation.state import FOLDERS, State, forget_cached, frames_name, observation_name, state_of
 from curation.storage import Store
 from curation.workers import spread
 
@@ -54,6 +54,11 @@ def preflight(settings: Settings) -> Settings:
         probe.unlink()
     except OSError as error:
         raise UsageError(f"The output folder {out} cannot be written: {error.strerror}.") from error
+    for name in FOLDERS:
+        if (out / name).exists() and not (out / name).is_dir():
+            raise UsageError(
+                f"{out / name} is a file where a run keeps a folder; move it away, or choose another --out."
+            )
     policy = load_policy(settings.policy)
     ffmpeg_exe()
     weights = find_weights(settings.observe.detector or policy.detector)

@@ -14,7 +14,7 @@ DEVICE = r"^(auto|cpu|cuda(:\d+)?)$"
 class DownloadSettings(BaseModel):
     """How videos are fetched."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     max_height: int = Field(1080, ge=144, description="No stream taller than this is chosen.")
     http_hosts: tuple[str, ...] = Field((), description="Hosts (host or host:port) allowed for platform `http`.")
@@ -36,7 +36,7 @@ class DownloadSettings(BaseModel):
 class ObserveSettings(BaseModel):
     """What is measured on a clip; part of an observation's provenance."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     detector: str | None = Field(None, description="ultralytics weights; None takes the policy's.")
     sample_fps: float = Field(6.0, gt=0, description="Rate of detector samples and of training frames.")
@@ -50,7 +50,7 @@ class ObserveSettings(BaseModel):
 class TeacherSettings(BaseModel):
     """Which depth teacher runs on accepted clips."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     kind: Literal["moge", "folder", "none"] = "moge"
     model: str = Field("Ruicheng/moge-2-vitl-normal", description="Hugging Face id, local file, or depth folder.")
@@ -63,7 +63,7 @@ class TeacherSettings(BaseModel):
 class Settings(BaseModel):
     """One run: where, under which policy, with which models."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     out: Path
     policy: Path = POLICIES / "default.yaml"

@@ -27,6 +27,7 @@ from curation.storage import Store
 _MENDED_BY_SETTINGS = frozenset(
     {FailureCode.REFUSED, FailureCode.MISSING_DEPTH, FailureCode.NO_FORMAT, FailureCode.LIVE}
 )
+FOLDERS = ("videos", "observations", "frames", "staging", "shards", ".claims")  # below a run's own
 _INDEX_LEASE_S = 30.0
 
 

@@ -170,6 +170,8 @@ def find_weights(weights: str) -> Path:
     path = Path(weights).expanduser()
     if path.is_file():
         return path.absolute()
+    if path.is_dir():
+        raise UsageError(f"The detector weights {weights} are a folder; give the .pt file in it.")
     cached = _cache() / "weights" / path.name
     if cached.is_file():
         return cached

@@ -24,6 +24,7 @@ from curation.ingest.failures import FailureCode, UsageError
 from curation.manifest import ClipRef, write_manifest
 from curation.settings import DownloadSettings, ObserveSettings, Settings, TeacherSettings
 from curation.shards.reader import ShardReader, verify
+from curation.state import FOLDERS
 from curation.workers import spread
 
 
@@ -171,12 +172,23 @@ def test_batches_keep_videos_together_and_do_not_depend_on_what_follows(settings
         ({"teacher": TeacherSettings(model="nothing.pt")}, "nothing.pt"),
         ({"download": DownloadSettings(local_root=Path("nowhere"))}, "--local-root"),
         ({"out": Path("/proc/nothing")}, "cannot be written"),
+        ({"download": DownloadSettings(cookies=Path("nowhere"))}, "cookies"),
+        ({"observe": ObserveSettings(detector="/")}, "are a folder"),
+        ({"storage": "nonsense://x"}, "cannot be used"),
     ],
 )
 def test_a_wrong_set_up_is_one_sentence_before_any_work(settings: Settings, change: dict, said: str):
     with pytest.raises(UsageError, match=said):
         pipeline.run(settings.model_copy(update=change), REFS)
     assert not (settings.out / "videos").exists()
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_file_in_a_folder_s_place_is_named(settings: Settings, name: str):
+    settings.out.mkdir()
+    (settings.out / name).touch()
+    with pytest.raises(UsageError, match=f"{name} is a file"):
+        pipeline.run(settings, REFS)
 
 
 def test_a_worker_that_dies_costs_its_own_clip_only():
