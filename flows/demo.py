@@ -1,6 +1,6 @@
 """The whole job on an embedded world: clips are rendered, served like a platform's, curated by Prefect, and checked.
 
-    python -m flows.demo [FOLDER]
+    python -m flows.demo [FOLDER] [--teacher oracle]
 
 Nothing is downloaded from anywhere but this machine. The last table compares every clip's fate with what geometry says
 is true; the exit code is 0 only if every decision agrees (the first of several reasons may differ: the demonstration's
@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -109,12 +109,15 @@ def prepare(folder: Path, clips: int) -> tuple[list[ClipPlan], list[Expected], i
     return plans, [Expected(**e) for e in known["truth"]], known["port"]
 
 
-def demo(folder: Path, clips: int = 28) -> bool:
-    """Run the demonstration; True if every clip's fate is the true one."""
+def demo(folder: Path, clips: int = 28, teacher: Literal["small", "oracle"] = "small") -> bool:
+    """Run the demonstration; True if every clip's fate is the true one.
+
+    teacher: `small` is a MoGe-2 of 2.3 M parameters that was trained on this world, `oracle` the world's own depth.
+    """
     from curation.catalog import Catalog
     from curation.policy import load_policy
     from curation.settings import Settings
-    from curation.synthetic.clips import write_oracle
+    from curation.synthetic import teacher as small
     from curation.synthetic.detector import LONG_SIDE, POLICY, WEIGHTS
     from flows.service import start
 
@@ -129,17 +132,12 @@ def demo(folder: Path, clips: int = 28) -> bool:
     refs = {e.file: ClipRef("http", f"http://127.0.0.1:{port}/{e.file}") for e in truth}
     manifest = folder / "manifest.csv"
     write_manifest(list(refs.values()), manifest)
-    depths = folder / "depth"
-    depths.mkdir(exist_ok=True)
-    accepted = [(plan, f"{plan.name}.mp4") for plan in plans]
-    good = next(e.file for e in truth if e.decision == "accept")
-    wanted = [(plan, file) for plan, file in accepted for e in truth if e.file == file and e.decision == "accept"]
-    wanted += [(plan, LIMITED) for plan, file in accepted if file == good]
-    with _bar("true depth") as show:
-        for done, (plan, file) in enumerate(wanted, 1):
-            if not (depths / f"{refs[file].clip_id}.npz").is_file():
-                write_oracle(plan, refs[file].clip_id, depths)
-            show(done, len(wanted))
+    if teacher == "small":
+        taught = {"teacher": "moge", "teacher_model": small.WEIGHTS, "teacher_name": small.NAME}
+        taught |= {"num_tokens": small.NUM_TOKENS}
+    else:
+        depths = _true_depth(folder / "depth", plans, truth, refs)
+        taught = {"teacher": "folder", "teacher_model": depths, "teacher_name": "oracle"}
     console.print(f"{len(truth)} rows in {manifest}", soft_wrap=True)
 
     console.rule("2. prefect deployment run curate --watch")
@@ -151,12 +149,10 @@ def demo(folder: Path, clips: int = 28) -> bool:
             "policy": POLICY,
             "detector": WEIGHTS,
             "detector_long_side": LONG_SIDE,
-            "teacher": "folder",
-            "teacher_model": depths,
-            "teacher_name": "oracle",
             "download_retries": 1,
             "http_hosts": json.dumps([host]),
             "allow_loopback": "true",
+            **taught,
         }
         words = [word for name, value in parameters.items() for word in ("--param", f"{name}={value}")]
         command = [str(Path(sys.executable).with_name("prefect")), "deployment", "run", "curate", "--watch", *words]
@@ -204,6 +200,22 @@ def demo(folder: Path, clips: int = 28) -> bool:
     return agreed == len(truth)
 
 
+def _true_depth(folder: Path, plans: list[ClipPlan], truth: list[Expected], refs: dict[str, ClipRef]) -> Path:
+    """A depth folder with the world's own depth of every clip that should be accepted."""
+    from curation.synthetic.clips import write_oracle
+
+    folder.mkdir(exist_ok=True)
+    files = {f"{plan.name}.mp4": plan for plan in plans}
+    wanted = [e.file for e in truth if e.decision == "accept" and e.file != LIMITED]
+    files[LIMITED] = files[wanted[0]]  # its bytes are that clip's
+    with _bar("true depth") as show:
+        for done, file in enumerate([*wanted, LIMITED], 1):
+            if not (folder / f"{refs[file].clip_id}.npz").is_file():
+                write_oracle(files[file], refs[file].clip_id, folder)
+            show(done, len(wanted) + 1)
+    return folder
+
+
 @contextmanager
 def _bar(what: str) -> Iterator[Any]:
     columns = (TextColumn(f"{what:12}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -215,9 +227,12 @@ def _bar(what: str) -> Iterator[Any]:
 def main(
     folder: Annotated[Path, typer.Argument(help="Where clips, depth and data go.")] = Path("demo"),
     clips: Annotated[int, typer.Option(help="Clips to render; 28 go through every case.")] = 28,
+    teacher: Annotated[
+        Literal["small", "oracle"], typer.Option(help="A small MoGe-2 trained on this world, or exact depth.")
+    ] = "small",
 ) -> None:
     """Show the whole job on an embedded world, and check it against what is true."""
-    raise typer.Exit(0 if demo(folder, clips) else 1)
+    raise typer.Exit(0 if demo(folder, clips, teacher) else 1)
 
 
 if __name__ == "__main__":

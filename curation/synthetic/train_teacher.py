@@ -100,9 +100,13 @@ def train(
             step += 1
             now = {name: value.item() for name, value in losses.items()}
             smooth = {name: 0.98 * smooth.get(name, value) + 0.02 * value for name, value in now.items()}
-            bar.update(task, completed=step, note="  ".join(f"{k} {v:.3f}" for k, v in smooth.items()))
-            if step % 250 == 0:
+            note = "  ".join(f"{name} {value:.3f}" for name, value in smooth.items())
+            bar.update(task, completed=step, note=note)
+            if step % 100 == 0:
                 save(mean, work / WEIGHTS.name)
+                if not bar.console.is_terminal and steps is not None:  # a log file shows no bar
+                    left = (time.monotonic() - began) / step * (steps - step) / 60
+                    bar.console.print(f"{step} of {steps} steps, {left:.0f} min left  {note}")
     return save(mean, work / WEIGHTS.name)
 
 
