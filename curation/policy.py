@@ -428,8 +428,8 @@ def _fades(observations: Observations, rule: ShotRule) -> list[tuple[int, int]]:
     blank = observations.contrast < rule.fade_contrast * np.median(observations.contrast)
     edges = np.flatnonzero(np.diff(np.concatenate([[False], blank, [False]]).astype(np.int8)))
     stretches = zip(edges[::2], edges[1::2] - 1, strict=True)
-    times = observations.times_s
-    return [(int(a), int(b)) for a, b in stretches if times[b] - times[a] >= rule.fade_s]
+    shown_until = np.append(observations.times_s[1:], observations.end_s)  # the last blank frame stays on screen too
+    return [(int(a), int(b)) for a, b in stretches if shown_until[b] - observations.times_s[a] >= rule.fade_s]
 
 
 def _teleports(observations: Observations, rule: ShotRule, people: _Subjects) -> list[str]:

@@ -111,7 +111,7 @@ def test_a_flash_on_the_first_frames_is_no_cut_but_a_change_of_scene_is():
     assert judge(replace(scene, luma=changed(scene.luma, slice(0, 2), 230.0)), DEFAULT).decision == "accept"
 
 
-@pytest.mark.parametrize(("frames", "found"), [(3, False), (12, True)])
+@pytest.mark.parametrize(("frames", "found"), [(3, False), (5, False), (6, True), (12, True)])
 def test_a_fade_lasts_and_a_dark_strobe_does_not(frames: int, found: bool):
     clip = observations()
     clip = replace(clip, contrast=changed(clip.contrast, slice(40, 40 + frames), 2.0))
