@@ -7,6 +7,7 @@ lapsed may finish what another has begun: both write the same bytes under the sa
 from __future__ import annotations
 
 import fcntl
+import os
 import secrets
 import threading
 import time
@@ -42,8 +43,14 @@ class Claims:
 
     def __enter__(self) -> Claims:
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._sign = (self._folder / self._owner).open("wb")
-        fcntl.flock(self._sign, fcntl.LOCK_EX)
+        path = self._folder / self._owner
+        while self._sign is None:
+            sign = path.open("wb")
+            fcntl.flock(sign, fcntl.LOCK_EX)
+            if path.exists() and path.stat().st_ino == os.fstat(sign.fileno()).st_ino:
+                self._sign = sign
+            else:  # another worker took it for a dead one's in the moment before it was locked
+                sign.close()
         self.bury()
         self._heart = threading.Thread(target=self._beat, name="claims", daemon=True)
         self._heart.start()
@@ -62,7 +69,7 @@ class Claims:
     def bury(self) -> None:
         """Give back what workers of this folder held that are dead."""
         for sign in self._folder.iterdir():
-            with suppress(BlockingIOError, FileNotFoundError), sign.open("rb") as stream:
+            with suppress(OSError), sign.open("r+b") as stream:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # nobody alive has it
                 self._catalog.release(sign.name)
                 sign.unlink()

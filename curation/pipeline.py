@@ -6,13 +6,17 @@ and never raised. Any process may die anywhere: files are renamed into place fir
 
 from __future__ import annotations
 
+import secrets
 import shutil
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from queue import SimpleQueue
 from typing import Any
 
 from curation.batches import Batch, Funnel, Progress, StageReport, read_batches
@@ -26,6 +30,7 @@ from curation.policy import Policy, find_policy, load_policy, subject_boxes
 from curation.policy import judge as judge_observations
 from curation.records import ClipSample
 from curation.settings import Settings
+from curation.shards.index import INDEX_NAME
 from curation.state import FOLDERS, State, forget_cached, frames_name, observation_name, state_of
 from curation.storage import Store
 from curation.workers import spread
@@ -49,7 +54,7 @@ def preflight(settings: Settings) -> Settings:
     out = settings.out.expanduser().absolute()
     try:
         out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".writable"
+        probe = out / f".writable-{secrets.token_hex(4)}"
         probe.touch()
         probe.unlink()
     except OSError as error:
@@ -211,14 +216,21 @@ def judge_all(settings: Settings, progress: Progress | None = None) -> int:
     forget_cached()  # the policy's file may have changed
     state = state_of(settings)
     judged = seen = 0
+    nowhere = True
     for page in state.catalog.observed():
         known = state.catalog.verdicts([file.clip_id for file in page], state.policy.hash)
         missing = [file for file in page if file.clip_id not in known]
+        nowhere = nowhere and len(missing) == len(page)
+        nowhere = nowhere and not any(state.store.sizes_of([file.path for file in missing]))
         judged += state.judge(missing)
         state.store.release([file.path for file in missing])
         seen += len(page)
         if progress is not None:
             progress(seen, seen)
+    if seen and nowhere and (state.store.shared or not state.store.path("observations").is_dir()):
+        raise UsageError(
+            f"None of {seen} measurements is in {settings.place}; give the --out and --storage of the run."
+        )
     return judged
 
 
@@ -286,7 +298,7 @@ def funnel(settings: Settings, refs: Sequence[ClipRef] | None) -> Funnel:
         rejected_by=counts.rejected_by,
         sharded=counts.sharded,
         shards=counts.shards,
-        folder=f"{settings.storage}/{state.shards}" if settings.storage else str(settings.out / state.shards),
+        folder=f"{settings.place}/{state.shards}",
         postponed={block.service.partition("-")[0]: block.until for block in state.catalog.blocks()},
     )
 
@@ -310,30 +322,54 @@ def run(settings: Settings, refs: Sequence[ClipRef], progress: Callable[[str, in
     def shown(stage: str) -> Progress | None:
         return None if progress is None else lambda now, _: progress(stage, done[stage] + now, len(refs))
 
-    fetcher = ThreadPoolExecutor(1)
+    fetcher = _Fetcher()
     fetching: deque[tuple[Batch, Future[StageReport]]] = deque()
     try:
         with shared_work(settings, read_batches(refs, settings)) as queue:
             while True:
                 while len(fetching) < _AHEAD and (batch := queue.take()) is not None:
-                    fetching.append((batch, fetcher.submit(download, settings, batch, shown("download"))))
+                    fetching.append((batch, fetcher.submit(partial(download, settings, batch, shown("download")))))
                 while queue.passed:
                     advance(queue.passed.pop(), *done)
                 if fetching:
                     batch, fetched = fetching.popleft()
-                    fetched.result()
+                    report = fetched.result()
                     advance(batch, "download")
                     observe(settings, batch, shown("observe"))
                     advance(batch, "observe")
                     judge(settings, batch)
                     teach(settings, batch, shown("teach"))
                     advance(batch, "teach")
-                    leave(settings, queue, batch)
+                    queue.leave(batch, later=report.postponed > 0)
                 elif not wait_for_more(settings, queue):
                     break
     finally:
-        fetcher.shutdown(wait=False, cancel_futures=True)  # a failure or Ctrl-C must not wait for a slow download
+        fetcher.end()
     return funnel(settings, refs)
+
+
+class _Fetcher:
+    """Downloads, one after the other, beside the rest. Its thread holds up no end of the process: it may sleep long."""
+
+    def __init__(self) -> None:
+        self._waiting: SimpleQueue[tuple[Future[StageReport], Callable[[], StageReport]] | None] = SimpleQueue()
+        threading.Thread(target=self._work, name="download", daemon=True).start()
+
+    def submit(self, work: Callable[[], StageReport]) -> Future[StageReport]:
+        future: Future[StageReport] = Future()
+        self._waiting.put((future, work))
+        return future
+
+    def end(self) -> None:
+        self._waiting.put(None)
+
+    def _work(self) -> None:
+        while (item := self._waiting.get()) is not None:
+            future, work = item
+            try:
+                future.set_result(work())
+            except BaseException as error:
+                future.set_exception(error)
 
 
 @contextmanager
@@ -345,13 +381,8 @@ def shared_work(settings: Settings, batches: Sequence[Batch]) -> Iterator[Queue[
     """
     state = state_of(settings)
     with Claims(state.catalog, settings.out, settings.lease_s) as claims:
-        yield Queue(claims, batches, state.finished, trusting=state.store.shared)
-
-
-def leave(settings: Settings, queue: Queue[Batch], batch: Batch) -> None:
-    """Give back a batch; one with clips of a platform that must be left alone now is tried again later."""
-    state = state_of(settings)
-    queue.leave(batch, later=bool(state.catalog.blocks()) and state.untried(batch))
+        trusting = state.store.shared and INDEX_NAME in state.store.sizes(state.shards)  # or it is another storage
+        yield Queue(claims, batches, state.finished, trusting=trusting)
 
 
 def wait_for_more(settings: Settings, queue: Queue[Batch]) -> bool:
@@ -368,6 +399,7 @@ def wait_for_more(settings: Settings, queue: Queue[Batch]) -> bool:
     blocks = catalog.blocks()
     if blocks and min(block.until for block in blocks) - time.time() > settings.patience_s:
         return False
+    time.sleep(POLL_S)
     while blocks and catalog.blocks() == blocks:
         time.sleep(POLL_S)
     queue.resume()

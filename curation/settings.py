@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -74,10 +75,19 @@ class Settings(BaseModel):
     workers: int | None = Field(None, ge=1, description="Observing processes; None is one per core.")
     shard_mb: int = Field(512, ge=1, description="A shard file is closed before it grows beyond this.")
     retry: tuple[str, ...] = Field((), description="Failure codes to try again although they are permanent.")
-    catalog_url: str | None = Field(None, description="SQLAlchemy URL; None is SQLite in the output folder.")
-    lease_s: float = Field(120.0, ge=3, description="Batches of a worker that is silent for so long go to others.")
+    catalog_url: str | None = Field(None, repr=False, description="SQLAlchemy URL; None is SQLite in `out`.")
+    lease_s: float = Field(
+        120.0, ge=3, le=86400, description="Batches of a worker that is silent for so long go to others."
+    )
     patience_s: float = Field(3600.0, ge=0, description="A run waits so long for a platform to be asked again.")
-    storage: str | None = Field(None, pattern=r"^[a-z][a-z0-9+]*://.", description="fsspec URL shared by machines.")
+    storage: str | None = Field(
+        None, repr=False, pattern=r"^[a-z][a-z0-9+]*://.", description="fsspec URL shared by machines."
+    )
+
+    @property
+    def place(self) -> str:
+        """Where the run's files are, for people: the storage without any password, or the folder."""
+        return re.sub(r"://[^/@]*@", "://", self.storage) if self.storage else str(self.out)
 
     @property
     def database(self) -> str:

@@ -132,6 +132,12 @@ class State:
     def readable(self, files: Sequence[ObservationFile]) -> dict[str, Observations]:
         """The measurements that can be read, by clip id; a damaged or missing file is left out."""
         paths = self.store.get_all([file.path for file in files])
+        if self.store.shared:  # a copy of an earlier time says something else than the catalog
+            for number, (file, path) in enumerate(zip(files, paths, strict=True)):
+                if path is not None and sha256_file(path) != file.sha256:
+                    path.unlink()
+                    path = self.store.get(file.path)
+                    paths[number] = path if path is not None and sha256_file(path) == file.sha256 else None
         read = ((file.clip_id, _read(path)) for file, path in zip(files, paths, strict=True) if path is not None)
         return {clip_id: observations for clip_id, observations in read if observations is not None}
 
@@ -210,11 +216,6 @@ class State:
 
         left = [ref for ref in batch.refs if not done(ref)]
         return not left or len(self.given_up(left, ("download", "observe", "teach"))) == len(left)
-
-    def untried(self, batch: Batch) -> bool:
-        """Whether the batch has clips of which nothing is known: neither measurements nor a failure."""
-        known = self.catalog.observations(batch.refs).keys() | {a.clip_id for a in self.catalog.failures(batch.refs)}
-        return any(ref.clip_id not in known for ref in batch.refs)
 
     def _sound_shards(self, names: set[str]) -> set[str]:
         """Shards that are there with a readable end; a cut one is taken away, so that its clips are written again."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import secrets
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -89,16 +90,23 @@ class Store:
                 self._compare(path, target)
                 return
             folder, _, file = target.rpartition("/")
-            beside = f"{folder}/.{file}.part"
+            beside = f"{folder}/.{file}.{secrets.token_hex(4)}"  # two workers may send the same file
             self._fs.makedirs(folder, exist_ok=True)
-            self._fs.put_file(str(path), beside)
-            self._compare(path, beside)
-            self._fs.mv(beside, target)
+            try:
+                self._fs.put_file(str(path), beside)
+                self._compare(path, beside)
+                self._fs.mv(beside, target)
+            except BaseException:
+                with suppress(Exception):
+                    self._fs.rm_file(beside)
+                raise
 
         try:
             self._try(send)
         except FileNotFoundError as error:
-            raise UsageError(f"The storage {self._scheme} has no such bucket; make it, and run again.") from error
+            raise UsageError(
+                f"The storage {self._scheme} has no such bucket or folder; make it, and run again."
+            ) from error
 
     def put_all(self, names: Sequence[str]) -> None:
         """`put` for several files, many at once."""
@@ -113,18 +121,23 @@ class Store:
             self._spread(lambda name: self._try(lambda: self._remove(name)), names)
 
     def release(self, names: Iterable[str]) -> None:
-        """Delete the copies on this disk of files that are also behind the URL; without one, keep everything."""
+        """Delete the copies on this disk of files that are also behind the URL, and nothing else."""
         if self.shared:
-            for name in names:
-                self.path(name).unlink(missing_ok=True)
+            here = [name for name in names if self.path(name).is_file()]
+            for name, there in zip(here, self._spread(self._remote_size, here), strict=True):
+                with suppress(FileNotFoundError):
+                    if there == self.path(name).stat().st_size:
+                        self.path(name).unlink()
 
     def release_older(self, pattern: str, seconds: float) -> None:
         """`release` every file of this disk whose name fits the pattern and that was written so long ago."""
         if self.shared:
+            old = []
             for path in self.root.glob(pattern):
                 with suppress(FileNotFoundError):
                     if time.time() - path.stat().st_mtime > seconds:
-                        path.unlink()
+                        old.append(path.relative_to(self.root).as_posix())
+            self.release(old)
 
     def sizes(self, folder: str) -> dict[str, int]:
         """The files directly in a folder, by name within it, with their bytes: behind the URL, or without one here."""
@@ -148,20 +161,21 @@ class Store:
 
         def size(name: str) -> int | None:
             path = self.path(name)
-            if path.is_file():
-                return path.stat().st_size
-            try:
-                return self._try(lambda: int(self._fs.info(self._at(name))["size"])) if self.shared else None
-            except FileNotFoundError:
-                return None
+            return path.stat().st_size if path.is_file() else self._remote_size(name)
 
         return self._spread(size, names)
+
+    def _remote_size(self, name: str) -> int | None:
+        try:
+            return self._try(lambda: int(self._fs.info(self._at(name))["size"])) if self.shared else None
+        except FileNotFoundError:
+            return None
 
     def check(self) -> None:
         """Raise UsageError unless files can be written, read and deleted behind the URL."""
         if not self.shared:
             return
-        name = ".writable"
+        name = f".writable-{secrets.token_hex(4)}"
         with atomic_path(self.path(name)) as path:
             path.write_bytes(b"written to see whether it can be\n")
         self.put(name)

@@ -23,7 +23,7 @@ from prefect.task_runners import TaskRunner
 from pydantic import Field, ValidationError
 
 from curation import pipeline
-from curation.batches import Batch, Funnel, read_batches
+from curation.batches import Batch, Funnel, StageReport, read_batches
 from curation.ingest.failures import FailureCode, UsageError
 from curation.manifest import ClipRef, read_manifest
 from curation.settings import DownloadSettings, ObserveSettings, Settings, TeacherSettings
@@ -189,7 +189,7 @@ def curate(
             raise UsageError(f"{manifest.name} lists no clips; add a row and run again.")
         settings = pipeline.preflight(settings)
         batches = read_batches(refs, settings)
-        logger.info("%d clips in %d batches -> %s", len(refs), len(batches), settings.storage or settings.out)
+        logger.info("%d clips in %d batches -> %s", len(refs), len(batches), settings.place)
         with runner:
             unfinished = _work(runner, settings, batches, parallel_batches, 3600 * stage_timeout_hours)
     except ValidationError as error:
@@ -252,7 +252,9 @@ def _work(runner: TaskRunner[Any], settings: Settings, batches: list[Batch], lan
                 before = min(before + len(batch.refs), total)
             if open_chains:
                 unfinished += _finish(open_chains[0])
-                pipeline.leave(settings, queue, open_chains.popleft().batch)
+                chain = open_chains.popleft()
+                report = chain.futures["download"].result(raise_on_failure=False)
+                queue.leave(chain.batch, later=isinstance(report, StageReport) and report.postponed > 0)
             elif not pipeline.wait_for_more(settings, queue):
                 return unfinished
 

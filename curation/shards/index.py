@@ -88,9 +88,9 @@ def check_file(folder: Path, shard: ShardEntry) -> None:
         raise ShardError(f"{path} is not the file its index describes; open the folder anew, or {REBUILD}.")
 
 
-def read_index(folder: Path, name: str = INDEX_NAME) -> tuple[ShardEntry, ...]:
+def read_index(folder: Path) -> tuple[ShardEntry, ...]:
     """All shards of a folder, by file name. Raises ShardError if the index is missing or not one."""
-    path = folder / name
+    path = folder / INDEX_NAME
     try:
         table = pq.read_table(path)
     except FileNotFoundError as error:
@@ -255,7 +255,7 @@ def _sweep(folder: Path) -> None:
     import fcntl
 
     for path in folder.glob(".*.parquet"):
-        with suppress(FileNotFoundError, BlockingIOError), path.open("rb") as stream:
+        with suppress(FileNotFoundError, BlockingIOError), path.open("r+b") as stream:  # NFS locks what may be written
             if os.fstat(stream.fileno()).st_size:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink()

@@ -24,6 +24,7 @@ from curation.ingest.failures import FailureCode, UsageError
 from curation.manifest import ClipRef, write_manifest
 from curation.settings import DownloadSettings, ObserveSettings, Settings, TeacherSettings
 from curation.shards.reader import ShardReader, verify
+from curation.shards.remote import pull
 from curation.state import FOLDERS
 from curation.workers import spread
 
@@ -191,6 +192,28 @@ def test_a_file_in_a_folder_s_place_is_named(settings: Settings, name: str):
         pipeline.run(settings, REFS)
 
 
+def test_judging_where_no_measurement_is_says_so(settings: Settings, tmp_path: Path):
+    pipeline.run(settings, REFS[:1])
+    elsewhere = settings.model_copy(
+        update={"out": tmp_path / "x", "catalog_url": settings.database, "policy": Path("paper")}
+    )
+    with pytest.raises(UsageError, match="give the --out and --storage"):
+        pipeline.judge_all(elsewhere)
+
+
+def test_a_storage_given_later_takes_over_and_nothing_is_lost(settings: Settings, tmp_path: Path):
+    first = pipeline.run(settings, REFS)
+    before, shards = set((settings.out / "observations").rglob("*.parquet")), shard_bytes(first)
+    shared = settings.model_copy(update={"storage": f"file://{tmp_path / 'shared'}", "policy": Path("paper")})
+    pipeline.judge_all(shared)
+    assert set((settings.out / "observations").rglob("*.parquet")) == before
+    again = pipeline.run(settings, REFS)
+    assert again == first and shard_bytes(again) == shards
+    moved = pipeline.run(settings.model_copy(update={"storage": f"file://{tmp_path / 'shared'}"}), REFS)
+    assert moved.sharded == first.sharded
+    assert {shard.file: shard.sha256 for shard in pull(moved.folder, tmp_path / "pulled")} == shards
+
+
 def test_a_worker_that_dies_costs_its_own_clip_only():
     results = dict(spread(_die_on_three, list(range(6)), 2))
     assert {task: result for task, result in results.items() if task != 3} == {n: n * n for n in (0, 1, 2, 4, 5)}
@@ -324,11 +347,12 @@ def test_a_short_no_is_waited_for_within_the_run(settings: Settings, clips: Path
         assert funnel.failed == {"rate_limited": 1} and funnel.observed == 1 and not funnel.postponed
 
 
+@pytest.mark.parametrize("seconds", ["1", "6"])  # over while other clips are measured, and after
 def test_postponed_clips_are_come_back_to_within_the_run(
-    settings: Settings, clips: Path, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, clips: Path, monkeypatch: pytest.MonkeyPatch, seconds: str
 ):
     monkeypatch.setattr("curation.ingest.politeness.NAP_S", -1.0)  # every block postpones
-    with serve(clips, {"/bars.mp4": [Fault(status=429, headers={"Retry-After": "4"})]}) as server:
+    with serve(clips, {"/bars.mp4": [Fault(status=429, headers={"Retry-After": seconds})]}) as server:
         links = [ClipRef("http", server.url(f"/{name}.mp4")) for name in ("bars", "set", "count")]
         allowed = DownloadSettings(http_hosts=(server.host,), allow_loopback=True, retries=0)
         funnel = pipeline.run(settings.model_copy(update={"download": allowed, "batch_clips": 1}), links)

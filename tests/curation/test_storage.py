@@ -6,6 +6,7 @@ import os
 import pickle
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,35 @@ def test_copies_are_released_only_where_the_url_has_them(tmp_path: Path, url: st
         store.release(["x"])
         assert store.get("x") is not None
     assert not list((tmp_path / "a").glob(".x*"))
+
+
+def test_what_the_url_does_not_have_is_never_deleted(tmp_path: Path, url: str):
+    store = Store(tmp_path / "a", url)
+    for name in ("never sent", "sent and changed", "sent"):
+        write(store, name, b"1")
+    store.put_all(["sent and changed", "sent"])
+    write(store, "sent and changed", b"22")
+    for path in (tmp_path / "a").iterdir():
+        os.utime(path, (0, 0))
+    store.release_older("*", 10)
+    store.release(["never sent", "sent and changed", "sent"])
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {"never sent", "sent and changed"}
+
+
+def test_many_workers_send_one_file_and_check_one_storage_at_once(tmp_path: Path, url: str):
+    data = bytes(range(256)) * 2**12
+    stores = [Store(tmp_path / str(n), url) for n in range(4)]
+    for store in stores:
+        write(store, "x/shard", data)
+
+    def work(store: Store) -> None:
+        for _ in range(5):
+            store.put("x/shard")
+            store.check()
+            assert Store(store.root / "other", url).sizes_of(["x/shard"]) == [len(data)]
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, stores))
 
 
 def test_old_copies_go_young_ones_and_unshared_ones_stay(tmp_path: Path, url: str):
