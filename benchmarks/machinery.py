@@ -4,7 +4,7 @@
 
 The floor fetches, observes, judges and writes the same clips in one loop, without catalog, pool of processes or engine.
 Every variant is a process of its own; CPU time is that of all its processes, memory the most that they had together,
-sampled twice a second: one that is just starting another counts twice at that moment. "Again" is the same run once more,
+sampled twice a second: one that is just starting another counts twice then. "Again" is the same run once more,
 when nothing is missing. Weights are the demonstration's.
 """
 
