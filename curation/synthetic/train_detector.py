@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
@@ -147,8 +148,20 @@ def calibrate(weights: Path, pictures: Path) -> dict[str, float]:
     for branch in checkpoint["model"].model[-1].cv3:
         branch[-1].bias.data += torch.from_numpy(shifts).to(branch[-1].bias.dtype)
     with atomic_path(weights) as temporary:
-        torch.save(checkpoint, temporary)
+        torch.save(_without_paths(checkpoint), temporary)
     return best
+
+
+def _without_paths(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint without what ultralytics notes of the machine: paths, the repository, the course of training."""
+
+    def plain(values: dict[str, Any]) -> dict[str, Any]:
+        return {key: None if isinstance(value, str) and "/" in value else value for key, value in values.items()}
+
+    model = checkpoint["model"] or checkpoint["ema"]
+    model.pt_path, model.args, model.yaml = None, plain(dict(model.args)), plain(model.yaml)
+    noted = dict.fromkeys(("train_results", "train_metrics", "git"))
+    return checkpoint | noted | {"train_args": plain(checkpoint["train_args"])}
 
 
 def _matched(found: NDArray[np.float64], truth: NDArray[np.float64]) -> list[tuple[int, float, bool]]:
