@@ -237,19 +237,19 @@ def test_a_run_leaves_no_trace_of_what_files_and_servers_say(
     home = tmp_path / "home"
     places = {"HOME": home, "TMPDIR": home / "tmp", "UNISH_CACHE": Path(os.environ["UNISH_CACHE"])}
     places |= {f"XDG_{name}_HOME": home / name.lower() for name in ("CACHE", "CONFIG", "DATA", "STATE")}
-    for place in (*places.values(), home / "work"):
+    for place in (*places.values(), home / "place"):
         place.mkdir(parents=True, exist_ok=True)
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("UNISH_", "XDG_"))}
     environment = kept | {name: str(place) for name, place in places.items()} | {"PYTHONPATH": str(ROOT)}
     names = [*FILES, "missing.mp4", "busy.mp4", "page.mp4", "moved.mp4", "junk.mp4"]
-    manifest = home / "work" / "m.csv"
+    manifest = home / "place" / "m.csv"
     manifest.write_text("platform,video_id\n" + "".join(f"http,{server.url('/' + name)}\n" for name in names))
     printed: list[bytes] = []
 
     def curation(*words: str | Path) -> subprocess.CompletedProcess[bytes]:
         command = [sys.executable, "-m", "curation.cli", *map(str, words)]
         done = subprocess.run(
-            command, env=environment, cwd=home / "work", capture_output=True, timeout=240, check=False
+            command, env=environment, cwd=home / "place", capture_output=True, timeout=240, check=False
         )
         printed.extend((done.stdout, done.stderr))
         assert done.returncode == 0, done.stderr.decode()[-2000:]
@@ -261,7 +261,7 @@ def test_a_run_leaves_no_trace_of_what_files_and_servers_say(
     curation("judge", "--out", "out", "--policy", "paper")
     curation("status", "--out", "out", "--policy", tolerant)
     curation("failures", "--out", "out")
-    catalog = Catalog(f"sqlite:///{home}/work/out/catalog.sqlite")
+    catalog = Catalog(f"sqlite:///{home}/place/out/catalog.sqlite")
     counts = catalog.funnel(None, load_policy(tolerant).hash)
     assert (counts.clips, counts.downloaded, counts.sharded) == (len(names), len(FILES), len(FILES)), counts
     assert sum(counts.failed.values()) == len(names) - len(FILES)
