@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import multiprocessing
 import os
 import pickle
@@ -16,7 +15,6 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -29,6 +27,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from databases import catalog_benchmark, postgres_server
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -88,22 +87,13 @@ def empty_catalog(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def bench() -> ModuleType:
     """The benchmark, which makes catalogs and servers."""
-    path = Path(__file__).parents[2] / "benchmarks" / "catalog.py"
-    spec = importlib.util.spec_from_file_location("benchmarks_catalog", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return catalog_benchmark()
 
 
 @pytest.fixture(scope="session")
-def postgres(bench: ModuleType) -> Iterator[str]:
+def postgres() -> Iterator[str]:
     """URL of a PostgreSQL server of our own."""
-    with ExitStack() as stack:
-        try:
-            url = stack.enter_context(bench.postgres_server("-c", "fsync=off"))
-        except UsageError as error:
-            pytest.skip(str(error))
+    with postgres_server() as url:
         yield url
 
 

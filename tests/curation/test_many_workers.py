@@ -117,7 +117,8 @@ def test_a_killed_worker_s_share_goes_to_the_other_and_the_result_is_the_same(
     expected = pipeline.run(undisturbed, refs)
     found = pipeline.funnel(lab.settings, refs)
     assert found.table() == expected.table() and found.sharded == expected.sharded > 0
-    assert catalog.leases() == []
+    # the dead worker's may still stand there, lapsed, if it was killed between finishing a batch and giving it back
+    assert not [lease for lease in catalog.leases() if lease.expires_in_s > 0]
 
     pulled = tmp_path / "pulled"
     shards = pull(found.folder, pulled)
