@@ -7,10 +7,12 @@ other files and addresses. No picture is re-encoded here.
 from __future__ import annotations
 
 import errno
+import mmap
+import re
 import signal
 import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from curation.ffmpeg import ffmpeg_exe
 from curation.files import fsync
@@ -28,9 +30,22 @@ READ_ONLY = {
 _TARGETS = {
     "mov,mp4,m4a,3gp,3g2,mj2": (".mp4", ".mov"),
     "matroska,webm": (".webm", ".mp4", ".mkv"),
+    "avi": (".mp4", ".mkv", ".avi"),
+    "mpegts": (".mp4", ".mkv", ".ts"),
 }
 _OTHER_TARGETS = (".mp4", ".mkv")
-_NO_TIMES = "avi"  # stores no presentation times: they are made up anew, correctly, when it is rewritten
+_PICTURES = {
+    b"GIF8": "GIF",
+    b"\x89PNG": "PNG picture",
+    b"\xff\xd8\xff": "JPEG picture",
+    b"BM": "BMP picture",
+    b"II*\0": "TIFF picture",
+    b"MM\0*": "TIFF picture",
+    b"\0\0\0\x0cJXL ": "JPEG XL picture",
+}
+_PICTURE_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+_SEGMENT, _CLUSTER = b"\x18\x53\x80\x67", b"\x1f\x43\xb6\x75"
+_RIFF_UNKNOWN = 0xFFFFF000
 _TIME_TOLERANCE_S = 1.1e-3  # Matroska keeps milliseconds
 _TIMEOUT_S = 900
 
@@ -39,11 +54,103 @@ DISK_FULL = "There is no room for the file on the disk."
 _DISK_FULL_EXITS = frozenset({256 - errno.ENOSPC, 256 - errno.EDQUOT, 256 - errno.EFBIG, -signal.SIGXFSZ})
 
 
+def refuse_kind(path: Path) -> None:
+    """Raise StageError(WRONG_KIND) for a picture, still or animated: whole, but no video container."""
+    with path.open("rb") as stream:
+        head = stream.read(32)
+    found = next((kind for begin, kind in _PICTURES.items() if head.startswith(begin)), None)
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        found = "WebP picture"
+    if head[4:8] == b"ftyp" and head[8:12] in _PICTURE_BRANDS:
+        found = "HEIF or AVIF picture"
+    if found:
+        raise StageError(FailureCode.WRONG_KIND, f"The file is a {found}, a kind that is not taken; convert it to MP4.")
+
+
+def refuse_cut(path: Path, container: Any, stream: Any, samples: int) -> None:
+    """Raise StageError(CORRUPT) where the container's own structure goes on after the end of the file.
+
+    samples: how many of the stream the demuxer delivered. What a header merely declares, a count or a duration, is no
+    evidence; where a frame's data lies, and how long an element is, is. Streams without structure may end anywhere.
+    """
+    name = container.format.name
+    if name.startswith("mov"):
+        listed = len(stream.index_entries)
+        if samples < listed:
+            raise StageError(FailureCode.CORRUPT, f"the data of {samples} of {listed} frames is in the file")
+    size = path.stat().st_size
+    if name == "avi" and (end := _riff_end(path)) > size:
+        raise StageError(FailureCode.CORRUPT, f"{size} of {end} bytes are in the file")
+    if name == "matroska,webm" and (place := _matroska_break(path)) is not None:
+        raise StageError(FailureCode.CORRUPT, f"the file breaks off or is damaged at byte {place} of {size}")
+
+
+def _riff_end(path: Path) -> int:
+    """Where an AVI file ends by its own account; 0 where it has none, as what a recorder could not finish."""
+    with path.open("rb") as stream:
+        head = stream.read(12)
+    size = int.from_bytes(head[4:8], "little")
+    return size + 8 if head[8:] == b"AVI " and size < _RIFF_UNKNOWN else 0
+
+
+def _matroska_break(path: Path) -> int | None:
+    """Where the elements of a file no longer follow one upon the other up to its end; None where all do.
+
+    A demuxer passes over what it cannot read and says nothing. An element is an id, a size, and its data (RFC 8794);
+    of those inside others, only the ones of clusters are looked at.
+    """
+    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        place, end = 0, len(data)
+        live = False  # written without knowing its size: it may end anywhere
+        while place < end:
+            name_length = 9 - data[place].bit_length()
+            head = data[place : place + name_length + 8]
+            size_length = 9 - head[name_length].bit_length() if len(head) > name_length else 9
+            begin = place + name_length + size_length
+            if begin > end and live:
+                return None
+            if name_length > 4 or size_length > 8 or begin > end:
+                return place
+            size = int.from_bytes(head[name_length:][:size_length], "big") & ~(1 << 7 * size_length)
+            known = size != (1 << 7 * size_length) - 1
+            name = head[:name_length]
+            if name == _SEGMENT:
+                live = not known
+            if not known and name not in (_SEGMENT, _CLUSTER):
+                return place
+            if known and begin + size > end:
+                return None if live else place
+            if name == _SEGMENT and known:
+                end = begin + size  # what follows is no part of the film
+            place = begin if name in (_SEGMENT, _CLUSTER) else begin + size
+    return None
+
+
+def stated_end(container: Any, stream: Any) -> float | None:
+    """When the film ends by the container's own word, seconds on its clock: the last frame may be held.
+
+    Only for containers that give the last frame no duration of its own.
+    """
+    name = container.format.name
+    if name == "avi" and stream.duration is not None:
+        return float(stream.duration * stream.time_base)
+    if name == "matroska,webm":
+        if found := re.fullmatch(r"(\d+):(\d\d):(\d\d(?:\.\d+)?)\0*", stream.metadata.get("DURATION", "")):
+            return int(found[1]) * 3600 + int(found[2]) * 60 + float(found[3])
+        if len(container.streams) == 1 and container.duration is not None:
+            return container.duration / 1e6
+    return None
+
+
 def container_format(path: Path) -> str:
-    """ffmpeg's name for a file's container. Raises StageError(CORRUPT) if it is none: a page, a playlist, a picture."""
+    """ffmpeg's name for a file's container.
+
+    Raises StageError: WRONG_KIND for a picture, CORRUPT for what is no container: a page, a playlist.
+    """
     import av
     from av.error import FFmpegError
 
+    refuse_kind(path)
     try:
         with av.open(str(path), options=READ_ONLY, metadata_errors="ignore") as container:
             return container.format.name
@@ -55,12 +162,12 @@ def container_format(path: Path) -> str:
 def strip(index: VideoIndex, source_format: str, target: Path) -> Path:
     """Copy the video stream of `index` alone into a container without tags, chapters or other streams.
 
-    Codec, presentation times, rotation, pixel aspect and edit list stay; title, artist, location, cover art and sound
-    go. `target` is a path without suffix; returns the fsynced file. Raises StageError CORRUPT or DISK_FULL.
+    Codec, presentation times, display matrix, pixel aspect and edit list stay; title, artist, location, cover art and
+    sound go. `target` is a path without suffix; returns the fsynced file. Raises StageError CORRUPT or DISK_FULL.
     """
     for suffix in _TARGETS.get(source_format, _OTHER_TARGETS):
         written = target.with_name(target.name + suffix)
-        if _copy(index.path, index.stream, written) and (source_format == _NO_TIMES or _same_times(index, written)):
+        if _copy(index.path, index.stream, written) and _same_frames(index, written):
             fsync(written)
             return written
         written.unlink(missing_ok=True)
@@ -94,13 +201,22 @@ def _copy(source: Path, stream: int, written: Path) -> bool:
     return code == 0
 
 
-def _same_times(index: VideoIndex, written: Path) -> bool:
+def _same_frames(index: VideoIndex, written: Path) -> bool:
+    """Whether a copy shows as many frames at the same times.
+
+    Where only decoding told what the source shows, the copy is decoded too: its times may be set in the wrong order.
+    """
     import numpy as np
 
-    from curation.observe.video import index_video
+    from curation.observe.video import IndexDiffers, decode, index_video
 
     try:
-        times = index_video(written).times_s
-    except StageError:
+        copy = index_video(written)
+        if index.decoded and not copy.decoded:
+            for _ in decode(copy, 0, len(copy.times_s)):
+                pass
+    except (StageError, IndexDiffers):
         return False
-    return len(times) == len(index.times_s) and bool(np.abs(times - index.times_s).max() <= _TIME_TOLERANCE_S)
+    return len(copy.times_s) == len(index.times_s) and bool(
+        np.abs(copy.times_s - index.times_s).max() <= _TIME_TOLERANCE_S
+    )

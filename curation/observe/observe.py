@@ -18,12 +18,13 @@ from curation.observe.video import (
     VideoIndex,
     decode,
     decode_key_frames,
-    frames_at,
     halved,
     index_video,
+    pictures,
     resize,
     thumbnail,
     to_rgb,
+    with_index,
 )
 from curation.records import Frames
 from curation.settings import ObserveSettings
@@ -38,9 +39,15 @@ def observe(
 ) -> tuple[Observations, Frames]:  # fmt: skip
     """Measure every frame of the clip and sample its training frames, in one sequential decode.
 
-    Raises StageError: CORRUPT, NO_VIDEO or SPAN_OUT_OF_RANGE.
+    Raises StageError: CORRUPT, NO_VIDEO, WRONG_KIND or SPAN_OUT_OF_RANGE.
     """
-    index = index_video(path)
+    return with_index(path, lambda index: _observe(ref, index, settings, detector, progress))
+
+
+def _observe(
+    ref: ClipRef, index: VideoIndex, settings: ObserveSettings, detector: Detector,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[Observations, Frames]:  # fmt: skip
     first, last = index.span(ref.start_s, ref.end_s)
     samples = sample_numbers(index, first, last, settings.sample_fps)
     wanted = set(samples.tolist())
@@ -116,12 +123,15 @@ def prescreen(ref: ClipRef, path: Path, settings: ObserveSettings, detector: Det
 
 def sample_frames(ref: ClipRef, path: Path, settings: ObserveSettings) -> Frames:
     """The clip's training frames alone, by random access: the same bytes as `observe` gives, without measuring."""
-    index = index_video(path)
-    first, last = index.span(ref.start_s, ref.end_s)
-    times = index.times_s[sample_numbers(index, first, last, settings.sample_fps)]
-    width, height = training_grid(index, settings.frame_long_side)
-    jpeg = tuple(_jpeg(picture) for picture in frames_at(index, times.tolist(), width, height))
-    return Frames(width=width, height=height, times_s=times, jpeg=jpeg)
+
+    def read(index: VideoIndex) -> Frames:
+        first, last = index.span(ref.start_s, ref.end_s)
+        numbers = sample_numbers(index, first, last, settings.sample_fps)
+        width, height = training_grid(index, settings.frame_long_side)
+        jpeg = tuple(_jpeg(picture) for picture in pictures(index, numbers.tolist(), width, height))
+        return Frames(width=width, height=height, times_s=index.times_s[numbers], jpeg=jpeg)
+
+    return with_index(path, read)
 
 
 def sample_numbers(index: VideoIndex, first: int, last: int, fps: float) -> NDArray[np.intp]:

@@ -1,56 +1,70 @@
 """Frames of a video by presentation time, upright and with square pixels, whatever the container says.
 
-Times are seconds relative to the first shown frame. Two decoders are hidden here: PyAV for the sequential pass and for
-whatever decord misreads, decord for random access; both give the same frame, and the same pixels, for the same time.
-This module never judges a video; it raises CORRUPT or NO_VIDEO for files that are not what they declare.
+A file is whole if its container ends where the data ends and every packet with data decodes; the timeline is what
+ffmpeg shows, in seconds relative to the first shown frame. Declared counts and durations are hints. A frame is known by
+its packet and its order, never by a time: two frames may have the same one.
+
+Two decoders are hidden here: PyAV for the sequential pass and for whatever decord misreads, decord for random access;
+both give the same frame, and the same pixels, for the same number. This module never judges a video.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import av
 import cv2
 import numpy as np
 from av.error import FFmpegError
+from av.sidedata.sidedata import Type as SideData
 from numpy.typing import NDArray
 
 from curation.files import sha256_file
-from curation.ingest.container import READ_ONLY
+from curation.ingest.container import READ_ONLY, refuse_cut, refuse_kind, stated_end
 from curation.ingest.failures import FailureCode, StageError
+from curation.observe.packets import Demuxer, Packets, film_stream, steady_rate
 from curation.records import VideoFile
 
-# Presentation times of one file differ by rounding between containers (mkv keeps milliseconds); half of that is safe
-# below 500 frames a second.
+# Asked times may be rounded to milliseconds, as some containers round theirs.
 TIME_TOLERANCE_S = 1e-3
-# Codecs whose packets may hold no shown frame, so that packets cannot be counted against frames.
-_HIDDEN_FRAME_CODECS = frozenset({"vp8", "mpeg4", "msmpeg4v3"})
+# Where every packet that shows a frame can be told from its head, and has its presentation time. Anything else is
+# decoded once, to learn which packets show a frame and in which order.
+_TOLD_BY_PACKETS = frozenset({"h264", "hevc", "av1", "vp8", "vp9", "mjpeg", "prores"})
+_TIMED = frozenset({"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "mpegts", "flv"})
+_SOUGHT = frozenset({"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"})  # where a seek finds the key frame that is asked for
 # What decord 0.6.0 opens, indexes and converts as PyAV does; everything else goes through PyAV.
 _DECORD_CODECS = frozenset({"h264", "hevc", "vp9"})
-_DECORD_CONTAINERS = frozenset({"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"})
 _DECORD_MIN_WIDTH = 64  # it takes the padding of a narrower picture's rows for a fourth channel
 _VERIFY_KEY_FRAMES = 24
+_LOST_CLOCK = "its clock starts anew, and where it goes on cannot be told; convert the file to MP4"
+_TILT = 0.0175  # tangent of one degree: less is upright, as for ffmpeg
 
 RGB = NDArray[np.uint8]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class VideoIndex:
-    """What a file declares and what its packets say, without decoding.
+    """Which frames a file shows, and when; made from its packets where they tell, by decoding where they do not.
 
     times_s: (n,) float64, sorted presentation times of the shown frames, the first is 0.
     key: (n,) bool, frames that decode on their own.
-    width, height: as displayed, with rotation and pixel aspect applied.
+    numbers: (p,) int64, number of the frame that each packet with data shows, -1 for none.
+    places: (p,) int64, position of each packet in the file; empty where a seek would not be exact.
+    end_s: when the last frame ends.
+    width, height: as displayed, with display matrix and pixel aspect applied.
     coded_width, coded_height: as stored.
-    rotation: degrees counter-clockwise that bring a stored frame upright; a multiple of 90.
+    rotation: degrees counter-clockwise that bring a stored frame upright; a multiple of 90. mirrored: it is then to be
+    mirrored left to right.
     origin: presentation time of the first shown frame in units of time_base.
     edited: an edit list hides some frames.
+    decoded: the frames were counted by decoding.
     plain: nothing about the file is of a kind that decord 0.6.0 reads differently from PyAV.
     """
 
@@ -62,12 +76,16 @@ class VideoIndex:
     coded_width: int
     coded_height: int
     rotation: int
+    mirrored: bool
     times_s: NDArray[np.float64]
     key: NDArray[np.bool_]
+    numbers: NDArray[np.int64]
+    places: NDArray[np.int64]
     end_s: float
     time_base: Fraction
     origin: int
     edited: bool
+    decoded: bool
     plain: bool
 
     @property
@@ -97,22 +115,53 @@ class VideoIndex:
         return np.clip(found, 0, len(self.times_s) - 1)
 
 
-def index_video(path: Path) -> VideoIndex:
-    """Read a file's packets and declared geometry; nothing is decoded but the first frame.
+class IndexDiffers(Exception):
+    """The decoder shows other frames than the packets promised; an index made by decoding is right. See with_index."""
 
-    Raises StageError NO_VIDEO (audio, or cover art only) or CORRUPT (unreadable, or less data than declared).
+
+def index_video(path: Path) -> VideoIndex:
+    """Read a file's packets and its first frame; a file whose packets do not tell its frames is decoded once.
+
+    Raises StageError NO_VIDEO (audio, or cover art only), WRONG_KIND (an animated picture, a picture turned by an odd
+    angle) or CORRUPT (unreadable, or without the end of its data).
     """
+    return _kept(path).index
+
+
+def with_index(path: Path, work: Callable[[VideoIndex], T]) -> T:
+    """work(index of the file), once more with an index made by decoding if the decoder contradicts the packets."""
+    kept = _kept(path)
+    try:
+        return work(kept.index)
+    except IndexDiffers:
+        kept.index = _read_index(path, by_decoding=True)
+        return work(kept.index)
+
+
+class _Kept:
+    """The index of one state of a file; replaced when it proves wrong."""
+
+    def __init__(self, index: VideoIndex) -> None:
+        self.index = index
+
+
+def _kept(path: Path) -> _Kept:
     stat = path.stat()
-    return _index_cached(path, stat.st_mtime_ns, stat.st_size)
+    return _kept_for(path, stat.st_mtime_ns, stat.st_size)
 
 
 @functools.lru_cache(maxsize=32)
-def _index_cached(path: Path, mtime_ns: int, size: int) -> VideoIndex:
+def _kept_for(path: Path, mtime_ns: int, size: int) -> _Kept:
     if size == 0:
         raise StageError(FailureCode.CORRUPT, "the file is empty")
+    return _Kept(_read_index(path, by_decoding=False))
+
+
+def _read_index(path: Path, *, by_decoding: bool) -> VideoIndex:
+    refuse_kind(path)
     try:
         with _open(path) as container:
-            return _index(path, container)
+            return _index(path, container, by_decoding)
     except FFmpegError as error:
         raise StageError(FailureCode.CORRUPT, f"the file cannot be read ({type(error).__name__})") from error
 
@@ -122,15 +171,6 @@ def _open(path: Path) -> Any:
     return av.open(str(path), mode="r", options=READ_ONLY, metadata_errors="ignore")
 
 
-def _video_stream(container: Any) -> Any:
-    pictures = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
-    streams = [s for s in pictures if s.codec_context is not None]
-    if not streams:
-        what = "no decoder for its video stream" if pictures else "no video stream"
-        raise StageError(FailureCode.NO_VIDEO, f"the file has {what}")
-    return _single_threaded(max(streams, key=lambda s: s.width * s.height))
-
-
 def _single_threaded(stream: Any) -> Any:
     # One process per core: threads inside a decoder cost the same processor time and only blur the accounting.
     stream.codec_context.thread_count = 1
@@ -138,67 +178,87 @@ def _single_threaded(stream: Any) -> Any:
     return stream
 
 
-def _index(path: Path, container: Any) -> VideoIndex:
-    stream = _video_stream(container)
+class _Seen(NamedTuple):
+    """What one reading of a stream brought.
+
+    first: the first frame. shown, stamps: packet and time of every decoded frame, in order. second: the packet of the
+    second key frame.
+    """
+
+    packets: Packets
+    first: Any
+    shown: list[int]
+    stamps: list[int | None]
+    second: Any
+
+
+def _read(demuxer: Demuxer, codec: str, decoding: bool) -> _Seen:
+    """Read every packet; decode up to the first frame, or everything. Raises StageError(CORRUPT)."""
+    packets = Packets()
+    shown: list[int] = []
+    stamps: list[int | None] = []
+    first = second = None
+    for number, packet in demuxer:
+        if number >= 0:
+            # In a stream that may be joined, the mark means that packets may be missing before; the decoder knows.
+            if packet.is_corrupt and not demuxer.may_restart:
+                raise StageError(FailureCode.CORRUPT, "the data of a frame is cut off")
+            packets.add(packet, codec)
+            if packet.is_keyframe and second is None and sum(packets.key) == 2:
+                second = packet
+        if first is not None and not decoding:
+            continue
+        frames = _decode_packet(packet)
+        # Before its first picture a stream may hold parts of others: it was cut anywhere.
+        if first is not None and (frames is None or any(frame.is_corrupt for frame in frames)):
+            raise _damaged(len(shown))
+        for frame in frames or ():
+            if not frame.is_corrupt:
+                first = first or frame
+                shown.append(-1 if frame.opaque is None else frame.opaque)
+                stamps.append(frame.pts)
+    return _Seen(packets, first, shown, stamps, second)
+
+
+def _index(path: Path, container: Any, by_decoding: bool) -> VideoIndex:
+    stream = _single_threaded(film_stream(container, lambda: _open(path)))
     if stream.time_base is None or stream.width == 0:
         raise StageError(FailureCode.CORRUPT, "the video stream has no size or no clock")
-    pts: list[int] = []
-    key: list[bool] = []
-    rotation: int | None = None
-    packets = discarded = 0
-    entry: int | None = None  # time of the latest key frame: where decoding may begin
-    begin = 0
-    second: Any = None  # key frame
-    open_groups = False
-    last_end = 0.0  # of any stream: audio may last longer than the picture and still be a complete file
-    for packet in container.demux():
-        if rotation is None and packet.stream_index == stream.index:
-            rotation = next((round(frame.rotation / 90) * 90 % 360 for frame in _decode_packet(packet)), None)
-        if packet.size == 0:
-            continue
-        stamp = packet.pts if packet.pts is not None else packet.dts
-        if stamp is not None and packet.time_base is not None:
-            last_end = max(last_end, float((stamp + (packet.duration or 0)) * packet.time_base))
-        if packet.stream_index != stream.index:
-            continue
-        packets += 1
-        if stamp is None:
-            continue
-        if packet.is_keyframe:
-            begin = stamp if entry is None else begin
-            second = packet if entry is not None and second is None else second
-            entry = stamp
-        elif entry is not None and stamp < entry:
-            open_groups = True  # shown before the key frame, but decoded after it and with the help of frames before it
-        if packet.is_discard:
-            discarded += 1
-        # What a stream that was cut anywhere has before its first key frame cannot be decoded, and is never shown.
-        elif entry is not None and stamp >= begin:
-            pts.append(stamp)
-            key.append(packet.is_keyframe)
-            tail = packet.duration or 0
-    if not pts:
+    codec = stream.codec_context.codec.canonical_name
+    by_decoding = by_decoding or codec not in _TOLD_BY_PACKETS or container.format.name not in _TIMED
+    demuxer = Demuxer(container, stream)
+    packets, first, shown, decoded_stamps, second = _read(demuxer, codec, by_decoding)
+    refuse_cut(path, container, stream, demuxer.samples)
+    if not packets.stamps:
         raise StageError(FailureCode.CORRUPT, "the video stream has no frames")
-    order = np.argsort(np.asarray(pts), kind="stable")
-    stamps = np.asarray(pts, np.int64)[order]
-    declared = stream.frames
-    if packets < declared:
-        raise StageError(FailureCode.CORRUPT, f"{packets} of {declared} declared frames are in the file")
-    if rotation is None:
+    if first is None:
         raise StageError(FailureCode.CORRUPT, "no frame of the file can be decoded")
-    keys = np.asarray(key)[order]
+    if packets.untimed and not by_decoding:
+        return _read_index(path, by_decoding=True)
+    base = Fraction(stream.time_base)
+    if by_decoding:
+        if demuxer.restarted and None in decoded_stamps:
+            raise StageError(FailureCode.CORRUPT, _LOST_CLOCK)
+        stamps = _timeline(decoded_stamps, base, stream.average_rate)
+    else:
+        shown, stamps = _shown_packets(packets)
+    known = np.asarray(packets.key)
+    keys = known[shown]
     # With intra refresh the picture is renewed bit by bit: what is marked as a key frame is none.
     refreshed = second is not None and not second.is_discard and not _decode_alone(stream.codec_context, second)
     if refreshed:
         keys[1:] = False
-    whole = (container.duration or 0) / 1e6
-    # Containers that count no frames (Matroska, WebM) declare where the last one ends, also if the first is late.
-    if not declared and last_end < whole - max(0.5, 0.02 * whole):
-        raise StageError(FailureCode.CORRUPT, f"the data ends at {last_end:.2f} of {whole:.2f} declared seconds")
-    base = Fraction(stream.time_base)
-    times = (stamps - stamps[0]) * float(base)
-    step = float(np.median(np.diff(times))) if len(times) > 1 else tail * float(base)
-    end = float(times[-1]) + (step or 1.0 / float(stream.average_rate or 25))
+    numbers = np.full(len(packets.stamps), -1, np.int64)
+    numbers[shown] = np.arange(len(shown))
+    places = np.asarray(packets.places, np.int64)
+    discarded = any(packets.discard)
+    exact = container.format.name in _SOUGHT and not (by_decoding or discarded)
+    seekable = exact and places.min() >= 0
+    rate = steady_rate(stamps, base, (stream.average_rate, stream.base_rate))
+    ticks = (stamps - stamps[0]).astype(np.float64)
+    times = np.arange(len(stamps)) / float(rate) if rate else ticks * float(base)
+    end = _end(stamps, rate, packets, shown, demuxer, container, stream)
+    rotation, mirrored = _orientation(first)
     aspect = stream.sample_aspect_ratio
     square = float(aspect) if aspect else 1.0
     width, height = round(stream.width * square), stream.height
@@ -206,10 +266,9 @@ def _index(path: Path, container: Any) -> VideoIndex:
         width, height = stream.width, round(stream.height / square)
     if rotation % 180:
         width, height = height, width
-    codec = stream.codec_context.codec.canonical_name
     late = stamps[0] * base > Fraction(1, 2)
     eight_bits = all(component.bits == 8 for component in stream.codec_context.format.components)
-    known = codec in _DECORD_CODECS and container.format.name in _DECORD_CONTAINERS and eight_bits
+    known_to_decord = codec in _DECORD_CODECS and eight_bits
     return VideoIndex(
         path=path,
         codec=codec,
@@ -219,78 +278,176 @@ def _index(path: Path, container: Any) -> VideoIndex:
         coded_width=stream.width,
         coded_height=stream.height,
         rotation=rotation,
+        mirrored=mirrored,
         times_s=times,
         key=keys,
+        numbers=numbers,
+        places=places if seekable else places[:0],
         end_s=end,
         time_base=base,
         origin=int(stamps[0]),
-        edited=discarded > 0,
-        plain=known
+        edited=discarded,
+        decoded=by_decoding,
+        plain=known_to_decord
+        and seekable
         and stream.width >= _DECORD_MIN_WIDTH
-        and not (discarded or late or rotation or open_groups or refreshed),
+        and not (late or rotation or mirrored or refreshed or _open_groups(packets)),
     )
 
 
-def decode(index: VideoIndex, first: int, last: int, *, only: Iterable[int] | None = None) -> Iterator[tuple[int, Any]]:
-    """Decode frames [first, last) in one sequential pass; yields (frame index, av.VideoFrame).
+def _shown_packets(packets: Packets) -> tuple[list[int], NDArray[np.int64]]:
+    """Packets that show a frame, in the order of their times, and these times."""
+    stamps, key = np.asarray(packets.stamps, np.int64), np.asarray(packets.key)
+    entry = int(np.argmax(key))  # what a stream cut anywhere has before its first key frame is never shown
+    shows = np.asarray(packets.shows) & ~np.asarray(packets.discard) & (stamps >= stamps[entry])
+    shows[:entry] = False
+    shown = np.flatnonzero(shows)
+    shown = shown[np.argsort(stamps[shown], kind="stable")]
+    return shown.tolist(), stamps[shown]
 
-    `only`: yield just these (a sorted sequence of indices), still in one pass. Raises StageError(CORRUPT) where fewer
-    frames decode than the packets promise.
+
+def _timeline(stamps: list[int | None], base: Fraction, rate: Fraction | None) -> NDArray[np.int64]:
+    """Times of decoded frames, in order: a frame without one comes a frame after the one before it.
+
+    Where a container has no presentation times, decoders may give a frame its neighbour's: sorted, they are right.
+    """
+    step = round(1 / ((rate or 25) * base))
+    filled: list[int] = []
+    for stamp in stamps:
+        filled.append(stamp if stamp is not None else filled[-1] + step if filled else 0)
+    return np.sort(np.asarray(filled, np.int64))
+
+
+def _open_groups(packets: Packets) -> bool:
+    """Some frame is shown before a key frame, but decoded after it and with the help of frames before it."""
+    stamps, key = np.asarray(packets.stamps, np.int64), np.asarray(packets.key)
+    entry = np.maximum.accumulate(np.where(key, np.arange(len(key)), 0))
+    return bool((stamps < stamps[entry])[int(np.argmax(key)) :].any())
+
+
+def _end(
+    stamps: NDArray[np.int64], rate: Fraction | None, packets: Packets, shown: list[int], demuxer: Demuxer,
+    container: Any, stream: Any,
+) -> float:  # fmt: skip
+    """When the last frame ends, seconds after the first one begins: it may be held for long."""
+    base = Fraction(stream.time_base)
+    last = int(stamps[-1] - stamps[0])
+    step = Fraction(float(np.median(np.diff(stamps)))) if last else 1 / (base * (stream.average_rate or 25))
+    if container.format.name.startswith("mov"):
+        # A sample table's durations follow the order of decoding: right in sum, not one by one.
+        own = sum(packets.durations[number] for number in shown) + demuxer.repeated - last
+    else:
+        own = packets.durations[shown[-1]] + demuxer.held
+    end = (last + (own if own > 0 else step)) * base
+    if rate and abs(end - len(stamps) / rate) < max(base, Fraction(1, 2) / rate):
+        end = len(stamps) / rate
+    stated = (stated_end(container, stream) or 0.0) - float(stamps[0] * base)
+    return stated if stated > float(end + 3 * step * base / 2) else float(end)
+
+
+def _orientation(frame: Any) -> tuple[int, bool]:
+    """Degrees counter-clockwise, then whether to mirror left to right: what the display matrix asks for.
+
+    Raises StageError(WRONG_KIND) for a matrix that turns by anything but quarters.
+    """
+    matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
+    if matrix is None:
+        return 0, False
+    # A stored point (x, y) is shown at (a x + c y, b x + d y).
+    (a, b, _), (c, d, _), _ = np.frombuffer(matrix, np.int32).reshape(3, 3).astype(np.float64)
+    straight, swapped = max(abs(a), abs(d)), max(abs(b), abs(c))
+    if straight == swapped == 0:
+        return 0, False
+    if min(straight, swapped) > _TILT * max(straight, swapped):
+        raise StageError(
+            FailureCode.WRONG_KIND, "the picture is to be shown at an angle; convert the file to an upright MP4"
+        )
+    if straight > swapped:
+        return (0 if d > 0 else 180), (a < 0) != (d < 0)
+    return (90 if b < 0 else 270), (b > 0) == (c > 0)
+
+
+def decode(index: VideoIndex, first: int, last: int, *, only: Iterable[int] | None = None) -> Iterator[tuple[int, Any]]:
+    """Decode frames [first, last) in one sequential pass; yields (frame number, av.VideoFrame) of each, in order.
+
+    `only`: yield just these (a sorted sequence of numbers), still in one pass. Raises StageError(CORRUPT) for a frame
+    that does not decode, and IndexDiffers where the decoder shows other frames than the packets promised.
     """
     wanted = None if only is None else set(only)
-    seen = -1
-    missing_allowed = 0 if index.codec not in _HIDDEN_FRAME_CODECS else last - first
-    delivered = 0
+    last = min(last, len(index.times_s))
     try:
-        with _open(index.path) as container:
-            stream = _single_threaded(container.streams[index.stream])
-            for number, frame in _frames_from(container, stream, index, first):
-                if number <= seen or number < first:
-                    continue
-                if number >= last:
-                    break
-                seen = number
-                delivered += 1
-                if wanted is None or number in wanted:
-                    yield number, frame
+        for number, frame in _frames_from(index, first, last):
+            if wanted is None or number in wanted:
+                yield number, frame
     except FFmpegError as error:
         raise StageError(FailureCode.CORRUPT, f"the video cannot be decoded ({type(error).__name__})") from error
-    if last - first - delivered > missing_allowed:
-        raise StageError(FailureCode.CORRUPT, f"{delivered} of {last - first} frames can be decoded")
 
 
-def _frames_from(container: Any, stream: Any, index: VideoIndex, first: int) -> Iterator[tuple[int, Any]]:
-    """Decode from the nearest place before `first` on where that gives clean pictures; numbers may begin earlier."""
-    keys = np.flatnonzero(index.key[: first + 1])
-    # Seeks in files with edits are not exact.
-    places = [] if index.edited or len(keys) < 2 else [keys[-1], keys[-2], keys[0]]
-    for place in places:
-        stamp = index.origin + round(float(index.times_s[place]) / float(index.time_base))
+def _frames_from(index: VideoIndex, first: int, last: int) -> Iterator[tuple[int, Any]]:
+    """Frames [first, last), decoded from the nearest place before them that gives clean pictures."""
+    keys = np.flatnonzero(index.key[: first + 1]).tolist()
+    entries = keys[:-3:-1] if len(index.places) and len(keys) > 1 else []
+    expected = first
+    # A seek may find a later key frame, or lose frames: what is then still missing is sought from further before.
+    for entry in (*entries, None):
+        with _open(index.path) as container:
+            for number, frame in _numbered(container, index, entry, expected, last):
+                if number != expected:
+                    break
+                yield number, frame
+                expected += 1
+                if expected == last:
+                    return
+    raise _missing(index, expected)
+
+
+def _missing(index: VideoIndex, number: int) -> Exception:
+    return _damaged(number) if index.decoded else IndexDiffers()
+
+
+def _numbered(container: Any, index: VideoIndex, entry: int | None, first: int, last: int) -> Iterator[tuple[int, Any]]:
+    """(number, frame) of decoded frames from `first` on, after a seek to the key frame `entry` if that is not None.
+
+    Raises StageError(CORRUPT) for data that does not decode and that frames [first, last) need.
+    """
+    stream = _single_threaded(container.streams[index.stream])
+    if entry is not None:
+        stamp = index.origin + round(float(index.times_s[entry]) / float(index.time_base))
         container.seek(stamp, stream=stream, backward=True, any_frame=False)
-        frames = _numbered(container, stream, index)
-        head = next(frames, None)
-        # Some formats find the next key frame instead, where it is a few frames away.
-        if head is not None and (head[0] <= keys[-1] or place == keys[0]):
-            yield head
-            yield from frames
-            return
-    yield from _numbered(container, stream, index)
+    keys = np.flatnonzero(index.key[: first + 1])
+    needed = range(int(keys[-1]) if len(keys) else 0, last)
+    count, reached = 0, -1
+    for packet_number, packet in Demuxer(container, stream).since(None if entry is None else index.places):
+        frames = _decode_packet(packet)
+        if frames is None:
+            number = int(index.numbers[packet_number])
+            if (number if number >= 0 or reached < 0 else reached + 1) in needed:
+                raise _damaged(max(number, reached + 1))
+        for frame in frames or ():
+            number = count if index.decoded else -1 if frame.opaque is None else int(index.numbers[frame.opaque])
+            count += 1
+            if frame.is_corrupt:
+                if number >= first:
+                    raise _damaged(number)
+            elif number < 0:
+                if entry is None:  # after a seek, a decoder may make up a frame that it misses
+                    raise IndexDiffers
+            else:
+                reached = number
+                if number >= first:
+                    yield number, frame
 
 
-def _numbered(container: Any, stream: Any, index: VideoIndex) -> Iterator[tuple[int, Any]]:
-    for packet in container.demux(stream):
-        for frame in _decode_packet(packet):
-            stamp = frame.pts if frame.pts is not None else frame.dts
-            if stamp is not None:
-                yield _number(index, stamp), frame
+def _damaged(number: int) -> StageError:
+    return StageError(FailureCode.CORRUPT, f"frame {number} cannot be decoded")
 
 
-def _decode_packet(packet: Any) -> list[Any]:
-    """Frames that a packet completes; a damaged one costs its own frames, which the caller counts, not the rest."""
+def _decode_packet(packet: Any) -> list[Any] | None:
+    """Frames that a packet completes, None for one that cannot be decoded."""
     try:
-        return [frame for frame in packet.decode() if not frame.is_corrupt]
+        return packet.decode()
     except FFmpegError:
-        return []
+        return None
 
 
 def decode_key_frames(index: VideoIndex, first: int, last: int, *, limit: int) -> Iterator[tuple[int, Any]]:
@@ -302,9 +459,8 @@ def decode_key_frames(index: VideoIndex, first: int, last: int, *, limit: int) -
     try:
         with _open(index.path) as container:
             stream = _single_threaded(container.streams[index.stream])
-            for packet in container.demux(stream):
-                stamp = packet.pts if packet.pts is not None else packet.dts
-                if stamp is not None and (number := _number(index, stamp)) in wanted:
+            for packet_number, packet in Demuxer(container, stream):
+                if packet_number >= 0 and (number := int(index.numbers[packet_number])) in wanted:
                     for frame in _decode_alone(stream.codec_context, packet):
                         yield number, frame
     except FFmpegError as error:
@@ -314,24 +470,18 @@ def decode_key_frames(index: VideoIndex, first: int, last: int, *, limit: int) -
 def _decode_alone(codec: Any, packet: Any) -> list[Any]:
     """The frame of one packet; the decoder is emptied, or it would wait for packets that never come."""
     codec.flush_buffers()
-    frames = _decode_packet(packet)
+    frames = _decode_packet(packet) or []
     with contextlib.suppress(FFmpegError):
         frames += codec.decode(None)
     codec.flush_buffers()
-    return frames[:1]
-
-
-def _number(index: VideoIndex, stamp: int) -> int:
-    """Number of the frame with this time stamp; -1 for one before the first shown frame."""
-    time = (stamp - index.origin) * float(index.time_base)
-    return int(np.searchsorted(index.times_s, time - TIME_TOLERANCE_S)) if time > -TIME_TOLERANCE_S else -1
+    return [frame for frame in frames if not frame.is_corrupt][:1]
 
 
 def verify(path: Path) -> VideoFile:
     """Check that a file is a whole, decodable video: every packet is there and a spread of key frames decodes.
 
-    The full decode happens once, when the clip is observed; that pass counts every frame.
-    Raises StageError CORRUPT or NO_VIDEO.
+    The full decode happens once, when the clip is observed; that pass checks every frame.
+    Raises StageError CORRUPT, NO_VIDEO or WRONG_KIND.
     """
     index = index_video(path)
     if not any(True for _ in decode_key_frames(index, 0, len(index.times_s), limit=_VERIFY_KEY_FRAMES)):
@@ -353,9 +503,10 @@ def to_rgb(frame: Any) -> RGB:
     return frame.to_ndarray(format="rgb24", threads=1)
 
 
-def upright(stored: NDArray[np.uint8], rotation: int) -> NDArray[np.uint8]:
-    """Turn a stored (or scaled stored) picture by `rotation` degrees counter-clockwise."""
-    return np.ascontiguousarray(np.rot90(stored, rotation // 90)) if rotation else stored
+def upright(stored: NDArray[np.uint8], index: VideoIndex) -> NDArray[np.uint8]:
+    """Turn and mirror a stored (or scaled stored) picture as the display matrix asks."""
+    turned = np.rot90(stored, index.rotation // 90)
+    return np.ascontiguousarray(turned[:, ::-1] if index.mirrored else turned)
 
 
 def halved(stored: RGB, index: VideoIndex, width: int, height: int) -> RGB:
@@ -371,13 +522,12 @@ def halved(stored: RGB, index: VideoIndex, width: int, height: int) -> RGB:
 
 
 def resize(stored: RGB, index: VideoIndex, width: int, height: int) -> RGB:
-    """Upright (height, width, 3) picture from a stored one; applies pixel aspect and rotation with the scaling.
+    """Upright (height, width, 3) picture from a stored one; applies pixel aspect and display matrix with the scaling.
 
     Halved and then interpolated: a third of the time of an area filter, which OpenCV does slowly for odd factors.
     """
     size = (height, width) if index.rotation % 180 else (width, height)
-    small = cv2.resize(halved(stored, index, width, height), size, interpolation=cv2.INTER_LINEAR)
-    return upright(small, index.rotation)
+    return upright(cv2.resize(halved(stored, index, width, height), size, interpolation=cv2.INTER_LINEAR), index)
 
 
 def thumbnail(frame: Any, index: VideoIndex, width: int, height: int) -> RGB:
@@ -385,20 +535,25 @@ def thumbnail(frame: Any, index: VideoIndex, width: int, height: int) -> RGB:
     if index.rotation % 180:
         width, height = height, width
     small = frame.to_ndarray(width=width, height=height, format="bgr24", interpolation="AREA", threads=1)
-    return upright(small, index.rotation)
+    return upright(small, index)
 
 
 def frames_at(index: VideoIndex, times_s: Sequence[float], width: int, height: int) -> list[RGB]:
-    """The frames on screen at these times, as upright (height, width, 3) RGB; random access.
+    """The frames on screen at these times, as upright (height, width, 3) RGB; random access, as `pictures`."""
+    return pictures(index, index.on_screen(np.asarray(times_s, np.float64)).tolist(), width, height)
 
-    Uses decord where it reads the file as PyAV does, PyAV otherwise. Holds one frame of full size at a time.
+
+def pictures(index: VideoIndex, numbers: Sequence[int], width: int, height: int) -> list[RGB]:
+    """The frames of these numbers, as upright (height, width, 3) RGB; random access.
+
+    Uses decord where it reads the file as PyAV does, PyAV otherwise. Holds one frame of full size at a time. Raises
+    StageError(CORRUPT), and IndexDiffers as `decode`.
     """
-    numbers = index.on_screen(np.asarray(times_s, np.float64)).tolist()
     wanted = sorted(set(numbers))
-    pictures = _by_decord(index, wanted, width, height)
-    if pictures is None:
-        pictures = _by_pyav(index, wanted, width, height)
-    return [pictures[number] for number in numbers]
+    found = _by_decord(index, wanted, width, height)
+    if found is None:
+        found = _by_pyav(index, wanted, width, height)
+    return [found[number] for number in numbers]
 
 
 def _by_pyav(index: VideoIndex, wanted: list[int], width: int, height: int) -> dict[int, RGB]:

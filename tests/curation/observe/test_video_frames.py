@@ -122,12 +122,6 @@ def test_a_pass_may_begin_and_end_anywhere(video, name):
         assert all(np.array_equal(picture, whole[number]) for number, picture in enumerate(pictures, first))
 
 
-def test_a_stamp_before_the_first_frame_is_no_frame(video):
-    """Decoders drop what they cannot decode before the first key frame; one that does not must not shift the rest."""
-    index = index_video(video("cut-anywhere.ts").path)
-    assert [module._number(index, index.origin + step * 3000) for step in (-2, -1, 0, 1)] == [-1, -1, 0, 1]
-
-
 def test_a_pass_gives_only_the_frames_asked_for(video):
     index = index_video(video("many-groups.mp4").path)
     assert [number_of(upright(frame, index)) for _, frame in decode(index, 30, 90, only=[31, 60, 89])] == [31, 60, 89]

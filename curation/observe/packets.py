@@ -1,0 +1,205 @@
+"""The packets of a film, before anything is decoded: which stream it is, and what each packet says of time.
+
+Packets with data are numbered in the order of the file; a decoded frame carries the number of its packet
+(`frame.opaque`). Counts and durations that a container declares are hints: they only help to choose between streams.
+Nothing here knows pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+
+from curation.ingest.failures import FailureCode, StageError
+
+NONE = np.iinfo(np.int64).min  # a time that is not stated
+# A clock that may restart did so where it goes back by more than a tenth of a second, or forward by more than ten: the
+# limits of ffmpeg, whose timeline this is.
+_BACK_S, _AHEAD_S = Fraction(1, 10), 10
+_FILM = 0.5  # of the frames and of the time of the longest stream; a cover or a preview has less
+_USUAL_RATES = tuple(Fraction(rate) for rate in (12, 15, 20, 24, 25, 30, 48, 50, 60, 100, 120)) + tuple(
+    Fraction(rate * 1000, 1001) for rate in (12, 15, 24, 30, 48, 60, 120)
+)
+
+
+class Demuxer:
+    """A stream's packets, numbered, on one clock that runs on where the file's restarts.
+
+    A packet without data repeats the picture before it: `repeated` is the time that all of them take, `held` that of
+    those since the last packet with data. samples: packets of either kind so far. restarted: the file's clock did.
+    """
+
+    def __init__(self, container: Any, stream: Any) -> None:
+        """To be iterated once. The stream's decoder is prepared to hand packet numbers on to its frames."""
+        self.repeated = self.held = self.samples = 0
+        self.restarted = False
+        self.may_restart = bool(container.format.flags & av.format.Flags.ts_discont.value)
+        self._container, self._stream = container, stream
+        self._shift = 0
+        self._last: int | None = None
+        self._next = 0
+        stream.codec_context.copy_opaque = True
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        """(number, packet) of every packet with data; at the end (-1, the empty packet that makes a decoder finish)."""
+        return self.since(None)
+
+    def since(self, places: NDArray[np.int64] | None) -> Iterator[tuple[int, Any]]:
+        """The same after a seek: `places` are the positions of all packets, by which the first one is known."""
+        number = None if places is not None else 0
+        for packet in self._container.demux(self._stream):
+            if not packet.size and packet.dts is None and packet.pts is None:
+                yield -1, packet
+                continue
+            self.samples += 1
+            if not packet.size:
+                self.repeated += packet.duration or 0
+                self.held += packet.duration or 0
+                continue
+            self.held = 0
+            if number is None:
+                found = np.flatnonzero(places == packet.pos)
+                if len(found) != 1:
+                    return
+                number = int(found[0])
+            if self.may_restart:
+                self._run_on(packet)
+            packet.opaque = number
+            yield number, packet
+            number += 1
+
+    def _run_on(self, packet: Any) -> None:
+        if packet.dts is None:
+            return
+        base = packet.time_base
+        dts = packet.dts + self._shift
+        if self._last is not None and (dts < self._last - _BACK_S / base or abs(dts - self._next) > _AHEAD_S / base):
+            self._shift += self._next - dts
+            self.restarted = True
+            dts = self._next
+        self._last, self._next = dts, dts + (packet.duration or 0)
+        if self._shift:
+            packet.dts = dts
+            packet.pts = None if packet.pts is None else packet.pts + self._shift
+
+
+@dataclass(slots=True)
+class Packets:
+    """What all packets with data of one stream say, p of them in the order of the file; times in ticks.
+
+    stamps: presentation times, decoding times where a packet has no other, NONE where it has neither. durations: as
+    stated, or 0. key: decodes on its own. shows: becomes a frame, and is not only there for others. discard: hidden by
+    an edit list. places: position in the file, -1 if unknown. untimed: some packet has no presentation time.
+    """
+
+    stamps: list[int] = field(default_factory=list)
+    durations: list[int] = field(default_factory=list)
+    key: list[bool] = field(default_factory=list)
+    shows: list[bool] = field(default_factory=list)
+    discard: list[bool] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
+    untimed: bool = False
+
+    def add(self, packet: Any, codec: str) -> None:
+        """Note the next packet. It keeps no reference to it."""
+        stamp = packet.pts if packet.pts is not None else packet.dts
+        self.untimed = self.untimed or packet.pts is None
+        self.stamps.append(NONE if stamp is None else stamp)
+        self.durations.append(packet.duration or 0)
+        self.key.append(packet.is_keyframe)
+        self.shows.append(_shows(codec, packet))
+        self.discard.append(packet.is_discard)
+        self.places.append(-1 if packet.pos is None else packet.pos)
+
+
+def film_stream(container: Any, reopen: Callable[[], Any]) -> Any:
+    """The video stream that is the film: not a cover, a preview or a track that is switched off.
+
+    A film has at least half of the frames and of the time of the longest stream; among films the default one comes
+    first, then the one with more frames, then the larger. reopen: opens the file once more, to count packets; called
+    only where there is a choice. Raises StageError(NO_VIDEO).
+    """
+    pictures = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
+    streams = [s for s in pictures if s.codec_context is not None]
+    if not streams:
+        what = "no decoder for its video stream" if pictures else "no video stream"
+        raise StageError(FailureCode.NO_VIDEO, f"the file has {what}")
+    if len(streams) == 1:
+        return streams[0]
+    frames, seconds = _lengths(reopen, {stream.index for stream in streams})
+    most, longest = _FILM * max(frames.values()), _FILM * max(seconds.values())
+    films = [s for s in streams if frames[s.index] >= most and seconds[s.index] >= longest]
+    if not films:  # a slide show that outlasts the film
+        films = [s for s in streams if frames[s.index] >= most]
+    default = av.stream.Disposition.default
+    return max(films, key=lambda s: (bool(s.disposition & default), frames[s.index], s.width * s.height))
+
+
+def _lengths(reopen: Callable[[], Any], streams: set[int]) -> tuple[dict[int, int], dict[int, float]]:
+    """Packets with data and seconds of each stream."""
+    frames, seconds = dict.fromkeys(streams, 0), dict.fromkeys(streams, 0.0)
+    first: dict[int, float] = {}
+    with reopen() as container:
+        for packet in container.demux():
+            number = packet.stream_index
+            if number in streams and packet.size:
+                frames[number] += 1
+                if packet.dts is not None:
+                    time = float(packet.dts * packet.time_base)
+                    seconds[number] = max(seconds[number], time - first.setdefault(number, time))
+    return frames, seconds
+
+
+def steady_rate(stamps: NDArray[np.int64], base: Fraction, declared: Iterable[Fraction | None]) -> Fraction | None:
+    """The constant rate of which these sorted stamps are the rounded times; None where there is none.
+
+    Containers round times, Matroska to milliseconds. A declared rate, or a usual one, is believed only if every stamp
+    lies where it puts it, within the rounding.
+    """
+    if len(stamps) < 3 or stamps[-1] == stamps[0]:
+        return None
+    ticks = (stamps - stamps[0]).astype(np.float64)
+    mean = (len(stamps) - 1) / (ticks[-1] * float(base))
+    for rate in (*(rate for rate in declared if rate), *_USUAL_RATES):
+        if abs(float(rate) / mean - 1) < 0.01:
+            away = ticks - np.arange(len(ticks)) / float(rate * base)
+            if np.ptp(away) <= 1.0 + 1e-6:  # a tick, wherever the first stamp lies within its own
+                return rate
+    return None
+
+
+def _shows(codec: str, packet: Any) -> bool:
+    """False for a packet of VP8 or VP9 that only serves other frames (their specifications, sections 9.1 and 6.2)."""
+    if codec not in ("vp8", "vp9"):
+        return True
+    data = memoryview(packet)
+    if codec == "vp8":
+        return bool(data[0] & 0x10)
+    return any(_vp9_shows(data[start]) for start in _vp9_frames(data))
+
+
+def _vp9_frames(data: memoryview) -> list[int]:
+    """Where the frames of a superframe begin (annex B of the specification); [0] for a packet of one frame."""
+    marker = data[-1]
+    count, width = (marker & 7) + 1, (marker >> 3 & 3) + 1
+    index = len(data) - 2 - count * width
+    if marker >> 5 != 0b110 or index < 0 or data[index] != marker:
+        return [0]
+    sizes = [int.from_bytes(data[index + 1 + n * width : index + 1 + (n + 1) * width], "little") for n in range(count)]
+    starts = [sum(sizes[:n]) for n in range(count)]
+    return [start for start, size in zip(starts, sizes, strict=True) if size and start < index]
+
+
+def _vp9_shows(head: int) -> bool:
+    """From the first byte of a frame: it shows a frame that exists already, or itself."""
+    if head >> 6 != 0b10:  # no frame at all; a decoder will say so
+        return True
+    if head >> 4 & 3 == 3:  # profile 3 has one more bit before
+        head <<= 1
+    return bool(head & 0x08) or bool(head & 0x02)
