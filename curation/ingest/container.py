@@ -70,14 +70,16 @@ def refuse_kind(path: Path) -> None:
 def refuse_cut(path: Path, container: Any, stream: Any, samples: int) -> None:
     """Raise StageError(CORRUPT) where the container's own structure goes on after the end of the file.
 
-    samples: how many of the stream the demuxer delivered. What a header merely declares, a count or a duration, is no
-    evidence; where a frame's data lies, and how long an element is, is. Streams without structure may end anywhere.
+    samples: how many with data the demuxer delivered of the stream. What a header merely declares, a count or a
+    duration, is no evidence; where a frame's data lies, and how long an element is, is. Streams without structure may
+    end anywhere.
     """
     name = container.format.name
     if name.startswith("mov"):
-        listed = len(stream.index_entries)
+        listed = sum(entry.size > 0 for entry in stream.index_entries)
         if samples < listed:
             raise StageError(FailureCode.CORRUPT, f"the data of {samples} of {listed} frames is in the file")
+        return
     size = path.stat().st_size
     if name == "avi" and (end := _riff_end(path)) > size:
         raise StageError(FailureCode.CORRUPT, f"{size} of {end} bytes are in the file")
@@ -163,7 +165,8 @@ def strip(index: VideoIndex, source_format: str, target: Path) -> Path:
     """Copy the video stream of `index` alone into a container without tags, chapters or other streams.
 
     Codec, presentation times, display matrix, pixel aspect and edit list stay; title, artist, location, cover art and
-    sound go. `target` is a path without suffix; returns the fsynced file. Raises StageError CORRUPT or DISK_FULL.
+    sound go. An MP4 that cannot be written anew so that it shows the same is blanked in place instead. `target` is a
+    path without suffix; returns the fsynced file. Raises StageError CORRUPT or DISK_FULL.
     """
     for suffix in _TARGETS.get(source_format, _OTHER_TARGETS):
         written = target.with_name(target.name + suffix)
@@ -171,7 +174,30 @@ def strip(index: VideoIndex, source_format: str, target: Path) -> Path:
             fsync(written)
             return written
         written.unlink(missing_ok=True)
+    if source_format.startswith("mov"):
+        written = target.with_suffix(".mp4")
+        if _scrub(index.path, index.stream, written) and _same_frames(index, written):
+            fsync(written)
+            return written
+        written.unlink(missing_ok=True)
     raise StageError(FailureCode.CORRUPT, "The video stream cannot be copied into a container.")
+
+
+def _scrub(source: Path, stream: int, written: Path) -> bool:
+    import av
+
+    from curation.ingest.scrub import scrub
+
+    with av.open(str(source), options=READ_ONLY, metadata_errors="ignore") as container:
+        for _ in container.demux(container.streams[stream]):  # fragments are known only when they are read
+            pass
+        track = container.streams[stream].id
+        samples = [(entry.pos, entry.size) for entry in container.streams[stream].index_entries]
+    try:
+        scrub(source, track, samples, written)
+    except ValueError:
+        return False
+    return True
 
 
 def _copy(source: Path, stream: int, written: Path) -> bool:

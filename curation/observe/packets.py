@@ -23,6 +23,7 @@ NONE = np.iinfo(np.int64).min  # a time that is not stated
 # limits of ffmpeg, whose timeline this is.
 _BACK_S, _AHEAD_S = Fraction(1, 10), 10
 _FILM = 0.5  # of the frames and of the time of the longest stream; a cover or a preview has less
+_FINE = Fraction(1, 4)
 _USUAL_RATES = tuple(Fraction(rate) for rate in (12, 15, 20, 24, 25, 30, 48, 50, 60, 100, 120)) + tuple(
     Fraction(rate * 1000, 1001) for rate in (12, 15, 24, 30, 48, 60, 120)
 )
@@ -32,12 +33,12 @@ class Demuxer:
     """A stream's packets, numbered, on one clock that runs on where the file's restarts.
 
     A packet without data repeats the picture before it: `repeated` is the time that all of them take, `held` that of
-    those since the last packet with data. samples: packets of either kind so far. restarted: the file's clock did.
+    those since the last packet with data. restarted: the file's clock did.
     """
 
     def __init__(self, container: Any, stream: Any) -> None:
         """To be iterated once. The stream's decoder is prepared to hand packet numbers on to its frames."""
-        self.repeated = self.held = self.samples = 0
+        self.repeated = self.held = 0
         self.restarted = False
         self.may_restart = bool(container.format.flags & av.format.Flags.ts_discont.value)
         self._container, self._stream = container, stream
@@ -57,7 +58,6 @@ class Demuxer:
             if not packet.size and packet.dts is None and packet.pts is None:
                 yield -1, packet
                 continue
-            self.samples += 1
             if not packet.size:
                 self.repeated += packet.duration or 0
                 self.held += packet.duration or 0
@@ -165,10 +165,11 @@ def steady_rate(stamps: NDArray[np.int64], base: Fraction, declared: Iterable[Fr
     if len(stamps) < 3 or stamps[-1] == stamps[0]:
         return None
     ticks = (stamps - stamps[0]).astype(np.float64)
-    mean = (len(stamps) - 1) / (ticks[-1] * float(base))
+    steps = np.arange(len(ticks))
     for rate in (*(rate for rate in declared if rate), *_USUAL_RATES):
-        if abs(float(rate) / mean - 1) < 0.01:
-            away = ticks - np.arange(len(ticks)) / float(rate * base)
+        # A tick that is no small part of a frame would make any stamps fit.
+        if rate * base <= _FINE and abs(ticks[-1] - steps[-1] / (rate * base)) <= 1:
+            away = ticks - steps / float(rate * base)
             if np.ptp(away) <= 1.0 + 1e-6:  # a tick, wherever the first stamp lies within its own
                 return rate
     return None

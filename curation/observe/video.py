@@ -111,7 +111,7 @@ class VideoIndex:
 
     def on_screen(self, times_s: NDArray[np.float64]) -> NDArray[np.intp]:
         """Index of the frame on screen at each time: the last one presented at or before it."""
-        found = np.searchsorted(self.times_s, times_s + TIME_TOLERANCE_S, side="right") - 1
+        found = np.searchsorted(self.times_s, times_s + 1e-6, side="right") - 1
         return np.clip(found, 0, len(self.times_s) - 1)
 
 
@@ -228,7 +228,7 @@ def _index(path: Path, container: Any, by_decoding: bool) -> VideoIndex:
     by_decoding = by_decoding or codec not in _TOLD_BY_PACKETS or container.format.name not in _TIMED
     demuxer = Demuxer(container, stream)
     packets, first, shown, decoded_stamps, second = _read(demuxer, codec, by_decoding)
-    refuse_cut(path, container, stream, demuxer.samples)
+    refuse_cut(path, container, stream, len(packets.stamps))
     if not packets.stamps:
         raise StageError(FailureCode.CORRUPT, "the video stream has no frames")
     if first is None:
@@ -290,6 +290,9 @@ def _index(path: Path, container: Any, by_decoding: bool) -> VideoIndex:
         decoded=by_decoding,
         plain=known_to_decord
         and seekable
+        and len(container.streams.video) == 1
+        and not first.interlaced_frame
+        and bool((np.diff(times) > TIME_TOLERANCE_S).all())
         and stream.width >= _DECORD_MIN_WIDTH
         and not (late or rotation or mirrored or refreshed or _open_groups(packets)),
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import re
+import struct
 import sys
 from pathlib import Path
 
@@ -78,6 +80,37 @@ def test_no_title_artist_place_chapter_cover_or_sound_is_left(clips, tmp_path, n
         assert not container.chapters()
         assert set(container.metadata) <= {"major_brand", "minor_version", "compatible_brands", "encoder"}
         assert set(container.streams.video[0].metadata) <= {"language", "handler_name", "DURATION", "vendor_id"}
+
+
+def test_a_file_that_no_muxer_writes_again_is_blanked_in_place(clips, tmp_path):
+    """Two edits: the second half of the film, then the first."""
+    data = bytearray((clips / "tagged.mp4").read_bytes())
+    assert sum(secret.encode() in data for secret in SECRETS) >= 4
+    tracks = [found.start() for found in re.finditer(b"trak", data)]
+    film = next(t for t in tracks if b"avc1" in data[t : t + int.from_bytes(data[t - 4 : t], "big")])
+    place = data.index(b"edts", film)  # its one edit, in a box of its own, gives way to two that fill it and a bit more
+    old = int.from_bytes(data[place - 4 : place], "big")
+    scale = int.from_bytes(data[data.index(b"mvhd") + 16 :][:4], "big")
+    media = int.from_bytes(data[data.index(b"mdhd", film) + 16 :][:4], "big")
+    edits = b"".join(struct.pack(">IiI", scale // 2, media * start // 30, 1 << 16) for start in (30, 2))
+    listed = struct.pack(">I4sII", 16 + len(edits), b"elst", 0, 2) + edits
+    grown = 8 + len(listed) - old
+    new = data[: place - 4] + struct.pack(">I4s", 8 + len(listed), b"edts") + listed + data[place - 4 + old :]
+    for holder in (film - 4, data.index(b"moov") - 4):
+        new[holder : holder + 4] = struct.pack(">I", int.from_bytes(new[holder : holder + 4], "big") + grown)
+    assert data.index(b"mdat") < data.index(b"moov")  # so no sample moves
+    source = tmp_path / "edits.mp4"
+    source.write_bytes(new)
+    index = index_video(source)
+    clean = stripped(source, tmp_path)
+    assert len(index.times_s) == 30
+    copy = index_video(clean)
+    assert copy.times_s == pytest.approx(index.times_s)
+    bytes_left = clean.read_bytes()
+    assert [secret for secret in SECRETS if secret.encode() in bytes_left] == []
+    with av.open(str(clean)) as container:
+        assert [stream.type for stream in container.streams] == ["video"]
+        assert not container.chapters()
 
 
 def test_the_picture_is_copied_and_not_a_preview_before_it(clips, tmp_path):
