@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from curation.files import sha256_file
 from curation.ingest.container import READ_ONLY
 from curation.ingest.failures import FailureCode, StageError
+from curation.observe.hdr import to_sdr, transfer_of
 from curation.records import VideoFile
 
 # Presentation times of one file differ by rounding between containers (mkv keeps milliseconds); half of that is safe
@@ -349,7 +350,9 @@ def verify(path: Path) -> VideoFile:
 
 
 def to_rgb(frame: Any) -> RGB:
-    """The stored picture as (coded height, coded width, 3) RGB, not yet upright."""
+    """The stored picture as (coded height, coded width, 3) RGB, not yet upright; HDR as SDR."""
+    if transfer_of(frame) != "sdr":
+        return to_sdr(frame)
     return frame.to_ndarray(format="rgb24", threads=1)
 
 
@@ -384,7 +387,10 @@ def thumbnail(frame: Any, index: VideoIndex, width: int, height: int) -> RGB:
     """Small upright (height, width, 3) BGR picture scaled inside the decoder's own scaler; for per-frame measures."""
     if index.rotation % 180:
         width, height = height, width
-    small = frame.to_ndarray(width=width, height=height, format="bgr24", interpolation="AREA", threads=1)
+    if transfer_of(frame) != "sdr":
+        small = cv2.cvtColor(to_sdr(frame, width=width, height=height, interpolation="AREA"), cv2.COLOR_RGB2BGR)
+    else:
+        small = frame.to_ndarray(width=width, height=height, format="bgr24", interpolation="AREA", threads=1)
     return upright(small, index.rotation)
 
 
