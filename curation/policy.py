@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import yaml
@@ -21,7 +21,7 @@ from curation.observe.observations import Observations
 from curation.records import CriterionResult, Outcome, Verdict
 
 # The order in which a first reason is named.
-CRITERIA = ("too_short", "shot", "single", "height", "border", "overlap")
+CRITERIA = ("too_short", "hdr", "shot", "single", "height", "border", "overlap")
 PERSON = "person"
 
 _Share = Field(ge=0, le=1)
@@ -117,6 +117,7 @@ class Policy(_Part):
     name: str = Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")
     detector: str = Field(pattern=r"^[^\x00-\x1f\x7f]{1,1024}$")
     length: LengthRule
+    hdr: Literal["convert", "refuse"]
     shot: ShotRule
     single: SingleRule
     height: HeightRule
@@ -253,6 +254,7 @@ def judge(observations: Observations, policy: Policy) -> Verdict:
     else:
         results = (
             _too_short(observations, policy),
+            _hdr(observations, policy),
             _shot(observations, policy, people),
             _single(policy, people),
             _height(policy, people),
@@ -351,6 +353,11 @@ def _too_short(observations: Observations, policy: Policy) -> CriterionResult:
     if samples < rule.min_samples:
         reasons.append(f"has {samples} samples, {rule.min_samples} are needed")
     return _result("too_short", reasons, duration_s=duration, samples=float(samples))
+
+
+def _hdr(observations: Observations, policy: Policy) -> CriterionResult:
+    refused = policy.hdr == "refuse" and observations.transfer != "sdr"
+    return _result("hdr", [f"HDR ({observations.transfer.upper()}) is refused by this policy"] if refused else [])
 
 
 def _shot(observations: Observations, policy: Policy, people: _Subjects) -> CriterionResult:
@@ -558,6 +565,7 @@ def _judge_prescreen(observations: Observations, policy: Policy, people: _Subjec
     missing = sum(box is None for box in people.subject) / samples
     several = sum(bool(others) for others in people.others) / samples
     reasons: dict[str, list[str]] = {name: [] for name in CRITERIA}
+    reasons["hdr"] += _hdr(observations, policy).reasons
     if max(missing, several) > hopeless:
         what = "no person" if missing > several else "more than one person"
         reasons["single"] = [f"{what} in {max(missing, several):.0%} of the key frames"]

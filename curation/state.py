@@ -14,6 +14,7 @@ from curation.claims import Claims
 from curation.files import sha256_file, sha256_json
 from curation.ingest.failures import FailureCode, UsageError
 from curation.manifest import ClipRef
+from curation.observe.hdr import OPERATOR
 from curation.observe.observations import Observations
 from curation.observe.people import find_weights
 from curation.policy import Policy, describe, load_policy
@@ -102,6 +103,7 @@ class State:
             "long_side": settings.detector_long_side,
             "confidence": settings.detector_confidence,
             "sample_fps": settings.sample_fps,
+            "hdr": OPERATOR,
         }
 
     def teacher(self) -> Any:
@@ -183,6 +185,7 @@ class State:
                 "long_side": detector.get("long_side"),
                 "confidence": detector.get("confidence"),
                 "sample_fps": value.get("sample_fps"),
+                "hdr": value.get("hdr"),
             }
             self._same[file.provenance_hash] = found == self._identity()
         return self._same[file.provenance_hash]

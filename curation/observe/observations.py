@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from curation.files import atomic_path
 from curation.ingest.failures import UsageError
+from curation.observe.hdr import Transfer
 
-OBSERVATION_VERSION = 1
+OBSERVATION_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,7 @@ class Observations:
 
     kind: "full" for every frame, "keyframes" for the prescreen, which has samples but no shot measures (n = 0).
     width, height: the picture as displayed. start_s, end_s: the clip's span in the video; end_s is exclusive.
+    transfer: sdr, or the pq or hlg that any of its frames is coded in; what is measured is SDR in any case.
     active: x1, y1, x2, y2 of the picture inside letterbox bars, fractions of the whole.
     times_s: (n,) presentation times. content, luma, contrast, gap, person_gap, dissolve: (n,) as in ShotMeasures.
     sample_times_s: (s,) presentation times of the samples.
@@ -39,6 +41,7 @@ class Observations:
     kind: Literal["full", "keyframes"]
     width: int
     height: int
+    transfer: Transfer
     start_s: float
     end_s: float
     active: tuple[float, float, float, float]
@@ -70,6 +73,7 @@ SCHEMA = pa.schema(
         ("kind", pa.string()),
         ("width", pa.int32()),
         ("height", pa.int32()),
+        ("transfer", pa.string()),
         ("start_s", pa.float64()),
         ("end_s", pa.float64()),
         ("active", pa.list_(pa.float64(), 4)),

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from curation.manifest import ClipRef
+from curation.observe.hdr import OPERATOR, Transfer, transfer_of
 from curation.observe.observations import Observations
 from curation.observe.people import Detections, Detector, PeopleTracker, load_detector
 from curation.observe.shots import THUMB_LONG_SIDE, ShotMeasures, ShotMeter
@@ -62,6 +63,7 @@ def _observe(
     tracks: list[NDArray[np.int32]] = []
     jpeg: list[bytes] = []
     person: NDArray[np.float32] | None = None
+    transfer: Transfer = "sdr"
     # A batch of samples, and the thumbnails up to it: the meter wants the person's box with each frame.
     images: list[NDArray[np.uint8]] = []
     waiting: list[tuple[NDArray[np.uint8], bool]] = []
@@ -81,6 +83,7 @@ def _observe(
         waiting.clear()
 
     for number, frame in decode(index, first, last):
+        transfer = transfer_of(frame) if transfer == "sdr" else transfer
         sampled = number in wanted
         waiting.append((thumbnail(frame, index, *thumb), sampled))
         if sampled:
@@ -94,8 +97,9 @@ def _observe(
     flush()
     times = index.times_s[samples]
     observations = _assemble(
-        ref, index, "full", first, last, times, found, tracks, meter.finish(), bars.active(), settings, detector
-    )
+        ref, index, "full", transfer, first, last, times, found, tracks, meter.finish(), bars.active(), settings,
+        detector,
+    )  # fmt: skip
     return observations, Frames(width=width, height=height, times_s=times, jpeg=tuple(jpeg))
 
 
@@ -110,14 +114,16 @@ def prescreen(ref: ClipRef, path: Path, settings: ObserveSettings, detector: Det
         return None
     numbers: list[int] = []
     found: list[Detections] = []
+    transfer: Transfer = "sdr"
     for number, frame in decode_key_frames(index, first, last, limit=4 * settings.prescreen_key_frames):
+        transfer = transfer_of(frame) if transfer == "sdr" else transfer
         numbers.append(number)
         found += detector([resize(to_rgb(frame), index, *_scaled(index, detector.long_side))])
     tracks = [np.zeros(len(result.klass), np.int32) for result in found]
     none = ShotMeasures(*(np.zeros(0, np.float32) for _ in ShotMeasures._fields))
     return _assemble(
-        ref, index, "keyframes", first, last, index.times_s[numbers], found, tracks, none, (0.0, 0.0, 1.0, 1.0),
-        settings, detector,
+        ref, index, "keyframes", transfer, first, last, index.times_s[numbers], found, tracks, none,
+        (0.0, 0.0, 1.0, 1.0), settings, detector,
     )  # fmt: skip
 
 
@@ -156,7 +162,7 @@ def detector_for(settings: ObserveSettings, weights: str) -> Detector:
 
 
 def _assemble(
-    ref: ClipRef, index: VideoIndex, kind: Any, first: int, last: int, times: NDArray[np.float64],
+    ref: ClipRef, index: VideoIndex, kind: Any, transfer: Transfer, first: int, last: int, times: NDArray[np.float64],
     found: list[Detections], tracks: list[NDArray[np.int32]], shots: ShotMeasures,
     active: tuple[float, float, float, float], settings: ObserveSettings, detector: Detector,
 ) -> Observations:  # fmt: skip
@@ -167,6 +173,7 @@ def _assemble(
         kind=kind,
         width=index.width,
         height=index.height,
+        transfer=transfer,
         start_s=float(index.times_s[first]),
         end_s=end,
         active=active,
@@ -178,7 +185,7 @@ def _assemble(
         box_class=tuple(detector.names[int(k)] for result in found for k in result.klass),
         box_confidence=np.concatenate([np.zeros(0, np.float32), *(result.confidence for result in found)]),
         box_track=np.concatenate([np.zeros(0, np.int32), *tracks]),
-        provenance={"detector": detector.provenance, "sample_fps": settings.sample_fps},
+        provenance={"detector": detector.provenance, "sample_fps": settings.sample_fps, "hdr": OPERATOR},
     )
 
 

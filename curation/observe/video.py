@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from curation.files import sha256_file
 from curation.ingest.container import READ_ONLY, refuse_cut, refuse_kind, stated_end
 from curation.ingest.failures import FailureCode, StageError
+from curation.observe.hdr import to_sdr, transfer_of
 from curation.observe.packets import Demuxer, Packets, film_stream, steady_rate
 from curation.records import VideoFile
 
@@ -258,6 +259,10 @@ def _index(path: Path, container: Any, by_decoding: bool) -> VideoIndex:
     ticks = (stamps - stamps[0]).astype(np.float64)
     times = np.arange(len(stamps)) / float(rate) if rate else ticks * float(base)
     end = _end(stamps, rate, packets, shown, demuxer, container, stream)
+    try:
+        first.reformat(width=16, height=16, format="rgb24")
+    except (FFmpegError, OSError, ValueError) as error:
+        raise StageError(FailureCode.WRONG_KIND, "its colours are of a kind that cannot be converted") from error
     rotation, mirrored = _orientation(first)
     aspect = stream.sample_aspect_ratio
     square = float(aspect) if aspect else 1.0
@@ -292,6 +297,7 @@ def _index(path: Path, container: Any, by_decoding: bool) -> VideoIndex:
         and seekable
         and len(container.streams.video) == 1
         and not first.interlaced_frame
+        and transfer_of(first) == "sdr"
         and bool((np.diff(times) > TIME_TOLERANCE_S).all())
         and stream.width >= _DECORD_MIN_WIDTH
         and not (late or rotation or mirrored or refreshed or _open_groups(packets)),
@@ -502,7 +508,9 @@ def verify(path: Path) -> VideoFile:
 
 
 def to_rgb(frame: Any) -> RGB:
-    """The stored picture as (coded height, coded width, 3) RGB, not yet upright."""
+    """The stored picture as (coded height, coded width, 3) RGB, not yet upright; HDR as SDR."""
+    if transfer_of(frame) != "sdr":
+        return to_sdr(frame)
     return frame.to_ndarray(format="rgb24", threads=1)
 
 
@@ -537,7 +545,10 @@ def thumbnail(frame: Any, index: VideoIndex, width: int, height: int) -> RGB:
     """Small upright (height, width, 3) BGR picture scaled inside the decoder's own scaler; for per-frame measures."""
     if index.rotation % 180:
         width, height = height, width
-    small = frame.to_ndarray(width=width, height=height, format="bgr24", interpolation="AREA", threads=1)
+    if transfer_of(frame) != "sdr":
+        small = cv2.cvtColor(to_sdr(frame, width=width, height=height, interpolation="AREA"), cv2.COLOR_RGB2BGR)
+    else:
+        small = frame.to_ndarray(width=width, height=height, format="bgr24", interpolation="AREA", threads=1)
     return upright(small, index)
 
 

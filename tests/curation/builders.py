@@ -27,6 +27,7 @@ def observations(boxes: list[list[Box]] | None = None, *, fps: float = 30.0, sec
         kind="full",
         width=1920,
         height=1080,
+        transfer="sdr",
         start_s=0.0,
         end_s=seconds,
         active=(0.0, 0.0, 1.0, 1.0),

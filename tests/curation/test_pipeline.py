@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from servers import Fault, serve
@@ -22,6 +24,7 @@ from curation.ffmpeg import ffmpeg_exe
 from curation.files import sha256_file
 from curation.ingest.failures import FailureCode, UsageError
 from curation.manifest import ClipRef, write_manifest
+from curation.observe.hdr import OPERATOR
 from curation.settings import DownloadSettings, ObserveSettings, Settings, TeacherSettings
 from curation.shards.reader import ShardReader, verify
 from curation.shards.remote import pull
@@ -76,6 +79,7 @@ def test_a_run_gives_verdicts_typed_failures_and_shards(settings: Settings):
     window = reader.frames(local("set", 0.0, 1.5).clip_id)
     np.testing.assert_allclose(window.times_s, np.arange(9) / 6, atol=1e-6)
     assert window.rgb.shape == (9, 126, 70, 3) and window.depth_m is None
+    assert window.provenance["observe"]["hdr"] == OPERATOR
     assert not list((settings.out / "frames").glob("*")), "frames are kept only until the shard is written"
 
 
@@ -296,6 +300,27 @@ def test_what_was_damaged_is_made_again(settings: Settings):
         assert shard_bytes(funnel) == whole
     observation.unlink()
     assert pipeline.judge_all(settings.model_copy(update={"policy": Path("paper")})) == 0
+
+
+@pytest.mark.parametrize("older", ["of another HDR operator", "of another version"])
+def test_what_an_older_version_measured_is_measured_anew(settings: Settings, older: str):
+    pipeline.run(settings, REFS[:1])
+    catalog, clip = Catalog(settings.database), REFS[0].clip_id
+    file = catalog.observations([clip])[clip]
+    made_with = catalog.provenance(file.provenance_hash)
+    path = settings.out / file.path
+    if older == "of another version":
+        del made_with["hdr"]
+        table = pq.read_table(path).drop_columns(["transfer"])
+        pq.write_table(table.replace_schema_metadata({"unish.observations": "1"}), path)
+    else:
+        made_with["hdr"] = "an older one"
+    old = replace(file, sha256=sha256_file(path), provenance_hash=catalog.put_provenance(made_with))
+    catalog.record_observations([old])
+    funnel = pipeline.run(settings, REFS[:1])
+    assert (funnel.accepted, funnel.sharded, funnel.failed) == (1, 1, {})
+    new = catalog.observations([clip])[clip]
+    assert (new.sha256, new.provenance_hash) == (file.sha256, file.provenance_hash)
 
 
 def test_other_settings_mend_what_they_caused(settings: Settings, tmp_path: Path):

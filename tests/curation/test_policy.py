@@ -57,6 +57,21 @@ def test_too_little_is_too_short(seconds: float, samples: int):
     assert verdict.decision == "reject" and verdict.first_reason == "too_short"
 
 
+@pytest.mark.parametrize("transfer", ["pq", "hlg"])
+@pytest.mark.parametrize("kind", ["full", "keyframes"])
+def test_hdr_is_converted_or_refused_as_the_policy_says(transfer: str, kind: str):
+    refusing = DEFAULT.model_copy(update={"hdr": "refuse"})
+    clip = replace(observations(), transfer=transfer, kind=kind)
+    taken = "accept" if kind == "full" else "unknown"
+    for policy in (DEFAULT, PAPER):
+        assert judge(clip, policy).decision == taken
+    assert judge(replace(clip, transfer="sdr"), refusing).decision == taken
+    verdict = judge(clip, refusing)
+    assert (verdict.decision, verdict.first_reason) == ("reject", "hdr")
+    reasons = {result.criterion: result.reasons for result in verdict.criteria}
+    assert reasons["hdr"] == (f"HDR ({transfer.upper()}) is refused by this policy",)
+
+
 # the shot
 
 

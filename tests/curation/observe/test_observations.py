@@ -32,6 +32,7 @@ def observations(draw) -> Observations:
         kind=draw(st.sampled_from(["full", "keyframes"])),
         width=draw(st.integers(1, 10000)),
         height=draw(st.integers(1, 10000)),
+        transfer=draw(st.sampled_from(["sdr", "pq", "hlg"])),
         start_s=draw(FINITE),
         end_s=draw(FINITE),
         active=draw(st.tuples(FINITE, FINITE, FINITE, FINITE)),
@@ -56,7 +57,7 @@ def observations(draw) -> Observations:
 def example() -> Observations:
     none = np.zeros(0, np.float32)
     return Observations(
-        "0" * 16, "full", 4, 3, 0.0, 1.0, (0.0, 0.0, 1.0, 1.0), np.zeros(0), none, none, none, none, none, none,
+        "0" * 16, "full", 4, 3, "sdr", 0.0, 1.0, (0.0, 0.0, 1.0, 1.0), np.zeros(0), none, none, none, none, none, none,
         np.zeros(0), np.zeros(0, np.int32), np.zeros((0, 4), np.float32), (), none, np.zeros(0, np.int32), {},
     )  # fmt: skip
 

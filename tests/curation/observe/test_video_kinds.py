@@ -87,6 +87,14 @@ def test_a_picture_that_is_to_be_shown_at_an_angle_is_refused(film, tmp_path):
     assert caught.value.code is FailureCode.WRONG_KIND
 
 
+def test_colours_that_nothing_here_converts_are_refused(tmp_path):
+    path = tmp_path / "ictcp.mp4"
+    encode(path, frames(3), "-c:v", "libx264", "-pix_fmt", "yuv420p", "-bsf:v", "h264_metadata=matrix_coefficients=14")
+    with pytest.raises(StageError, match="colours") as caught:
+        index_video(path)
+    assert caught.value.code is FailureCode.WRONG_KIND
+
+
 @pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png", "a.jpg", "a.bmp", "a.tiff", "a.avif"])
 def test_a_picture_is_called_a_picture_and_not_damaged(film, tmp_path, name):
     path = tmp_path / name
