@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from curation.manifest import ClipRef
 from curation.observe.observations import Observations
 from curation.observe.people import Detections, Detector, PeopleTracker, load_detector
+from curation.observe.sampling import SAMPLER, sample_indices
 from curation.observe.shots import THUMB_LONG_SIDE, ShotMeasures, ShotMeter
 from curation.observe.video import (
     VideoIndex,
@@ -42,7 +43,7 @@ def observe(
     """
     index = index_video(path)
     first, last = index.span(ref.start_s, ref.end_s)
-    samples = sample_numbers(index, first, last, settings.sample_fps)
+    samples = first + sample_indices(index.times_s[first:last], settings.sample_fps)
     wanted = set(samples.tolist())
     width, height = training_grid(index, settings.frame_long_side)
     thumb, seen = _scaled(index, THUMB_LONG_SIDE), _scaled(index, detector.long_side)
@@ -118,18 +119,10 @@ def sample_frames(ref: ClipRef, path: Path, settings: ObserveSettings) -> Frames
     """The clip's training frames alone, by random access: the same bytes as `observe` gives, without measuring."""
     index = index_video(path)
     first, last = index.span(ref.start_s, ref.end_s)
-    times = index.times_s[sample_numbers(index, first, last, settings.sample_fps)]
+    times = index.times_s[first + sample_indices(index.times_s[first:last], settings.sample_fps)]
     width, height = training_grid(index, settings.frame_long_side)
     jpeg = tuple(_jpeg(picture) for picture in frames_at(index, times.tolist(), width, height))
     return Frames(width=width, height=height, times_s=times, jpeg=jpeg)
-
-
-def sample_numbers(index: VideoIndex, first: int, last: int, fps: float) -> NDArray[np.intp]:
-    """Frames on screen at every 1/fps s from the clip's first frame on; each once, also where the video holds still."""
-    start = index.times_s[first]
-    end = index.times_s[last - 1]
-    grid = start + np.arange(int((end - start) * fps + 1e-3) + 1) / fps
-    return np.unique(np.clip(index.on_screen(grid), first, last - 1))
 
 
 def training_grid(index: VideoIndex, long_side: int) -> tuple[int, int]:
@@ -168,7 +161,7 @@ def _assemble(
         box_class=tuple(detector.names[int(k)] for result in found for k in result.klass),
         box_confidence=np.concatenate([np.zeros(0, np.float32), *(result.confidence for result in found)]),
         box_track=np.concatenate([np.zeros(0, np.int32), *tracks]),
-        provenance={"detector": detector.provenance, "sample_fps": settings.sample_fps},
+        provenance={"detector": detector.provenance, "sampler": SAMPLER, "sample_fps": settings.sample_fps},
     )
 
 
