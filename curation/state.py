@@ -16,6 +16,7 @@ from curation.ingest.failures import FailureCode, UsageError
 from curation.manifest import ClipRef
 from curation.observe.observations import Observations
 from curation.observe.people import find_weights
+from curation.observe.sampling import SAMPLER
 from curation.policy import Policy, describe, load_policy
 from curation.policy import judge as judge_observations
 from curation.records import VideoFile
@@ -101,6 +102,7 @@ class State:
             "detector_sha256": _weights_hash(str(find_weights(settings.detector or self.policy.detector))),
             "long_side": settings.detector_long_side,
             "confidence": settings.detector_confidence,
+            "sampler": SAMPLER,
             "sample_fps": settings.sample_fps,
         }
 
@@ -182,15 +184,21 @@ class State:
                 "detector_sha256": detector.get("sha256"),
                 "long_side": detector.get("long_side"),
                 "confidence": detector.get("confidence"),
+                "sampler": value.get("sampler"),
                 "sample_fps": value.get("sample_fps"),
             }
             self._same[file.provenance_hash] = found == self._identity()
         return self._same[file.provenance_hash]
 
     def to_teach(self, refs: Sequence[ClipRef]) -> list[ClipRef]:
-        """Accepted clips that this data set lacks, given up ones excepted."""
+        """Accepted clips that this data set lacks, given up ones excepted.
+
+        A clip whose measurements are of other settings, and could not be made anew, is not of this data set.
+        """
         verdicts = self.catalog.verdicts(refs, self.policy.hash)
         accepted = [ref for ref in refs if ref.clip_id in verdicts and verdicts[ref.clip_id].decision == "accept"]
+        files = self.catalog.observations(accepted)
+        accepted = [r for r in accepted if r.clip_id in files and self._measured_as_asked(files[r.clip_id])]
         written = self.catalog.outputs(accepted, self.dataset_hash)
         sound = self._sound_shards({output.shard for output in written.values()})
         blocked = self.given_up(accepted, ("teach",))
