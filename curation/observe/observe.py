@@ -90,7 +90,8 @@ def observe(
     observations = _assemble(
         ref, index, "full", first, last, times, found, tracks, meter.finish(), bars.active(), settings, detector
     )
-    return observations, Frames(width=width, height=height, times_s=times, jpeg=tuple(jpeg))
+    stretch = grid_stretch(index, width, height)
+    return observations, Frames(width=width, height=height, times_s=times, jpeg=tuple(jpeg), stretch=stretch)
 
 
 def prescreen(ref: ClipRef, path: Path, settings: ObserveSettings, detector: Detector) -> Observations | None:
@@ -122,13 +123,19 @@ def sample_frames(ref: ClipRef, path: Path, settings: ObserveSettings) -> Frames
     times = index.times_s[first + sample_indices(index.times_s[first:last], settings.sample_fps)]
     width, height = training_grid(index, settings.frame_long_side)
     jpeg = tuple(_jpeg(picture) for picture in frames_at(index, times.tolist(), width, height))
-    return Frames(width=width, height=height, times_s=times, jpeg=jpeg)
+    stretch = grid_stretch(index, width, height)
+    return Frames(width=width, height=height, times_s=times, jpeg=jpeg, stretch=stretch)
 
 
 def training_grid(index: VideoIndex, long_side: int) -> tuple[int, int]:
     """Width and height with the longer side `long_side`, both multiples of 14 (one patch of the networks)."""
     scale = long_side / max(index.width, index.height)
     return tuple(max(14, round(side * scale / 14) * 14) for side in (index.width, index.height))  # type: ignore[return-value]
+
+
+def grid_stretch(index: VideoIndex, width: int, height: int) -> float:
+    """Horizontal over vertical scale of a width x height grid against the picture as displayed; 1 is none."""
+    return (width / index.width) / (height / index.height)
 
 
 def detector_for(settings: ObserveSettings, weights: str) -> Detector:

@@ -174,6 +174,15 @@ def test_the_training_grid_is_whole_patches_with_the_longer_side_given(width, he
     assert all(abs(side - given_side * scale) <= 14 for side, given_side in zip(grid, (width, height), strict=True))
 
 
+@pytest.mark.parametrize("name", ["plain.mp4", "rotated.mp4", "anamorphic.mp4"])
+def test_frames_say_how_far_they_are_stretched(video, name):
+    """Against 96 x 64 as displayed, also where that is stored on its side, or as 64 x 64 pixels of 3:2."""
+    made = video(name)
+    expected = pytest.approx((518 / 96) / (350 / 64))
+    assert observe(ref(), made.path, SETTINGS, Watcher())[1].stretch == expected
+    assert sample_frames(ref(), made.path, SETTINGS).stretch == expected
+
+
 def test_frames_are_kept_until_the_shard_is_written(dance, tmp_path):
     _, frames = observe(ref(), dance, SETTINGS, Watcher())
     path = tmp_path / "frames.parquet"
@@ -182,6 +191,7 @@ def test_frames_are_kept_until_the_shard_is_written(dance, tmp_path):
     assert kept is not None and kept.jpeg == frames.jpeg
     assert np.array_equal(kept.times_s, frames.times_s)
     assert (kept.width, kept.height) == (frames.width, frames.height)
+    assert kept.stretch == frames.stretch != 1
     path.write_bytes(path.read_bytes()[:-100])
     assert read_frames(path) is None
     assert read_frames(tmp_path / "none.parquet") is None
