@@ -149,11 +149,10 @@ def depth_maps(clip: Path) -> NDArray[np.float32]:
     """As many maps as `ours` samples frames, (n, 294, 518) metres, 0 where invalid; thirty different ones."""
     from shards import scene
 
-    from curation.observe.observe import sample_numbers
+    from curation.observe.sampling import sample_indices
     from curation.observe.video import index_video
 
-    index = index_video(clip)
-    count = len(sample_numbers(index, 0, len(index.times_s), 6.0))
+    count = len(sample_indices(index_video(clip).times_s, 6.0))
     depth, _ = scene(min(30, count), width=WIDTH, height=HEIGHT)
     return depth[np.arange(count) % len(depth)]
 

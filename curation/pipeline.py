@@ -509,17 +509,21 @@ def _sample(state: State, ref: ClipRef, teacher: Any) -> ClipSample:
     from curation.observe.samples import read_frames
 
     settings = state.settings.observe
-    kept = state.store.get(frames_name(ref))
-    frames = None if kept is None else read_frames(kept)
-    if frames is None or max(frames.width, frames.height) != settings.frame_long_side:
-        video = state.videos([ref]).get(ref.video_key)
-        if video is None or (path := state.store.get(state.name_of(video.path), video.size_bytes)) is None:
-            raise StageError(FailureCode.NETWORK, _NOT_HERE)
-        frames = sample_frames(ref, path, settings)
     file = state.catalog.observations([ref])[ref.clip_id]
     observations = state.readable([file]).get(ref.clip_id)
     if observations is None:
         raise StageError(FailureCode.NETWORK, "the measurements are not here; they will be made by the next run")
+    kept = state.store.get(frames_name(ref))
+    frames = None if kept is None else read_frames(kept)
+    if (
+        frames is None
+        or max(frames.width, frames.height) != settings.frame_long_side
+        or not np.array_equal(frames.times_s, observations.sample_times_s)  # kept by a run with other settings
+    ):
+        video = state.videos([ref]).get(ref.video_key)
+        if video is None or (path := state.store.get(state.name_of(video.path), video.size_bytes)) is None:
+            raise StageError(FailureCode.NETWORK, _NOT_HERE)
+        frames = sample_frames(ref, path, settings)
     boxes, confidence = subject_boxes(observations, state.policy)
     boxes *= np.array([frames.width, frames.height] * 2, np.float32)
     return ClipSample(

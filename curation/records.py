@@ -66,12 +66,15 @@ class Frames:
 
     times_s: (N,) float64 presentation times relative to the video's first frame.
     jpeg: N encoded RGB frames of height x width. What trains and what the teacher sees are these same bytes, decoded.
+    stretch: horizontal over vertical scale of the grid against the displayed picture, whose pixels are square: fx / fy,
+        in pixels of the grid, of a camera with square pixels.
     """
 
     width: int
     height: int
     times_s: NDArray[np.float64]
     jpeg: tuple[bytes, ...]
+    stretch: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

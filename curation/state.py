@@ -17,6 +17,7 @@ from curation.manifest import ClipRef
 from curation.observe.hdr import OPERATOR
 from curation.observe.observations import Observations
 from curation.observe.people import find_weights
+from curation.observe.sampling import SAMPLER
 from curation.policy import Policy, describe, load_policy
 from curation.policy import judge as judge_observations
 from curation.records import VideoFile
@@ -102,6 +103,7 @@ class State:
             "detector_sha256": _weights_hash(str(find_weights(settings.detector or self.policy.detector))),
             "long_side": settings.detector_long_side,
             "confidence": settings.detector_confidence,
+            "sampler": SAMPLER,
             "sample_fps": settings.sample_fps,
             "hdr": OPERATOR,
         }
@@ -184,6 +186,7 @@ class State:
                 "detector_sha256": detector.get("sha256"),
                 "long_side": detector.get("long_side"),
                 "confidence": detector.get("confidence"),
+                "sampler": value.get("sampler"),
                 "sample_fps": value.get("sample_fps"),
                 "hdr": value.get("hdr"),
             }
@@ -191,9 +194,14 @@ class State:
         return self._same[file.provenance_hash]
 
     def to_teach(self, refs: Sequence[ClipRef]) -> list[ClipRef]:
-        """Accepted clips that this data set lacks, given up ones excepted."""
+        """Accepted clips that this data set lacks, given up ones excepted.
+
+        A clip whose measurements are of other settings, and could not be made anew, is not of this data set.
+        """
         verdicts = self.catalog.verdicts(refs, self.policy.hash)
         accepted = [ref for ref in refs if ref.clip_id in verdicts and verdicts[ref.clip_id].decision == "accept"]
+        files = self.catalog.observations(accepted)
+        accepted = [r for r in accepted if r.clip_id in files and self._measured_as_asked(files[r.clip_id])]
         written = self.catalog.outputs(accepted, self.dataset_hash)
         sound = self._sound_shards({output.shard for output in written.values()})
         blocked = self.given_up(accepted, ("teach",))

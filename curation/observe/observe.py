@@ -14,6 +14,7 @@ from curation.manifest import ClipRef
 from curation.observe.hdr import OPERATOR, Transfer, transfer_of
 from curation.observe.observations import Observations
 from curation.observe.people import Detections, Detector, PeopleTracker, load_detector
+from curation.observe.sampling import SAMPLER, sample_indices
 from curation.observe.shots import THUMB_LONG_SIDE, ShotMeasures, ShotMeter
 from curation.observe.video import (
     VideoIndex,
@@ -50,7 +51,7 @@ def _observe(
     progress: Callable[[int, int], None] | None,
 ) -> tuple[Observations, Frames]:  # fmt: skip
     first, last = index.span(ref.start_s, ref.end_s)
-    samples = sample_numbers(index, first, last, settings.sample_fps)
+    samples = first + sample_indices(index.times_s[first:last], settings.sample_fps)
     wanted = set(samples.tolist())
     width, height = training_grid(index, settings.frame_long_side)
     thumb, seen = _scaled(index, THUMB_LONG_SIDE), _scaled(index, detector.long_side)
@@ -100,7 +101,8 @@ def _observe(
         ref, index, "full", transfer, first, last, times, found, tracks, meter.finish(), bars.active(), settings,
         detector,
     )  # fmt: skip
-    return observations, Frames(width=width, height=height, times_s=times, jpeg=tuple(jpeg))
+    stretch = grid_stretch(index, width, height)
+    return observations, Frames(width=width, height=height, times_s=times, jpeg=tuple(jpeg), stretch=stretch)
 
 
 def prescreen(ref: ClipRef, path: Path, settings: ObserveSettings, detector: Detector) -> Observations | None:
@@ -132,26 +134,24 @@ def sample_frames(ref: ClipRef, path: Path, settings: ObserveSettings) -> Frames
 
     def read(index: VideoIndex) -> Frames:
         first, last = index.span(ref.start_s, ref.end_s)
-        numbers = sample_numbers(index, first, last, settings.sample_fps)
+        numbers = first + sample_indices(index.times_s[first:last], settings.sample_fps)
         width, height = training_grid(index, settings.frame_long_side)
         jpeg = tuple(_jpeg(picture) for picture in pictures(index, numbers.tolist(), width, height))
-        return Frames(width=width, height=height, times_s=index.times_s[numbers], jpeg=jpeg)
+        stretch = grid_stretch(index, width, height)
+        return Frames(width=width, height=height, times_s=index.times_s[numbers], jpeg=jpeg, stretch=stretch)
 
     return with_index(path, read)
-
-
-def sample_numbers(index: VideoIndex, first: int, last: int, fps: float) -> NDArray[np.intp]:
-    """Frames on screen at every 1/fps s from the clip's first frame on; each once, also where the video holds still."""
-    start = index.times_s[first]
-    end = index.times_s[last - 1]
-    grid = start + np.arange(int((end - start) * fps + 1e-3) + 1) / fps
-    return np.unique(np.clip(index.on_screen(grid), first, last - 1))
 
 
 def training_grid(index: VideoIndex, long_side: int) -> tuple[int, int]:
     """Width and height with the longer side `long_side`, both multiples of 14 (one patch of the networks)."""
     scale = long_side / max(index.width, index.height)
     return tuple(max(14, round(side * scale / 14) * 14) for side in (index.width, index.height))  # type: ignore[return-value]
+
+
+def grid_stretch(index: VideoIndex, width: int, height: int) -> float:
+    """Horizontal over vertical scale of a width x height grid against the picture as displayed; 1 is none."""
+    return (width / index.width) / (height / index.height)
 
 
 def detector_for(settings: ObserveSettings, weights: str) -> Detector:
@@ -185,7 +185,12 @@ def _assemble(
         box_class=tuple(detector.names[int(k)] for result in found for k in result.klass),
         box_confidence=np.concatenate([np.zeros(0, np.float32), *(result.confidence for result in found)]),
         box_track=np.concatenate([np.zeros(0, np.int32), *tracks]),
-        provenance={"detector": detector.provenance, "sample_fps": settings.sample_fps, "hdr": OPERATOR},
+        provenance={
+            "detector": detector.provenance,
+            "sampler": SAMPLER,
+            "sample_fps": settings.sample_fps,
+            "hdr": OPERATOR,
+        },
     )
 
 

@@ -15,21 +15,22 @@ from curation.records import Frames
 def write_frames(frames: Frames, path: Path) -> None:
     """Write beside `path` and rename."""
     table = pa.table({"time_s": frames.times_s, "jpeg": pa.array(frames.jpeg, pa.binary())})
-    size = {"width": str(frames.width), "height": str(frames.height)}
+    grid = {"width": str(frames.width), "height": str(frames.height), "stretch": str(frames.stretch)}
     with atomic_path(path) as temporary:
-        pq.write_table(table.replace_schema_metadata(size), temporary, compression="none")
+        pq.write_table(table.replace_schema_metadata(grid), temporary, compression="none")
 
 
 def read_frames(path: Path) -> Frames | None:
     """The frames kept at `path`, or None where there are none, or not whole ones."""
     try:
         table = pq.read_table(path)
-        size = {key.decode(): int(value) for key, value in table.schema.metadata.items()}
+        grid = {key.decode(): value for key, value in table.schema.metadata.items()}
         return Frames(
-            width=size["width"],
-            height=size["height"],
+            width=int(grid["width"]),
+            height=int(grid["height"]),
             times_s=np.asarray(table["time_s"], np.float64),
             jpeg=tuple(table["jpeg"].to_pylist()),
+            stretch=float(grid["stretch"]),
         )
     except (OSError, pa.ArrowInvalid, KeyError):
         return None

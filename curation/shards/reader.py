@@ -44,6 +44,7 @@ class Window:
     """Consecutive frames of one clip, decoded; N frames of H x W pixels, the training grid.
 
     frame_index: (N,) int32 within the clip.  times_s: (N,) float64, relative to the video's first frame.
+    stretch: horizontal over vertical scale of the grid against the displayed picture, whose pixels are square.
     rgb: (N, H, W, 3) uint8.
     depth_m: (N, H, W) float32 metres along the optical axis, 0 where invalid.  depth_valid: (N, H, W) bool.
     human_mask: (N, H, W) bool.
@@ -56,6 +57,7 @@ class Window:
     split: str | None
     frame_index: NDArray[np.int32]
     times_s: NDArray[np.float64]
+    stretch: float
     rgb: NDArray[np.uint8] | None
     depth_m: NDArray[np.float32] | None
     depth_valid: NDArray[np.bool_] | None
@@ -112,6 +114,7 @@ class ShardReader:
             split=rows["split"][0].as_py(),
             frame_index=rows["frame_index"].to_numpy().copy(),
             times_s=rows["time_s"].to_numpy().copy(),
+            stretch=rows["stretch"][0].as_py(),
             rgb=np.stack([decode_jpeg(image) for image in rows["jpeg"].to_pylist()]) if rgb else None,
             depth_m=depth_m,
             depth_valid=None if depth_m is None else depth_m > 0,
@@ -209,7 +212,7 @@ def _faults(folder: Path, shard: ShardEntry) -> Iterator[str]:
 def _fault(rows: pa.Table, provenance: Mapping[str, Any]) -> str | None:
     """The first thing wrong with a clip's rows; None if all is as the schema says."""
     height, width, key = (rows[name][0].as_py() for name in ("height", "width", "provenance"))
-    for name in ("clip_id", "split", "width", "height", "depth_log_min", "depth_log_max", "provenance"):
+    for name in ("clip_id", "split", "width", "height", "stretch", "depth_log_min", "depth_log_max", "provenance"):
         if len(rows[name].unique()) != 1:
             return f"{name} differs between frames."
     if rows["frame_index"].to_pylist() != list(range(rows.num_rows)):

@@ -1,4 +1,4 @@
-"""The columns of a shard, version 1: names, types, units and frames, in one table the documentation is checked against.
+"""The columns of a shard, version 2: names, types, units and frames, in one table the documentation is checked against.
 
 A file may carry further columns (ground truth of synthetic clips, say); readers ignore what they do not know.
 """
@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from curation.ingest.failures import UsageError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 ROWS_PER_GROUP = 180
 VERSION_KEY = b"unish:schema_version"
 PROVENANCE_KEY = b"unish:provenance"
@@ -44,6 +44,14 @@ FIELDS: tuple[Field, ...] = (
     Field("time_s", pa.float64(), False, "s", "Presentation time relative to the video's first frame."),
     Field("width", pa.int32(), False, "px", "Width W of the training grid."),
     Field("height", pa.int32(), False, "px", "Height H of the training grid."),
+    Field(
+        "stretch",
+        pa.float64(),
+        False,
+        "",
+        "Horizontal over vertical scale of the grid against the displayed picture, whose pixels are square: "
+        "fx / fy of a camera with square pixels.",
+    ),
     Field("jpeg", pa.binary(), False, "", "The frame, W x H, RGB. These bytes, decoded, are what the teacher saw."),
     Field(
         "depth",

@@ -98,6 +98,7 @@ def encode_clip(sample: ClipSample) -> pa.Table:
         "time_s": frames.times_s,
         "width": [width] * count,
         "height": [height] * count,
+        "stretch": [frames.stretch] * count,
         "jpeg": frames.jpeg,
         "box": _rows_or_null(sample.boxes),
         "box_confidence": [None if np.isnan(value) else value for value in sample.box_confidence],
@@ -135,6 +136,8 @@ def _check(sample: ClipSample) -> None:
     wrong = [f"{name} has shape {shape}, not {wanted}" for name, (shape, wanted) in found.items() if shape != wanted]
     if not wrong and not (count and np.all(np.isfinite(frames.times_s)) and np.all(np.diff(frames.times_s) > 0)):
         wrong = ["there are no frames, or their times do not increase"]
+    if not wrong and not (np.isfinite(frames.stretch) and frames.stretch > 0):
+        wrong = [f"its stretch is {frames.stretch}, not a positive number"]
     if not wrong and (shape := decode_jpeg(frames.jpeg[0]).shape) != (*size, 3):
         wrong = [f"its first JPEG has shape {shape}, not {(*size, 3)}"]
     if wrong:

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from curation.files import atomic_path
+from curation.observe.sampling import sample_indices
 from curation.records import Outcome
 from curation.synthetic.body import load_body
 from curation.synthetic.camera import Shot, film
@@ -328,9 +329,8 @@ def encode(pictures: Iterator[Image], times_s: Array, plan: ClipPlan, target: Pa
 
 
 def _sampled(times_s: Array) -> list[int]:
-    """Indices of the frames on screen at every sixth of a second."""
-    grid = np.arange(times_s[0], times_s[-1] + 1e-3, 1 / 6)
-    return sorted(set((np.searchsorted(times_s, grid + 1e-3, side="right") - 1).tolist()))
+    """Indices of the frames that a sampling at 6 per second takes."""
+    return sample_indices(times_s, 6.0).tolist()
 
 
 def _pts_expression(fps: int) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import math
 import os
 import re
 import warnings
@@ -29,7 +30,7 @@ from curation.settings import TeacherSettings
 WEIGHTS_FILE = "model.pt"  # the one file of a MoGe repository
 HUB_TIMEOUT_S = 10.0
 SAME_FRAME_S = 0.005  # times may be rounded to milliseconds; a neighbouring frame is never this close
-ASPECT_TOLERANCE = 0.15  # rounding to multiples of 14 stretches a narrow grid by up to a tenth
+ASPECT_TOLERANCE = 0.15  # tools round sides as well, and that stretches a narrow picture by up to a tenth
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 _BACKBONE = re.compile(r"dinov2_vit[sblg]14(_reg)?|synthetic_vit14")
 _ENTRY_ARRAYS = ("depth", "intrinsics", "valid", "times_s")
@@ -112,6 +113,11 @@ class MogeTeacher:
 
     The focal length is the one predicted for that frame: nothing is smoothed over the clip, so that a consumer can
     still tell a zoom from noise. The principal point is the centre of the image. fp16 on CUDA, fp32 on CPU.
+
+    MoGe takes the pixels of an image for square, which those of a stretched grid are not: where fx / fy is the stretch
+    s, it finds one focal length f between the two. That is taken for their geometric mean, fx = f sqrt(s) and
+    fy = f / sqrt(s). Their ratio, and with it every shape parallel to the image, is then right whatever f was; and if f
+    was the true fx or fy, the worst case, both are off by a factor sqrt(s), below 0.5 % at 16:9. Depth stays.
     """
 
     def __init__(self, settings: TeacherSettings) -> None:
@@ -147,6 +153,8 @@ class MogeTeacher:
             images = np.stack([_decode(jpeg, frames) for jpeg in frames.jpeg[batch]])
             depth_m[batch], valid[batch], intrinsics[batch] = self._infer(images)
         intrinsics *= np.array([frames.width, frames.height, 1], np.float32)[:, None]
+        intrinsics[:, 0, 0] *= math.sqrt(frames.stretch)
+        intrinsics[:, 1, 1] /= math.sqrt(frames.stretch)
         return TeacherDepth(depth_m, valid, intrinsics)
 
     def _infer(self, images: NDArray[np.uint8]) -> tuple[NDArray[Any], NDArray[np.bool_], NDArray[Any]]:
@@ -194,10 +202,10 @@ class FolderTeacher:
         """The clip's depth by nearest pixel on the training grid. Raises StageError(MISSING_DEPTH)."""
         entry = _read_entry(self.folder / f"{clip_id}.npz")
         height, width = entry.depth.shape[1:]
-        stretch = (frames.width / frames.height) / (width / height)
-        if not 1 - ASPECT_TOLERANCE < stretch < 1 + ASPECT_TOLERANCE:
+        displayed = frames.width / frames.height / frames.stretch
+        if not 1 - ASPECT_TOLERANCE < displayed / (width / height) < 1 + ASPECT_TOLERANCE:
             raise _missing(
-                f"depth of {width}x{height} has another shape than frames of {frames.width}x{frames.height}; "
+                f"depth of {width}x{height} has another shape than a picture of {displayed:.3f}:1; "
                 "compute it on the displayed picture"
             )
         chosen = _match(entry, frames.times_s)

@@ -25,10 +25,13 @@ from curation.files import sha256_file
 from curation.ingest.failures import FailureCode, UsageError
 from curation.manifest import ClipRef, write_manifest
 from curation.observe.hdr import OPERATOR
+from curation.observe.observe import sample_frames
+from curation.observe.samples import write_frames
+from curation.observe.sampling import SAMPLER
 from curation.settings import DownloadSettings, ObserveSettings, Settings, TeacherSettings
 from curation.shards.reader import ShardReader, verify
 from curation.shards.remote import pull
-from curation.state import FOLDERS
+from curation.state import FOLDERS, frames_name, state_of
 from curation.workers import spread
 
 
@@ -132,6 +135,31 @@ def test_frames_decoded_later_are_the_same_bytes(settings: Settings):
     assert pipeline.teach(ready, batch).done == 1
     (output,) = Catalog(ready.database).clip(REFS[0].clip_id).outputs
     assert shard_bytes(pipeline.funnel(ready, REFS[:1])) == {output.shard: output.sha256} == first
+
+
+def test_frames_kept_by_a_run_with_other_settings_are_not_taken(settings: Settings):
+    """The clip was sampled anew, but not accepted, so what an earlier run had kept of it stayed."""
+    ready = pipeline.preflight(settings)
+    once = pipeline.run(settings, REFS[:1])
+    first = shard_bytes(once)
+    frames = sample_frames(REFS[0], next((ready.out / "videos").rglob("video.*")), ready.observe)
+    write_frames(replace(frames, times_s=frames.times_s + 1 / 30), ready.out / frames_name(REFS[0]))
+    shutil.rmtree(Path(once.folder))
+    (batch,) = read_batches(REFS[:1], ready)
+    assert pipeline.teach(ready, batch).done == 1
+    assert shard_bytes(pipeline.funnel(ready, REFS[:1])) == first
+
+
+def test_what_another_sampler_measured_is_measured_anew_and_never_mixed(settings: Settings, monkeypatch):
+    funnel = pipeline.run(settings, REFS[:1])
+    window = ShardReader(Path(funnel.folder)).frames(REFS[0].clip_id)
+    assert window.provenance["observe"]["sampler"] == SAMPLER
+    monkeypatch.setattr("curation.state.SAMPLER", "newer/1")
+    ready = pipeline.preflight(settings)
+    (batch,) = read_batches(REFS[:1], ready)
+    state = state_of(ready)
+    assert state.to_observe(batch.refs) == REFS[:1] and not state.finished(batch)
+    assert state.to_teach(batch.refs) == [], "the old samples would go under the new name"
 
 
 def test_a_depth_folder_is_another_teacher_in_a_data_set_of_its_own(settings: Settings, tmp_path: Path):

@@ -47,7 +47,7 @@ def ffmpeg(*arguments: str | Path, feed: bytes | None = None) -> None:
     subprocess.run(command, input=feed, check=True, stdin=None if feed else subprocess.DEVNULL)
 
 
-def encode(path: Path, pictures: Iterable[NDArray[np.uint8]], *arguments: str | Path, rate: int = RATE) -> Path:
+def encode(path: Path, pictures: Iterable[NDArray[np.uint8]], *arguments: str | Path, rate: object = RATE) -> Path:
     """Encode RGB pictures of one size; `arguments` are ffmpeg's, for the output."""
     frames = list(pictures)
     height, width = frames[0].shape[:2]

@@ -30,6 +30,7 @@ def test_a_window_is_what_went_in(make_clip, tmp_path: Path) -> None:
         boxes=boxes,
         box_confidence=confidence,
         split=None,
+        frames=dataclasses.replace(sample.frames, stretch=0.991),
         depth=dataclasses.replace(sample.depth, intrinsics=camera),
     )
     write_shards([make_clip(0), sample, make_clip(2)], tmp_path, max_bytes=PLENTY)
@@ -37,6 +38,7 @@ def test_a_window_is_what_went_in(make_clip, tmp_path: Path) -> None:
     assert window.split is None
     assert window.frame_index.tolist() == [2, 3, 4, 5, 6]
     assert np.array_equal(window.times_s, sample.frames.times_s[2:7])
+    assert window.stretch == 0.991
     assert np.array_equal(window.rgb, np.stack([decode_jpeg(data) for data in sample.frames.jpeg[2:7]]))
     assert np.array_equal(window.boxes, boxes[2:7], equal_nan=True)
     assert np.array_equal(window.box_confidence, confidence[2:7], equal_nan=True)
@@ -155,14 +157,14 @@ def test_disagreement_between_index_and_files_is_named(make_clip, tmp_path: Path
 
     stranger = pa.table({"clip_id": ["x"]})
     pq.write_table(stranger, tmp_path / INDEX_NAME)
-    with pytest.raises(ShardError, match="not an index of schema version 1"):
+    with pytest.raises(ShardError, match="not an index of schema version 2"):
         ShardReader(tmp_path)
     pq.write_table(stranger, tmp_path / "shard-0.parquet")
     with pytest.raises(ShardError, match="is not a shard"):
         rebuild_index(tmp_path)
-    newer = encode_clip(make_clip(0)).replace_schema_metadata({VERSION_KEY: b"2"})
-    pq.write_table(newer, tmp_path / "shard-0.parquet")
-    with pytest.raises(ShardError, match="version 2, this program reads version 1"):
+    older = encode_clip(make_clip(0)).replace_schema_metadata({VERSION_KEY: b"1"})
+    pq.write_table(older, tmp_path / "shard-0.parquet")
+    with pytest.raises(ShardError, match="version 1, this program reads version 2"):
         rebuild_index(tmp_path)
 
 
@@ -192,6 +194,7 @@ def _with_column(table: pa.Table, name: str, values: list) -> pa.Table:
         ("time_s", [0.0, 0.1, 0.1, 0.2, 0.3], "time_s does not increase"),
         ("width", [57] * 5, "a frame is not 57x42"),
         ("width", [56, 56, 56, 56, 57], "width differs between frames"),
+        ("stretch", [1.0, 1.0, 1.1, 1.0, 1.0], "stretch differs between frames"),
         ("depth", [None] * 5, "some frames have depth and some have not"),
         ("depth_log_max", [-5.0] * 5, "lies beyond the clip's"),
         ("depth_valid", [bytes(294)] * 5, "depth_valid is not where depth is"),

@@ -23,8 +23,8 @@ def test_every_field_carries_its_documentation() -> None:
 
 def test_other_versions_and_other_files_are_told_apart() -> None:
     check_schema(SCHEMA, SCHEMA.metadata, "a.parquet")
-    with pytest.raises(ShardError, match=r"a\.parquet has shard schema version 2, this program reads version 1"):
-        check_schema(SCHEMA, {VERSION_KEY: b"2"}, "a.parquet")
+    with pytest.raises(ShardError, match=r"a\.parquet has shard schema version 1, this program reads version 2"):
+        check_schema(SCHEMA, {VERSION_KEY: b"1"}, "a.parquet")
     with pytest.raises(ShardError, match="it is not a shard"):
         check_schema(SCHEMA, {}, "a.parquet")
     with pytest.raises(ShardError, match="no column jpeg of type binary"):

@@ -121,6 +121,8 @@ def test_samples_that_contradict_themselves_are_refused_and_leave_nothing(make_c
         (dataclasses.replace(good, depth=None, frames=dataclasses.replace(frames, width=99)), "first JPEG has shape"),
         (dataclasses.replace(good, frames=dataclasses.replace(frames, times_s=frames.times_s * 0)), "do not increase"),
         (dataclasses.replace(good, frames=dataclasses.replace(frames, times_s=frames.times_s * np.nan)), "increase"),
+        (dataclasses.replace(good, frames=dataclasses.replace(frames, stretch=0.0)), "not a positive number"),
+        (dataclasses.replace(good, frames=dataclasses.replace(frames, stretch=np.nan)), "not a positive number"),
     ]:
         with pytest.raises(ShardError, match=f"Clip {good.clip_id} cannot go into a shard: .*{reason}"):
             write_shards([make_clip(1), bad], tmp_path, max_bytes=PLENTY)

@@ -6,6 +6,10 @@ import av
 import numpy as np
 import pytest
 
+from curation.manifest import ClipRef
+from curation.observe.observe import sample_frames
+from curation.records import Frames
+from curation.settings import ObserveSettings, TeacherSettings
 from curation.synthetic.clips import (
     CASES,
     CRITERIA,
@@ -21,6 +25,7 @@ from curation.synthetic.clips import (
 )
 from curation.synthetic.raster import Camera, Rendered
 from curation.synthetic.take import Frame, Seen
+from curation.teach.depth import check_teacher, load_teacher
 
 SMALL = (256, 144)
 
@@ -96,10 +101,6 @@ def test_cuts_strobes_and_jumps_are_told_apart():
 
 
 def test_the_oracle_is_a_depth_folder(tmp_path):
-    from curation.records import Frames
-    from curation.settings import TeacherSettings
-    from curation.teach.depth import check_teacher, load_teacher
-
     barred = plan("letterboxed")
     write_oracle(barred, "0123456789abcdef", tmp_path)
     teacher = load_teacher(check_teacher(TeacherSettings(kind="folder", model=str(tmp_path), name="oracle")))
@@ -110,6 +111,20 @@ def test_the_oracle_is_a_depth_folder(tmp_path):
     assert not depth.valid[:, 0].any() and depth.valid[:, -footage.active[1] - 6].all()  # bars, and floor above them
     rendered = footage.frame(6).rendered.depth_m
     assert np.median(depth.depth_m[0][depth.valid[0]]) == pytest.approx(np.median(rendered[rendered > 0]), rel=0.02)
+
+
+@pytest.mark.parametrize(("case", "size"), [("good", SMALL), ("good", (144, 256)), ("letterboxed", (256, 108))])
+def test_the_oracle_s_camera_is_stretched_as_its_frames_are(tmp_path, case, size):
+    """From the file to the teacher's answer: square pixels as displayed, so fx / fy on the grid is the stretch."""
+    made = plan(case, size)
+    truth = make_clip(made, tmp_path)
+    ref = ClipRef("local", truth.file)
+    frames = sample_frames(ref, tmp_path / truth.file, ObserveSettings())
+    write_oracle(made, ref.clip_id, tmp_path)
+    teacher = load_teacher(check_teacher(TeacherSettings(kind="folder", model=str(tmp_path), name="oracle")))
+    camera = teacher(frames, ref.clip_id).intrinsics
+    assert abs(frames.stretch - 1) > 0.005
+    np.testing.assert_allclose(camera[:, 0, 0] / camera[:, 1, 1], frames.stretch, rtol=1e-4)
 
 
 # truth from geometry, without rendering

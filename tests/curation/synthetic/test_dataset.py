@@ -36,6 +36,7 @@ def test_labels_agree_with_the_picture(folder):
         truth = columns(table)
         np.testing.assert_array_equal(truth["smpl_pose"], columns(made)["smpl_pose"])
         window = reader.frames(clip.clip_id, 0, 4)
+        np.testing.assert_allclose(window.intrinsics[:, 0, 0] / window.intrinsics[:, 1, 1], window.stretch, rtol=1e-4)
         for index in range(4):
             posed = pose_body(
                 load_body(),

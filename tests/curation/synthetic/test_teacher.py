@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
+from curation.records import Frames
 from curation.settings import TeacherSettings
+from curation.shards.codec import encode_jpeg
 from curation.synthetic.teacher import BACKBONE, NAME, NUM_TOKENS, WEIGHTS, register
 from curation.synthetic.teacher_data import SIZES, Pictures, read_scenes, scene, write_scenes
+from curation.teach.depth import check_teacher, load_teacher
 
 pytest.importorskip("moge")
 
@@ -24,19 +28,34 @@ def test_it_loads_as_any_checkpoint_does():
     assert sum(p.numel() for p in network.parameters()) <= 2_500_000
 
 
-def test_it_knows_the_depth_of_fresh_renders():
+@pytest.fixture(scope="module")
+def fresh() -> Pictures:
+    return scene(990_003)
+
+
+def test_it_knows_the_depth_of_fresh_renders(fresh: Pictures):
     from curation.synthetic.train_teacher import teacher_errors
 
-    for seed in (990_003, 990_005):
-        made = scene(seed)
+    for made in (fresh, scene(990_005)):
         one = Pictures(made.rgb[:1], made.depth_m[:1], made.intrinsics[:1])
         [error] = teacher_errors(WEIGHTS, one)
         assert error["affine"] < 0.2 and error["metric"] < 0.5 and error["missing"] < 0.1
 
 
-def test_provenance_says_what_it_is():
-    from curation.teach.depth import check_teacher, load_teacher
+def test_its_camera_is_that_of_the_picture_also_on_a_stretched_grid(fresh: Pictures):
+    """With one focal length for both axes, each would be off by three percent or more."""
+    teacher = load_teacher(TeacherSettings(model=str(WEIGHTS), name=NAME, num_tokens=NUM_TOKENS, device="cpu"))
+    _, height, width, _ = fresh.rgb.shape
+    focal = []
+    for grid in (width, width - 14):
+        shown = [cv2.resize(rgb, (grid, height), interpolation=cv2.INTER_AREA) for rgb in fresh.rgb]
+        jpeg = tuple(encode_jpeg(rgb) for rgb in shown)
+        answer = teacher(Frames(grid, height, np.arange(len(jpeg)) / 6, jpeg, grid / width), "0" * 16)
+        focal.append(answer.intrinsics[:, [0, 1], [0, 1]] * (width / grid, 1))
+    np.testing.assert_allclose(focal[1], focal[0], rtol=0.01)
 
+
+def test_provenance_says_what_it_is():
     settings = check_teacher(TeacherSettings(model=str(WEIGHTS), name=NAME, num_tokens=NUM_TOKENS, device="cpu"))
     provenance = load_teacher(settings).provenance
     assert provenance["name"] == "synthetic-moge" and provenance["model"] == "synthetic-moge.pt"

@@ -98,6 +98,18 @@ def test_enlarging_by_an_odd_factor_and_back_loses_nothing(folder, factor, seed)
     np.testing.assert_allclose(answer.intrinsics, camera(2, 14, 28), rtol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(1080, 1920), (540, 960), (288, 512), (294, 518), (256, 512)])
+def test_a_lens_has_two_focal_lengths_on_a_stretched_grid(folder, shape):
+    """Of a 16:9 picture on 42 x 28, whatever the shape of the maps: their own pixels need not be square either."""
+    stretch = (42 / 1920) / (28 / 1080)
+    height, width = shape
+    lens = np.array([[0.8 * width, 0, width / 2], [0, 0.8 * 16 / 9 * height, height / 2], [0, 0, 1]])
+    frames = Frames(42, 28, np.zeros(1), (b"",), stretch)
+    camera = teach(folder, frames, depth=np.ones((1, *shape), np.float32), intrinsics=lens[None]).intrinsics[0]
+    assert camera[0, 0] / camera[1, 1] == pytest.approx(stretch, rel=1e-6)
+    assert camera[0, 0] == pytest.approx(0.8 * 42) and camera[0, 2] == 21 and camera[1, 2] == 14
+
+
 def constant_maps(values: list[float]) -> np.ndarray:
     return np.ones((len(values), 28, 42), np.float32) * np.array(values, np.float32)[:, None, None]
 

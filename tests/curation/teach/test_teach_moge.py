@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -138,6 +139,16 @@ def test_answers_are_on_the_training_grid(answer):
     np.testing.assert_allclose(answer.intrinsics[:, :2, 2], [[42, 28]] * 5)
     np.testing.assert_allclose(answer.intrinsics[:, 0, 0], answer.intrinsics[:, 1, 1], rtol=1e-5)
     assert len(set(answer.intrinsics[:, 0, 0].tolist())) == 5, "each frame keeps its own focal length"
+
+
+@pytest.mark.parametrize("stretch", [0.969, 1.009])
+def test_a_stretched_grid_has_two_focal_lengths_about_the_one_that_moge_finds(teacher, answer, frames, stretch):
+    stretched = teacher(dataclasses.replace(frames, stretch=stretch), "0" * 16)
+    assert stretched.depth_m.tobytes() == answer.depth_m.tobytes()
+    across, down = stretched.intrinsics[:, 0, 0], stretched.intrinsics[:, 1, 1]
+    np.testing.assert_allclose(across / down, stretch, rtol=1e-5)
+    np.testing.assert_allclose(across * down, answer.intrinsics[:, 0, 0] ** 2, rtol=1e-5)
+    np.testing.assert_array_equal(stretched.intrinsics[:, :2, 2], answer.intrinsics[:, :2, 2])
 
 
 def test_asking_again_gives_the_same_bytes(teacher, answer, frames):
