@@ -237,6 +237,10 @@ def _load_model(weights: Path) -> Any:
         raise UsageError(
             f"{weights.name} cannot be read as ultralytics weights ({type(error).__name__}); fetch the file again."
         ) from error
+    # Summary and export make a path of the layout's file name, which a checkpoint may lack or hold as None.
+    described = getattr(model.model, "yaml", None) or {}
+    if not isinstance(described.get("yaml_file"), str):
+        model.model.yaml = {**described, "yaml_file": f"{weights.stem}.yaml"}
     return model
 
 
@@ -300,7 +304,8 @@ def _exported(weights: Path, sha256: str) -> Path:
     with tempfile.TemporaryDirectory(dir=final.parent) as work:
         copy = Path(work) / f"{weights.stem}.pt"  # ultralytics exports beside its input, which may be read-only
         shutil.copyfile(weights, copy)
-        exported = _load_model(copy).export(format="openvino", dynamic=True, verbose=False)
+        # the size is only that of the trial run, and a checkpoint's own may be unusable
+        exported = _load_model(copy).export(format="openvino", dynamic=True, imgsz=640, verbose=False)
         try:
             Path(exported).rename(final)
         except OSError:

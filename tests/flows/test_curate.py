@@ -164,11 +164,11 @@ class Stages:
         return self.events.index((what, stage, index))
 
 
-def work(batches, lanes=1, timeout_s=60.0):
+def work(out, batches, lanes=1, timeout_s=60.0):
     @flow
     def working():
         with make_task_runner("threads", None, lanes) as runner:
-            return curate_module._work(runner, Settings(out=Path("out")), batches, lanes, timeout_s)
+            return curate_module._work(runner, Settings(out=out), batches, lanes, timeout_s)
 
     return working()
 
@@ -177,13 +177,13 @@ def make_batches(count):
     return [Batch(index, (ClipRef("local", f"clip{index}.mp4"),), f"batch{index}") for index in range(count)]
 
 
-def test_stages_overlap_between_batches_and_never_within_one(service, monkeypatch):
+def test_stages_overlap_between_batches_and_never_within_one(service, monkeypatch, tmp_path):
     ran = Stages(
         monkeypatch,
         observe=lambda batch, progress: batch.index == 2 or ran.wait_for("end", "download", batch.index + 1),
         teach=lambda batch, progress: batch.index == 2 or ran.wait_for("begin", "observe", batch.index + 1),
     )
-    assert work(make_batches(3)) == []
+    assert work(tmp_path, make_batches(3)) == []
     for index in range(3):
         order = [
             ran.place(what, stage, index)
@@ -196,7 +196,7 @@ def test_stages_overlap_between_batches_and_never_within_one(service, monkeypatc
         assert ran.place("end", "download", index) < ran.place("begin", "download", index + 1)
 
 
-def test_a_stage_that_dies_is_tried_again(service, monkeypatch):
+def test_a_stage_that_dies_is_tried_again(service, monkeypatch, tmp_path):
     tries = []
 
     def dies_once(batch, progress):
@@ -206,31 +206,31 @@ def test_a_stage_that_dies_is_tried_again(service, monkeypatch):
 
     Stages(monkeypatch, observe=dies_once)
     monkeypatch.setattr(stages, "observe", stages.observe.with_options(retry_delay_seconds=0))
-    assert work(make_batches(1)) == []
+    assert work(tmp_path, make_batches(1)) == []
     assert tries == [0, 0]
 
 
-def test_a_batch_that_cannot_be_finished_does_not_stop_the_others(service, monkeypatch):
+def test_a_batch_that_cannot_be_finished_does_not_stop_the_others(service, monkeypatch, tmp_path):
     def dies(batch, progress):
         if batch.index == 0:
             raise RuntimeError("always")
 
     ran = Stages(monkeypatch, observe=dies)
     monkeypatch.setattr(stages, "observe", stages.observe.with_options(retry_delay_seconds=0))
-    (sentence,) = work(make_batches(2))
+    (sentence,) = work(tmp_path, make_batches(2))
     assert sentence.startswith("batch 0, observe: ") and "always" in sentence
     assert ("end", "teach", 1) in ran.events and ("begin", "judge", 0) not in ran.events
 
 
-def test_a_wrong_set_up_found_late_is_not_retried_and_ends_the_run(service, monkeypatch):
+def test_a_wrong_set_up_found_late_is_not_retried_and_ends_the_run(service, monkeypatch, tmp_path):
     tries = []
     Stages(monkeypatch, teach=lambda batch, progress: tries.append(1) or refuse("no weights"))
     with pytest.raises(UsageError, match="no weights"):
-        work(make_batches(1))
+        work(tmp_path, make_batches(1))
     assert tries == [1]
 
 
-def test_a_stage_that_takes_too_long_is_given_up_and_ends_at_its_next_clip(service, monkeypatch):
+def test_a_stage_that_takes_too_long_is_given_up_and_ends_at_its_next_clip(service, monkeypatch, tmp_path):
     ended = threading.Event()
 
     def endless(batch, progress):
@@ -244,7 +244,7 @@ def test_a_stage_that_takes_too_long_is_given_up_and_ends_at_its_next_clip(servi
     Stages(monkeypatch, observe=endless)
     monkeypatch.setattr(stages, "observe", stages.observe.with_options(retries=0))
     begin = time.monotonic()
-    (sentence,) = work(make_batches(1), timeout_s=0.5)
+    (sentence,) = work(tmp_path, make_batches(1), timeout_s=0.5)
     assert "timeout" in sentence and time.monotonic() - begin < 20
     assert ended.wait(5)
 
@@ -253,7 +253,7 @@ def shown_progress() -> float:
     return Artifact.get("curate-test", _sync=True).data
 
 
-def test_progress_is_shown_while_a_stage_runs(service, monkeypatch):
+def test_progress_is_shown_while_a_stage_runs(service, monkeypatch, tmp_path):
     monkeypatch.setattr(stages, "REFRESH_S", 0.05)
     seen = []
 
@@ -270,7 +270,7 @@ def test_progress_is_shown_while_a_stage_runs(service, monkeypatch):
     @flow
     def showing():
         bar = stages.Bar(create_progress_artifact(0.0, "curate-test"), before=1, clips=3, total=4)
-        stages.observe.with_options(retries=0).submit(Settings(out=Path("out")), Batch(0, REFS, "batch"), bar).result()
+        stages.observe.with_options(retries=0).submit(Settings(out=tmp_path), Batch(0, REFS, "batch"), bar).result()
 
     showing()
     assert seen == [50.0]  # one of this batch's three clips, after one of the batch before

@@ -224,6 +224,31 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, monkeypatch, content)
     assert [file for file in (tmp_path / "cache" / "openvino").iterdir() if file.suffix != ".pt"] == []
 
 
+@pytest.mark.parametrize("field", ["yaml_file", "no yaml_file", "no yaml", "imgsz"])
+def test_a_checkpoint_that_lacks_what_the_exporter_reads_works(seer, tmp_path, monkeypatch, field):
+    """ultralytics exports and fuses with the layout's file name and the picture size of training, where they are."""
+    import torch
+
+    monkeypatch.setenv("UNISH_CACHE", str(tmp_path / "cache"))
+    checkpoint = torch.load(seer, weights_only=False)
+    network = checkpoint["model"]
+    if field == "yaml_file":
+        network.yaml["yaml_file"] = None
+    elif field == "no yaml_file":
+        del network.yaml["yaml_file"]
+    elif field == "no yaml":
+        del network.yaml
+    else:
+        checkpoint["train_args"] = {"imgsz": None}
+    path = tmp_path / "bare.pt"
+    torch.save(checkpoint, path)
+    image = np.zeros((96, 160, 3), np.uint8)
+    found = Detector(path, device="cpu", long_side=160, confidence=0.1)([image])[0]
+    assert (found.klass == 0).any()
+    by_torch, _ = people._torch_backend(path, "cpu")  # as on a GPU
+    assert by_torch(np.zeros((1, 96, 160, 3), np.uint8)).shape == (1, 84, 12 * 20 + 6 * 10 + 3 * 5)
+
+
 def boxes(*rows: tuple[float, float, int]) -> Detections:
     """Boxes of a fifth of the width and half of the height at x, of a confidence and a class."""
     xyxy = np.array([[x, 0.25, x + 0.2, 0.75] for x, _, _ in rows], np.float32).reshape(-1, 4)

@@ -28,6 +28,18 @@ def test_it_is_small_and_knows_its_classes(model):
     assert type(model.model.model[-1]).__name__ == "Detect" and len(model.model.model) == 24  # YOLO11's layout
 
 
+def test_the_pipeline_finds_the_dancer_with_it_from_an_empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As on a machine that never ran it: exported from the shipped file, then asked as a run asks it."""
+    from curation.observe.people import Detector
+
+    monkeypatch.setenv("UNISH_CACHE", str(tmp_path))
+    detector = Detector(WEIGHTS, device="cpu", long_side=LONG_SIDE, confidence=0.25)
+    frame = shoot(ClipPlan("x", "good", 21, (480, 270), 12, 1.0)).frame(0)
+    found = detector([frame.rendered.rgb])[0]
+    assert (found.klass == detector.person).sum() == 1
+    assert list((tmp_path / "openvino").iterdir())
+
+
 def test_its_policy_is_a_policy():
     policy = load_policy(POLICY)
     assert policy.single.person_confidence == policy.overlap.confidence == 0.25
