@@ -1,7 +1,7 @@
 """The packets of a film, before anything is decoded: which stream it is, and what each packet says of time.
 
-Packets with data are numbered in the order of the file; a decoded frame carries the number of its packet
-(`frame.opaque`). Counts and durations that a container declares are hints: they only help to choose between streams.
+Packets with data are numbered in the order of the file; a decoded frame carries the number of its packet (packet_of).
+Counts and durations that a container declares are hints: they only help to choose between streams.
 Nothing here knows pixels.
 """
 
@@ -70,7 +70,7 @@ class Demuxer:
                 number = int(found[0])
             if self.may_restart:
                 self._run_on(packet)
-            packet.opaque = number
+            packet.opaque = [number]  # PyAV knows what it hands on by its address: small integers share theirs
             yield number, packet
             number += 1
 
@@ -87,6 +87,11 @@ class Demuxer:
         if self._shift:
             packet.dts = dts
             packet.pts = None if packet.pts is None else packet.pts + self._shift
+
+
+def packet_of(frame: Any) -> int:
+    """Number of the packet that a decoded frame came from; -1 for a frame that a decoder made up."""
+    return -1 if frame.opaque is None else frame.opaque[0]
 
 
 @dataclass(slots=True)

@@ -29,7 +29,7 @@ from curation.files import sha256_file
 from curation.ingest.container import READ_ONLY, refuse_cut, refuse_kind, stated_end
 from curation.ingest.failures import FailureCode, StageError
 from curation.observe.hdr import to_sdr, transfer_of
-from curation.observe.packets import Demuxer, Packets, film_stream, steady_rate
+from curation.observe.packets import Demuxer, Packets, film_stream, packet_of, steady_rate
 from curation.records import VideoFile
 
 # Asked times may be rounded to milliseconds, as some containers round theirs.
@@ -216,7 +216,7 @@ def _read(demuxer: Demuxer, codec: str, decoding: bool) -> _Seen:
         for frame in frames or ():
             if not frame.is_corrupt:
                 first = first or frame
-                shown.append(-1 if frame.opaque is None else frame.opaque)
+                shown.append(packet_of(frame))
                 stamps.append(frame.pts)
     return _Seen(packets, first, shown, stamps, second)
 
@@ -426,14 +426,15 @@ def _numbered(container: Any, index: VideoIndex, entry: int | None, first: int, 
     keys = np.flatnonzero(index.key[: first + 1])
     needed = range(int(keys[-1]) if len(keys) else 0, last)
     count, reached = 0, -1
-    for packet_number, packet in Demuxer(container, stream).since(None if entry is None else index.places):
+    for sent, packet in Demuxer(container, stream).since(None if entry is None else index.places):
         frames = _decode_packet(packet)
         if frames is None:
-            number = int(index.numbers[packet_number])
+            number = int(index.numbers[sent])
             if (number if number >= 0 or reached < 0 else reached + 1) in needed:
                 raise _damaged(max(number, reached + 1))
         for frame in frames or ():
-            number = count if index.decoded else -1 if frame.opaque is None else int(index.numbers[frame.opaque])
+            packet_number = packet_of(frame)
+            number = count if index.decoded else -1 if packet_number < 0 else int(index.numbers[packet_number])
             count += 1
             if frame.is_corrupt:
                 if number >= first:
