@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from prefect.client.schemas.objects import Artifact, FlowRun, State
 
 POLL_S = 1.0
-SAY_S = 30.0  # between two plain lines about one stage
+SAY_S, SAY_SHARE = 30.0, 0.05  # at least so far apart are two plain lines about one stage
+QUIET_S = 600.0  # after so long it is named however little it moved
 RECENT_S = 30.0  # the least stretch of time that a forecast is made from
 DEAF_S = 15.0  # for so long the server may refuse every answer before the watch ends
 LAST_WORDS_S = 3.0  # the logs of a run that failed may come this much later than its end
@@ -46,21 +47,26 @@ _ENDED = "Finished in state "  # begins what Prefect itself logs last; the comma
 class Pace:
     """Forecasts when a stage ends from how fast its recent part went: half of the time so far, but at least RECENT_S.
 
-    So a first stretch that was done already, by an earlier run, soon stops making the rest look quick.
+    The first sign of progress is left out: it holds what an earlier run did, or the time that starting took.
     """
 
     def __init__(self) -> None:
         self._seen: deque[tuple[float, float]] = deque()
-        self._began = 0.0
+        self._began: float | None = None
+        self._share = 0.0
 
     def add(self, now_s: float, share: float) -> None:
-        """Note that `share` (0 to 1) of the stage is done; a share of nothing says nothing about its pace."""
-        if not self._seen:
-            self._began = now_s
-        if share > 0 and (not self._seen or share > self._seen[-1][1]):
-            self._seen.append((now_s, share))
-        while len(self._seen) > 2 and self._seen[1][0] <= now_s - max(RECENT_S, (now_s - self._began) / 2):
-            self._seen.popleft()
+        """Note that `share` (0 to 1) of the stage is done at a time."""
+        if share > self._share:
+            self._share = share
+            if self._began is not None:
+                self._seen.append((now_s, share))
+            else:
+                self._began = now_s
+        if self._began is not None:
+            recent_s = max(RECENT_S, (now_s - self._began) / 2)
+            while len(self._seen) > 2 and self._seen[1][0] <= now_s - recent_s:
+                self._seen.popleft()
 
     def left_s(self, now_s: float) -> float | None:
         """Seconds until the stage is done, None while too little is known."""
@@ -247,7 +253,7 @@ def _shown(board: Board, console: Console) -> Iterator[Callable[[float], None]]:
 
 
 class _Plain:
-    """The board as lines for a log: a stage is named when it moved and SAY_S have passed, and when it is done."""
+    """The board as lines for a log: a stage is named now and then while it moves, and when it is done."""
 
     def __init__(self, board: Board, console: Console) -> None:
         self._board, self._console = board, console
@@ -260,11 +266,12 @@ class _Plain:
             self._console.print(Text(self._status), soft_wrap=True)
         for stage in self._board.stages.values():
             told_s, share = self._told.setdefault(stage.name, (now_s, 0.0))
-            if stage.share > share and (stage.share >= 1 or now_s - told_s >= SAY_S):
+            since_s, moved = now_s - told_s, stage.share - share
+            due = stage.share >= 1 or since_s >= QUIET_S or (since_s >= SAY_S and moved >= SAY_SHARE)
+            if moved > 0 and due:
                 self._told[stage.name] = (now_s, stage.share)
-                self._console.print(
-                    Text(", ".join(filter(None, (f"{stage.name}: {stage.clips}", stage.left())))), soft_wrap=True
-                )
+                line = ", ".join(filter(None, (f"{stage.name}: {stage.clips}", stage.left())))
+                self._console.print(Text(line), soft_wrap=True)
 
 
 def _duration(seconds: float) -> str:
