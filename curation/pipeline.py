@@ -251,9 +251,12 @@ def teach(settings: Settings, batch: Batch, progress: Progress | None = None) ->
             for ref in todo:
                 began[ref.clip_id] = time.time()
                 try:
-                    yield _sample(state, ref, teacher)
+                    sample = _sample(state, ref, teacher)
                 except StageError as error:
                     log.failed([ref], error, began[ref.clip_id])
+                    continue
+                yield sample
+                log.through()
 
         refs = {ref.clip_id: ref for ref in todo}
         staging = settings.out / "staging" / batch.batch_id
@@ -420,12 +423,13 @@ class _Log:
 
     def __init__(self, state: State, stage: str, total: int, progress: Progress | None) -> None:
         self._state, self._stage, self._total, self._progress = state, stage, total, progress
-        self._done = self._skipped = self._postponed = 0
+        self._done = self._skipped = self._postponed = self._unrecorded = 0
         self._failed: dict[str, int] = {}
 
     def _show(self) -> None:
         if self._progress is not None:
-            self._progress(self._done + self._skipped + self._postponed + sum(self._failed.values()), self._total)
+            seen = self._done + self._skipped + self._postponed + self._unrecorded + sum(self._failed.values())
+            self._progress(seen, self._total)
 
     def skip(self, clips: int) -> None:
         self._skipped += clips
@@ -440,9 +444,15 @@ class _Log:
         self._failed[code.value] = self._failed.get(code.value, 0) + 1
         self._show()
 
+    def through(self) -> None:
+        """Show a clip as done whose result is recorded later, together with others."""
+        self._unrecorded += 1
+        self._show()
+
     def done(self, refs: Sequence[ClipRef], began: float) -> None:
         self._record(refs, None, "", began)
         self._done += len(refs)
+        self._unrecorded = max(0, self._unrecorded - len(refs))
         self._show()
 
     def failed(self, refs: Sequence[ClipRef], error: StageError, began: float) -> None:

@@ -34,11 +34,11 @@ def _pool(workers: int) -> ProcessPoolExecutor:
 
 def _one_core() -> None:
     """One process per core: no library may start threads of its own."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # read once, when numpy's linear algebra and torch are first imported
     import cv2
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer; workers end with it
     cv2.setNumThreads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"  # read by torch when the detector imports it
     parent = multiprocessing.parent_process()
     if parent is not None:
         _die_with(parent.sentinel)

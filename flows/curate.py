@@ -289,6 +289,8 @@ def _conclude(settings: Settings, refs: list[ClipRef], unfinished: list[str]) ->
     message = f"{funnel.accepted} of {funnel.clips} clips accepted, {funnel.sharded} in {len(funnel.shards)} shards"
     failed = sum(funnel.failed.values())
     get_run_logger().info(message)
+    for handler in logging.getLogger("prefect.flow_runs").handlers:
+        handler.flush()  # who watches a run reads its warnings before its end
     return Completed(message=f"{message}; {failed} failed, see the artifact curate-failures" if failed else message)
 
 

@@ -1,8 +1,9 @@
-"""Lets `prefect deployment run curate` mean `prefect deployment run curate/curate` in a checkout.
+"""Lets `prefect deployment run curate` mean `prefect deployment run curate/curate` in a checkout, watched calmly.
 
 Prefect's own client asks for FLOW/DEPLOYMENT. This `prefect.plugins` hook runs before the command line is parsed and
-completes exactly that one positional argument; every other command line is left as it is. It is active only where
-`[tool.prefect.plugins]` of pyproject.toml allows it.
+completes exactly that one positional argument; with `--watch`, flows.watch shows that run instead of a line for every
+event. Every other command line is left as it is. It is active only where `[tool.prefect.plugins]` of pyproject.toml
+allows it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ FLAGS = {"--watch", "--no-watch", "--prompt", "--no-prompt", "--help"}
 
 @register_hook
 def setup_environment(*, ctx: HookContext) -> SetupResult:
-    """Complete the deployment's name in `sys.argv`, and switch the client's usage reports off.
+    """Complete the deployment's name in `sys.argv`, have it watched calmly, and switch the client's usage reports off.
 
     Ends the command with a sentence if it is completed and no server of this machine would take it.
     """
@@ -35,6 +36,8 @@ def setup_environment(*, ctx: HookContext) -> SetupResult:
         if arguments != sys.argv[1:]:
             sys.argv[1:] = arguments
             _need_server(ctx.api_url)
+        if watched(arguments):
+            _watch_calmly()
     return SetupResult(env={"DO_NOT_TRACK": "1"})
 
 
@@ -45,6 +48,20 @@ def completed(arguments: Sequence[str]) -> list[str]:
     if len(words) == 3 and result[words[0]] in ("deployment", "deployments") and result[words[1]] == "run":
         result[words[2]] = DEPLOYMENTS.get(result[words[2]], result[words[2]])
     return result
+
+
+def watched(arguments: Sequence[str]) -> bool:
+    """Whether the `prefect` command runs a deployment of ours and watches it."""
+    words = [arguments[index] for index in _positional(arguments)]
+    return words[1:2] == ["run"] and words[2:] in [[name] for name in DEPLOYMENTS.values()] and "--watch" in arguments
+
+
+def _watch_calmly() -> None:
+    from prefect.cli import flow_runs_watching  # the command's module takes the function from there when it is loaded
+
+    from flows.watch import watch_flow_run
+
+    flow_runs_watching.watch_flow_run = watch_flow_run
 
 
 def _positional(arguments: Sequence[str]) -> list[int]:

@@ -30,8 +30,8 @@ from curation.ingest.failures import UsageError
 from curation.settings import Settings
 
 RETRY_DELAYS_S = [5.0, 60.0]
-REFRESH_S = 2.0  # how often a progress bar is written
-SAY_S = 10.0  # how often progress is logged, for those who watch a terminal
+REFRESH_S = 1.0  # how often a progress bar is written
+SAY_S = 60.0  # how often progress is logged
 
 
 @dataclass(frozen=True)

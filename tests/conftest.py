@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -24,6 +26,36 @@ ROOT = Path(__file__).parent.parent
 hypothesis.settings.register_profile("ci", derandomize=True)  # the same examples, so that a change decides, not chance
 if os.environ.get("CI"):
     hypothesis.settings.load_profile("ci")
+
+
+_slow: Counter[str] = Counter()  # file -> tests left out because they are slow
+
+
+def pytest_deselected(items: Sequence[pytest.Item]) -> None:
+    """Note which slow tests are left out."""
+    _slow.update(item.nodeid.partition("::")[0] for item in items if item.get_closest_marker("slow"))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Hand the note of a worker of pytest-xdist to the process that reports; it chooses no tests itself."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["slow"] = dict(_slow)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Every worker leaves the same tests out."""
+    _slow.update(
+        {file: count - _slow[file] for file, count in getattr(node, "workeroutput", {}).get("slow", {}).items()}
+    )
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say what was left out, and how it is run."""
+    if _slow:
+        terminalreporter.section("left out")
+        files = ", ".join(f"{file} {count}" for file, count in sorted(_slow.items()))
+        terminalreporter.line(f"{_slow.total()} slow tests, which take minutes (make test-slow runs them): {files}")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -186,11 +186,9 @@ def _depth(inverse: Array, hit: NDArray[np.bool_]) -> NDArray[np.float32]:
 
 def _densities(mesh: Mesh) -> NDArray[np.float32]:
     """(F,) texels per metre, for the choice of texture level."""
-    a, b, c = mesh.vertices[mesh.faces].transpose(1, 0, 2)
-    world = np.linalg.norm(np.cross(b - a, c - a), axis=1)
-    u, v = (mesh.uv[:, 1:] - mesh.uv[:, :1]).transpose(1, 0, 2)
-    image = np.abs(u[:, 0] * v[:, 1] - u[:, 1] * v[:, 0]) * TEXTURE_SIZE**2
-    return np.sqrt(image / np.maximum(world, 1e-12)).astype(np.float32)
+    densities = np.empty(len(mesh.faces), np.float32)
+    _fill_densities(np.ascontiguousarray(mesh.vertices), mesh.faces, mesh.uv, densities)
+    return densities
 
 
 def _shadow_map(mesh: Mesh, toward: Array) -> tuple[NDArray[np.float32], Array]:
@@ -203,7 +201,9 @@ def _shadow_map(mesh: Mesh, toward: Array) -> tuple[NDArray[np.float32], Array]:
         return np.full((1, 1), np.inf, np.float32), np.zeros((3, 4))
     depth = np.full((_SHADOW_SIZE, _SHADOW_SIZE), np.inf, np.float32)
     seen = mesh.vertices @ axes.T
-    used = seen[np.unique(faces)]
+    casting = np.zeros(len(seen), np.bool_)
+    casting[faces] = True
+    used = seen[casting]
     low, high = used.min(0), used.max(0)
     scale = (_SHADOW_SIZE - 8) / max(high[0] - low[0], high[1] - low[1], 1e-3)
     matrix = np.zeros((3, 4))
@@ -228,6 +228,22 @@ def _accumulate_normals(vertices: Array, faces: NDArray[np.int32], normals: Arra
     for v in range(normals.shape[0]):
         length = np.sqrt(normals[v, 0] ** 2 + normals[v, 1] ** 2 + normals[v, 2] ** 2) + 1e-12
         normals[v] /= length
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _fill_densities(
+    vertices: Array, faces: NDArray[np.int32], uv: NDArray[np.float32], densities: NDArray[np.float32]
+) -> None:
+    for f in range(faces.shape[0]):
+        a, b, c = vertices[faces[f, 0]], vertices[faces[f, 1]], vertices[faces[f, 2]]
+        ux, uy, uz = b[0] - a[0], b[1] - a[1], b[2] - a[2]
+        vx, vy, vz = c[0] - a[0], c[1] - a[1], c[2] - a[2]
+        nx, ny, nz = uy * vz - uz * vy, uz * vx - ux * vz, ux * vy - uy * vx
+        world = np.sqrt(nx * nx + ny * ny + nz * nz)
+        su, sv = uv[f, 1, 0] - uv[f, 0, 0], uv[f, 1, 1] - uv[f, 0, 1]
+        tu, tv = uv[f, 2, 0] - uv[f, 0, 0], uv[f, 2, 1] - uv[f, 0, 1]
+        image = abs(su * tv - sv * tu) * TEXTURE_SIZE**2
+        densities[f] = np.sqrt(image / max(world, 1e-12))
 
 
 @njit(cache=True, nogil=True, error_model="numpy")

@@ -45,7 +45,8 @@ from curation.turns import Block, Turn
 
 POLICY, OTHER_POLICY = "a" * 64, "b" * 64
 SHA, OTHER_SHA = "1" * 64, "2" * 64
-SPAWN = multiprocessing.get_context("spawn")
+SERVED = multiprocessing.get_context("forkserver")  # fresh processes, which need not import all of this each time
+SERVED.set_forkserver_preload([__name__])
 
 
 def ref(video: int, clip: int = 0) -> ClipRef:
@@ -460,8 +461,8 @@ def open_catalog(url: str, barrier: multiprocessing.synchronize.Barrier) -> None
 
 
 def test_several_processes_open_a_new_catalog_at_once(url: str) -> None:
-    barrier = SPAWN.Barrier(4)
-    run_together([SPAWN.Process(target=open_catalog, args=(url, barrier)) for _ in range(4)])
+    barrier = SERVED.Barrier(4)
+    run_together([SERVED.Process(target=open_catalog, args=(url, barrier)) for _ in range(4)])
     assert Catalog(url).funnel(None, POLICY).clips == 4
 
 
@@ -553,8 +554,8 @@ def test_two_processes_writing_at_once_lose_nothing(url: str) -> None:
     catalog = Catalog(url)
     refs = [ref(n) for n in range(500)]
     catalog.register(refs)
-    barrier = SPAWN.Barrier(2)
-    run_together([SPAWN.Process(target=write_records, args=(url, stage, barrier)) for stage in ("observe", "teach")])
+    barrier = SERVED.Barrier(2)
+    run_together([SERVED.Process(target=write_records, args=(url, stage, barrier)) for stage in ("observe", "teach")])
     counts = catalog.funnel(None, POLICY)
     assert (counts.clips, counts.observed, counts.accepted) == (500, 500, 500)
     with catalog._database.transaction() as connection:
@@ -575,7 +576,7 @@ def test_a_killed_writer_leaves_whole_transactions(url: str) -> None:
     catalog.register(refs)
     written_before = 0
     for _ in range(2):
-        writer = SPAWN.Process(target=write_for_ever, args=(url,))
+        writer = SERVED.Process(target=write_for_ever, args=(url,))
         writer.start()
         deadline = time.monotonic() + 60
         while len(catalog.clip(refs[0].clip_id).attempts) < written_before + 5:
@@ -654,9 +655,9 @@ def claim_all(url: str, owner: str, barrier: multiprocessing.synchronize.Barrier
 
 def test_a_name_is_never_held_twice(url: str, tmp_path: Path) -> None:
     Catalog(url)
-    barrier = SPAWN.Barrier(3)
+    barrier = SERVED.Barrier(3)
     owners = ["ann", "bob", "eve"]
-    run_together([SPAWN.Process(target=claim_all, args=(url, owner, barrier, tmp_path)) for owner in owners])
+    run_together([SERVED.Process(target=claim_all, args=(url, owner, barrier, tmp_path)) for owner in owners])
     held = [name for owner in owners for name in (tmp_path / owner).read_text().split()]
     assert sorted(held) == [f"batch-{n:04d}" for n in range(1200)]
 
@@ -776,9 +777,9 @@ def take_turns(url: str, barrier: multiprocessing.synchronize.Barrier, file: Pat
 
 def test_processes_take_turns_together(url: str, tmp_path: Path) -> None:
     Catalog(url)
-    barrier = SPAWN.Barrier(4)
+    barrier = SERVED.Barrier(4)
     files = [tmp_path / f"turns-{n}" for n in range(4)]
-    run_together([SPAWN.Process(target=take_turns, args=(url, barrier, file)) for file in files])
+    run_together([SERVED.Process(target=take_turns, args=(url, barrier, file)) for file in files])
     times = sorted(float(line) for file in files for line in file.read_text().split())
     assert len(times) == 200
     assert_polite(times, 30, [7.0] * 200)
@@ -851,8 +852,8 @@ def add_clips(url: str, number: int, barrier: multiprocessing.synchronize.Barrie
 def test_counts_hold_while_clips_videos_and_failures_come_at_once(url: str) -> None:
     catalog = Catalog(url)
     catalog.register([ref(video) for video in range(30)])
-    barrier = SPAWN.Barrier(3)
-    run_together([SPAWN.Process(target=add_clips, args=(url, number, barrier)) for number in range(3)])
+    barrier = SERVED.Barrier(3)
+    run_together([SERVED.Process(target=add_clips, args=(url, number, barrier)) for number in range(3)])
     counts = catalog.funnel(None, POLICY)
     assert counts == catalog.funnel([ref(video, number) for video in range(30) for number in range(3)], POLICY)
     assert counts.clips == counts.downloaded == 90

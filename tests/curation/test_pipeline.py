@@ -32,7 +32,6 @@ from curation.settings import DownloadSettings, ObserveSettings, Settings, Teach
 from curation.shards.reader import ShardReader, verify
 from curation.shards.remote import pull
 from curation.state import FOLDERS, frames_name, state_of
-from curation.workers import spread
 
 
 @pytest.fixture
@@ -244,18 +243,6 @@ def test_a_storage_given_later_takes_over_and_nothing_is_lost(settings: Settings
     moved = pipeline.run(settings.model_copy(update={"storage": f"file://{tmp_path / 'shared'}"}), REFS)
     assert moved.sharded == first.sharded
     assert {shard.file: shard.sha256 for shard in pull(moved.folder, tmp_path / "pulled")} == shards
-
-
-def test_a_worker_that_dies_costs_its_own_clip_only():
-    results = dict(spread(_die_on_three, list(range(6)), 2))
-    assert {task: result for task, result in results.items() if task != 3} == {n: n * n for n in (0, 1, 2, 4, 5)}
-    assert type(results[3]).__name__ == "BrokenProcessPool"
-
-
-def _die_on_three(number: int) -> int:
-    if number == 3:
-        os._exit(9)
-    return number * number
 
 
 def test_killed_anywhere_and_run_again_gives_the_same_shards(

@@ -83,7 +83,11 @@ def test_the_literal_command_curates_a_manifest(service, clips, detector, tmp_pa
     done = command("prefect", "deployment", "run", "curate", "--watch", *settings)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Creating flow run for deployment 'curate/curate'" in done.stdout
-    assert "3 clips in 1 batches" in done.stdout  # what the run says is shown while it is watched
+    shown = done.stdout[done.stdout.index("URL:") :].splitlines()[1:]  # a line a stage, no line an event
+    assert [line for line in shown if line.endswith("3 of 3 clips")] == [
+        f"{stage}: 3 of 3 clips" for stage in ("download", "observe", "teach")
+    ]
+    assert "0 of 3 clips accepted" in done.stdout and len(shown) < 15 and "\r" not in done.stdout
 
     run = last_run(service)
     assert run.state_name == "Completed" and run.state.message.startswith("0 of 3 clips accepted")
