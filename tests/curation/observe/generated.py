@@ -1,0 +1,713 @@
+"""Videos of random kinds: file k is a function of the number k alone, and says by which commands it was made.
+
+    python tests/curation/observe/generated.py results.json [count]
+    python tests/curation/observe/generated.py --table old.json new.json
+
+The first writes what becomes of each file (see comparison.py); the second says in Markdown what two such runs differ in.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+import shlex
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from fractions import Fraction
+from pathlib import Path
+
+from boxes import Movie
+from numbered import ffmpeg, picture
+
+RATES = ("12", "15", "24000/1001", "24", "25", "30000/1001", "30", "45", "50", "60000/1001", "60", "120")
+_MPEG_RATES = ("24000/1001", "24", "25", "30000/1001", "30", "50", "60000/1001", "60")
+_MOV = ("mp4", "mov", "mp4 in fragments")
+_MOST_PICTURES = 90
+
+
+@dataclass(frozen=True)
+class Codec:
+    """How ffmpeg is asked for a codec, and what can hold it."""
+
+    arguments: str
+    containers: tuple[str, ...]
+    formats: tuple[str, ...] = ("yuv420p",)
+    rates: tuple[str, ...] = RATES
+    b_frames: bool = False
+    groups: bool = True  # takes -g
+    odd: bool = False  # takes odd sizes with halved colour
+    size: tuple[int, int] | None = None
+    most: int = _MOST_PICTURES
+
+
+_X264 = "-c:v libx264 -preset ultrafast -threads 1"
+_X265 = "-c:v libx265 -preset ultrafast"
+CODECS = {
+    "h264": Codec(
+        _X264,
+        (*_MOV, "mkv", "ts", "m2ts", "flv", "3gp", "avi"),
+        ("yuv420p", "yuv420p", "yuvj420p", "yuv422p", "yuv444p"),
+        b_frames=True,
+    ),
+    "hevc": Codec(_X265, (*_MOV, "mkv", "ts", "m2ts"), ("yuv420p", "yuv420p", "yuv422p", "yuv444p"), b_frames=True),
+    "hevc 10 bit": Codec(_X265, (*_MOV, "mkv", "ts"), ("yuv420p10le", "yuv422p10le"), b_frames=True),
+    "vp8": Codec("-c:v libvpx -deadline realtime -cpu-used 8 -b:v 1M", ("webm", "mkv", "avi"), odd=True),
+    "vp9": Codec(
+        "-c:v libvpx-vp9 -deadline realtime -cpu-used 8 -b:v 1M",
+        ("webm", "mkv", "mp4"),
+        ("yuv420p", "yuv420p", "yuv444p"),
+        odd=True,
+    ),
+    "av1": Codec("-c:v libaom-av1 -usage realtime -cpu-used 8 -b:v 1M", ("mp4", "webm", "mkv"), odd=True, most=60),
+    "mpeg4": Codec("-c:v mpeg4 -q:v 3", ("avi", "mp4", "mov", "mkv", "3gp", "ts"), b_frames=True, odd=True),
+    "xvid": Codec("-c:v mpeg4 -vtag XVID -q:v 3", ("avi",), b_frames=True, odd=True),
+    "mpeg2": Codec(
+        "-c:v mpeg2video -q:v 3", ("ts", "m2ts", "mpg", "vob", "mkv"), rates=_MPEG_RATES, b_frames=True, odd=True
+    ),
+    "mpeg1": Codec("-c:v mpeg1video -q:v 3", ("mpg", "ts"), rates=_MPEG_RATES, b_frames=True, odd=True),
+    "mjpeg": Codec("-c:v mjpeg -q:v 3", ("avi", "mov", "mkv", "mp4"), ("yuvj420p", "yuvj422p"), groups=False, odd=True),
+    "prores": Codec("-c:v prores", ("mov", "mkv"), ("yuv422p10le",), groups=False, most=40),
+    "ffv1": Codec("-c:v ffv1", ("mkv", "avi"), ("yuv420p", "yuv444p"), odd=True, most=40),
+    "theora": Codec("-c:v libtheora -q:v 8", ("ogg", "mkv"), odd=True),
+    "flv1": Codec("-c:v flv1 -q:v 3", ("flv", "avi"), odd=True),
+    "wmv2": Codec("-c:v wmv2 -q:v 3", ("wmv", "avi"), odd=True),
+    "wmv1": Codec("-c:v wmv1 -q:v 3", ("wmv",), odd=True),
+    "msmpeg4": Codec("-c:v msmpeg4 -q:v 3", ("avi", "wmv"), odd=True),
+    "h263": Codec("-c:v h263 -q:v 3", ("3gp", "mov", "flv"), rates=("30000/1001", "15", "25"), size=(128, 96)),
+    "dv": Codec(
+        "-c:v dvvideo", ("avi", "mov", "mkv"), rates=("25",), groups=False, size=(720, 576), most=12
+    ),
+    "huffyuv": Codec("-c:v huffyuv", ("avi",), ("yuv422p",), groups=False, most=40),
+    "utvideo": Codec("-c:v utvideo", ("avi", "mkv"), groups=False, most=40),
+    "png": Codec("-c:v png", ("mov", "mkv"), ("rgb24",), groups=False, odd=True, most=40),
+    "qtrle": Codec("-c:v qtrle", ("mov",), ("rgb24",), odd=True, most=40),
+    "cinepak": Codec("-c:v cinepak", ("avi", "mov"), ("rgb24",), most=20),
+    "svq1": Codec("-c:v svq1", ("mov",), ("yuv410p",), most=30),
+    "raw": Codec("-c:v rawvideo", ("avi", "mkv"), ("yuv420p",), groups=False, most=40),
+}
+_USUAL = ("h264", "h264", "hevc", "hevc 10 bit", "vp9", "av1", "mpeg4")
+# Kinds of file: the name that ffmpeg takes from the suffix, and what else it is told.
+CONTAINERS: dict[str, tuple[str, str]] = {
+    "mp4": (".mp4", ""),
+    "mov": (".mov", ""),
+    "mp4 in fragments": (".mp4", "-movflags +frag_keyframe+empty_moov+default_base_moof"),
+    "mkv": (".mkv", ""),
+    "webm": (".webm", ""),
+    "avi": (".avi", ""),
+    "ts": (".ts", ""),
+    "m2ts": (".m2ts", ""),
+    "flv": (".flv", ""),
+    "wmv": (".wmv", ""),
+    "ogg": (".ogv", ""),
+    "mpg": (".mpg", ""),
+    "vob": (".vob", ""),
+    "3gp": (".3gp", ""),
+}
+_SOUND = {"webm": "libopus", "avi": "libmp3lame", "wmv": "wmav2", "ogg": "libvorbis", "mpg": "mp2", "vob": "mp2"}
+_SOUND |= {"m2ts": "ac3"}
+
+
+class Unmade(Exception):
+    """A file that the generator failed to make as intended."""
+
+
+@dataclass
+class Clip:
+    """A made file. kinds: what is odd about it, then codec and container. recipe: the commands, in order."""
+
+    number: int
+    folder: Path
+    rng: random.Random
+    kinds: list[str] = field(default_factory=list)
+    recipe: list[str] = field(default_factory=list)
+    path: Path = Path()
+    codec: str = ""
+    container: str = ""
+    width: int = 96
+    height: int = 64
+    rate: str = "30"
+    count: int = 30
+    b_frames: int = 0
+    held_s: float | None = None  # how long the last frame stays, where that is known
+
+    @property
+    def seconds(self) -> float:
+        return self.count / float(Fraction(self.rate))
+
+    @property
+    def family(self) -> str:
+        return self.kinds[0]
+
+    # -- what is made of the arguments --------------------------------------------------------------------------------
+
+    def run(self, *arguments: str, feed: bytes | None = None) -> None:
+        """ffmpeg, in the folder of the clip; noted in the recipe."""
+        placed = [str(self.folder / word[1:]) if word.startswith("@") else word for word in arguments]
+        self.note("ffmpeg " + shlex.join(word.removeprefix("@") for word in arguments))
+        ffmpeg(*placed, feed=feed)
+
+    def note(self, line: str) -> None:
+        self.recipe.append(line)
+
+    def choose(self, codecs: Sequence[str], containers: Sequence[str] = tuple(CONTAINERS)) -> None:
+        """Draw codec, container, size, rate and length."""
+        able = [name for name in codecs if set(CODECS[name].containers) & set(containers)]
+        self.codec = self.rng.choice(able)
+        codec = CODECS[self.codec]
+        self.container = self.rng.choice([name for name in codec.containers if name in containers])
+        self.rate = self.rng.choice(codec.rates)
+        seconds = self.rng.uniform(1.0, 2.5)
+        self.count = max(10, min(codec.most, round(seconds * float(Fraction(self.rate)))))
+        self.width, self.height = codec.size or self.rng.choice(((96, 64), (96, 64), (64, 96), (80, 60)))
+        self.b_frames = self.rng.randint(0, 3) if codec.b_frames else 0
+
+    def lengthen(self) -> None:
+        """Enough frames for several groups."""
+        self.count = max(self.count, min(CODECS[self.codec].most, 60))
+
+    def clock(self) -> list[str]:
+        """An MP4 track whose clock is fine enough for what is done to its tables."""
+        return ["-video_track_timescale", "90000"] if self.container in ("mp4", "mov") else []
+
+    def name(self, stem: str) -> str:
+        return "@" + stem + CONTAINERS[self.container][0]
+
+    def coding(self, *, params: str = "", b_frames: int | None = None, group: int | None = None) -> list[str]:
+        """ffmpeg's arguments for the drawn codec; `params`: for x264 or x265."""
+        codec = CODECS[self.codec]
+        words = codec.arguments.split()
+        b_frames = self.b_frames if b_frames is None else b_frames
+        if codec.groups:
+            words += ["-g", str(group or self.rng.choice((5, 12, 12, 24, 250)))]
+        if codec.b_frames:
+            words += ["-bf", str(b_frames)]
+        if "libx264" in words and params:
+            words += ["-x264-params", params]
+        if "libx265" in words:
+            words += ["-x265-params", ":".join(["log-level=error:pools=1:frame-threads=1", *filter(None, [params])])]
+        return [*words, "-pix_fmt", self.rng.choice(codec.formats)]
+
+    def encode(
+        self,
+        stem: str,
+        *,
+        coding: Sequence[str] | None = None,
+        filters: str = "",
+        output: Sequence[str] = (),
+        before: Sequence[str] = (),
+        inputs: Sequence[str] = (),
+        first: int = 0,
+        count: int | None = None,
+        fragments: bool = True,
+    ) -> str:
+        """Encode numbered pictures; returns the file's name, for `run`."""
+        count = self.count if count is None else count
+        feed = b"".join(_picture(n, self.width, self.height) for n in range(first, first + count))
+        raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{self.width}x{self.height}", "-r", self.rate]
+        name = self.name(stem)
+        more = CONTAINERS[self.container][1].split() if fragments else []
+        words = [*before, *raw, "-i", "-", *inputs]
+        words += ["-vf", filters] if filters else []
+        self.run(*words, *(coding or self.coding()), *output, *more, name, feed=feed)
+        return name
+
+    def finish(self, name: str) -> None:
+        self.path = self.folder / name.removeprefix("@")
+
+    def movie(self, name: str) -> Movie:
+        return Movie(self.folder / name.removeprefix("@"))
+
+    def sound(self, seconds: float) -> list[str]:
+        """An input of sound."""
+        return ["-f", "lavfi", "-i", f"sine=f=440:r=44100:d={seconds:.3f}"]
+
+    def sound_coding(self) -> list[str]:
+        return ["-c:a", _SOUND.get(self.container, "aac"), "-ar", "48000" if self.container == "webm" else "44100"]
+
+    def maybe_sound(self) -> dict[str, list[str]]:
+        """Now and then, sound as long as the picture, as arguments of `encode`."""
+        if self.rng.random() < 0.7:
+            return {}
+        self.kinds.append("sound")
+        return {"inputs": self.sound(self.seconds), "output": self.sound_coding()}
+
+    def maybe_turned(self, name: str) -> str:
+        """Now and then, a display matrix."""
+        if self.container not in ("mp4", "mov", "mkv") or self.rng.random() < 0.7:
+            return name
+        return self.turned(name, self.rng.choice((90, 180, 270)), mirror=self.rng.choice(("", "", "h", "v")))
+
+    def turned(self, name: str, degrees: int, mirror: str = "") -> str:
+        self.kinds.append(f"turned by {degrees}" + (f", {mirror}flip" if mirror else ""))
+        before = ["-display_rotation", str(degrees)] + (["-display_" + mirror + "flip"] if mirror else [])
+        return self.copy(name, "turned", before=before)
+
+    def copy(self, name: str, stem: str, *, before: Sequence[str] = (), output: Sequence[str] = ()) -> str:
+        """Copy the streams of a file into another of its kind."""
+        to = self.name(stem)
+        more = CONTAINERS[self.container][1].split()
+        self.run(*before, "-i", name, "-map", "0", "-c", "copy", *output, *more, to)
+        return to
+
+
+@functools.lru_cache(maxsize=4000)
+def _picture(number: int, width: int, height: int) -> bytes:
+    return picture(number, width, height).tobytes()
+
+
+# -- the kinds -----------------------------------------------------------------------------------------------------------
+
+Maker = Callable[[Clip], None]
+KINDS: dict[str, Maker] = {}
+
+
+def kind(name: str) -> Callable[[Maker], Maker]:
+    def add(make: Maker) -> Maker:
+        KINDS[name] = make
+        return make
+
+    return add
+
+
+@kind("any codec")
+def _any(clip: Clip) -> None:
+    clip.choose(tuple(CODECS))
+    clip.finish(clip.maybe_turned(clip.encode("plain", **clip.maybe_sound())))
+
+
+@kind("old codec")
+def _old(clip: Clip) -> None:
+    clip.choose([name for name in CODECS if name not in _USUAL and name != "dv"])
+    clip.finish(clip.encode("old", **clip.maybe_sound()))
+
+
+@kind("usual codec")
+def _usual(clip: Clip) -> None:
+    clip.choose(_USUAL)
+    more = clip.maybe_sound()
+    if clip.container in ("mp4", "mov") and clip.rng.random() < 0.3:
+        more["output"] = [*more.get("output", []), "-video_track_timescale", clip.rng.choice(("600", "1000", "90000"))]
+    clip.finish(clip.maybe_turned(clip.encode("usual", **more)))
+
+
+@kind("colours")
+def _colours(clip: Clip) -> None:
+    clip.choose(("h264", "h264", "hevc", "vp9", "av1", "mpeg2", "mpeg4"))
+    matrix, name = clip.rng.choice((("bt709", "bt709"), ("bt601", "smpte170m"), ("bt601", "bt470bg")))
+    reach = clip.rng.choice(("tv", "tv", "pc")) if clip.codec in ("h264", "hevc", "vp9", "av1") else "tv"
+    clip.kinds.append(f"{name} {reach}")
+    filters = f"scale=out_color_matrix={matrix}:out_range={reach}"
+    output = ["-colorspace", name, "-color_range", reach]
+    if clip.rng.random() < 0.5:
+        output += ["-color_primaries", name, "-color_trc", "bt709" if name == "bt709" else "smpte170m"]
+    coding = [word if word != "yuvj420p" else "yuv420p" for word in clip.coding()]
+    clip.finish(clip.maybe_turned(clip.encode("colours", coding=coding, filters=filters, output=output)))
+
+
+@kind("pauses")
+def _pauses(clip: Clip) -> None:
+    """Variable rate: frames left out, and gaps of up to a second."""
+    clip.choose(("h264", "hevc", "vp9", "av1", "mpeg4"), ("mp4", "mov", "mkv", "webm", "ts", "flv", "mp4 in fragments"))
+    every, at = clip.rng.randint(2, 4), clip.rng.randint(3, clip.count // 2)
+    gap = clip.rng.choice((0.2, 0.5, 1.0))
+    filters = f"select='not(mod(n,{every}))+between(n,{at},{at + 8})',setpts='PTS+gt(N,{at})*{gap}/TB'"
+    output = ["-fps_mode", "passthrough"]
+    clip.finish(clip.maybe_turned(clip.encode("pauses", filters=filters, output=output)))
+
+
+@kind("jittering times")
+def _jitter(clip: Clip) -> None:
+    """What a phone writes: no two steps alike."""
+    clip.choose(("h264", "hevc", "vp9", "av1"), ("mp4", "mov", "mkv", "webm", "ts", "mp4 in fragments"))
+    amount = clip.rng.choice((0.2, 0.4))
+    filters = f"settb=1/90000,setpts='(N+{amount}*sin(N*12.9898)*cos(N*78.233))/({clip.rate})/TB'"
+    output = ["-fps_mode", "passthrough", "-enc_time_base", "1/90000"]
+    clip.finish(clip.maybe_turned(clip.encode("jitter", filters=filters, output=output)))
+
+
+@kind("near-equal times")
+def _near(clip: Clip) -> None:
+    """Pairs of frames a fraction of a millisecond apart; in Matroska they fall on the same millisecond or the next."""
+    clip.choose(("h264", "h264", "hevc", "vp9"), ("mp4", "mov", "mkv", "ts", "webm", "mp4 in fragments"))
+    near, every = clip.rng.choice((0.00006, 0.00024, 0.0006)), clip.rng.randint(4, 9)
+    clip.kinds.append(f"{1000 * near:.2f} ms")
+    filters = f"settb=1/90000,setpts='(N+eq(mod(N,{every}),2)*(1-{near}*({clip.rate})))/({clip.rate})/TB'"
+    output = ["-fps_mode", "passthrough", "-enc_time_base", "1/90000"]
+    clip.finish(clip.maybe_turned(clip.encode("near", filters=filters, output=output)))
+
+
+@kind("equal times")
+def _equal(clip: Clip) -> None:
+    """Frames of the same time, by samples without a duration (MP4), or by two blocks of one time (Matroska)."""
+    clip.choose(("h264", "h264", "hevc", "av1", "mpeg4"), ("mp4", "mov", "mkv"))
+    group = clip.rng.choice((6, 24))
+    name = clip.encode("whole", coding=clip.coding(b_frames=0, group=group), output=clip.clock())
+    twice = sorted(clip.rng.sample(range(1, clip.count - 1), clip.rng.randint(1, 4)))
+    if clip.container == "mkv":
+        same = "+".join(f"eq(N,{n + 1})" for n in twice)
+        step = f"({same})*{round(1000 / float(Fraction(clip.rate)))}"
+        clip.finish(clip.copy(name, "equal", output=["-bsf:v", f"setts=ts='TS-({step})':time_base=1/1000:prescale=1"]))
+        return
+    movie = clip.movie(name)
+    for n in twice:
+        if n + 1 not in twice:
+            movie.samples[n].duration, movie.samples[n + 1].duration = 0, movie.samples[n].duration * 2
+    clip.note(f"stts: samples {twice} last 0, the next ones twice as long")
+    _write(clip, movie, "equal")
+
+
+@kind("dropped frames (AVI)")
+def _dropped(clip: Clip) -> None:
+    clip.choose(("mpeg4", "xvid", "h264", "mjpeg", "huffyuv", "msmpeg4"), ("avi",))
+    filters = f"select='mod(n*{clip.rng.choice((7, 11))},{clip.rng.choice((5, 9))})'"
+    coding = clip.coding(b_frames=0)
+    name = clip.encode("dropped", coding=coding, filters=filters, output=["-fps_mode", "passthrough"])
+    clip.finish(name)
+
+
+@kind("B-frames in AVI")
+def _avi(clip: Clip) -> None:
+    clip.choose(("h264", "h264", "mpeg4", "xvid"), ("avi",))
+    clip.b_frames = clip.rng.randint(1, 3)
+    clip.finish(clip.encode("bframes", **clip.maybe_sound()))
+
+
+@kind("packed B-frames (Xvid)")
+def _packed(clip: Clip) -> None:
+    clip.choose(("xvid",))
+    coding = ["-c:v", "libxvid", "-vtag", "xvid", "-bf", str(clip.rng.randint(1, 2)), "-q:v", "3"]
+    clip.finish(clip.encode("packed", coding=[*coding, "-g", clip.rng.choice(("12", "100"))]))
+
+
+@kind("empty samples (MP4)")
+def _empty(clip: Clip) -> None:
+    """A sample without data where a frame was dropped."""
+    clip.choose(("h264", "h264", "hevc", "mpeg4", "av1"), ("mp4", "mov"))
+    movie = clip.movie(clip.maybe_turned(clip.encode("whole", coding=clip.coding(group=12), output=clip.clock())))
+    places = sorted(clip.rng.sample(range(2, clip.count - 1), clip.rng.randint(1, 3)), reverse=True)
+    for place in places:
+        before = movie.samples[place - 1]
+        half = before.duration // 2
+        empty = type(before)(0, before.offset, before.duration - half, before.shift, sync=False)
+        before.duration = half
+        movie.samples.insert(place, empty)
+    clip.note(f"stsz: an empty sample before each of {places}, which takes half of the time of the one before it")
+    _write(clip, movie, "empty")
+
+
+@kind("cut by stream copy")
+def _cut(clip: Clip) -> None:
+    """A lossless trim: a late start, an early end, or both."""
+    clip.choose(("h264", "h264", "hevc", "vp9", "av1", "mpeg4"), ("mp4", "mov", "mkv", "webm", "flv"))
+    clip.lengthen()
+    name = clip.maybe_turned(clip.encode("whole", coding=clip.coding(group=12), fragments=False, **clip.maybe_sound()))
+    which = clip.rng.choice(("start", "end", "both"))
+    before = ["-ss", f"{clip.rng.uniform(0.2, 0.6) * clip.seconds:.3f}"] if which != "end" else []
+    output = ["-t", f"{clip.rng.uniform(0.3, 0.6) * clip.seconds:.3f}"] if which != "start" else []
+    clip.kinds.append(which)
+    clip.finish(clip.copy(name, "cut", before=before, output=output))
+
+
+@kind("cut anywhere (TS)")
+def _cut_ts(clip: Clip) -> None:
+    """Joined in at any packet, as recordings of a broadcast are."""
+    clip.choose(("h264", "hevc", "mpeg2"), ("ts", "m2ts"))
+    clip.lengthen()
+    params = clip.rng.choice(("open-gop=1", "open-gop=0")) + ":repeat-headers=1:scenecut=0"
+    clip.kinds.append("open groups" if "open-gop=1" in params else "closed groups")
+    name = clip.encode("whole", coding=clip.coding(group=12, params=params))
+    whole = clip.folder / name.removeprefix("@")
+    size = 192 if clip.container == "m2ts" else 188
+    data = whole.read_bytes()
+    skipped = clip.rng.randint(len(data) // 10, len(data) // 3) // size * size
+    clip.note(f"the first {skipped} bytes cut off, but for the two tables at the start")
+    clip.finish("cut" + whole.suffix)
+    clip.path.write_bytes(data[: 3 * size] + data[skipped:])
+
+
+@kind("edit list: late start")
+def _edit_late(clip: Clip) -> None:
+    movie, times, start = _edited(clip)
+    begin = clip.rng.uniform(0.3, 0.7) * clip.seconds
+    if clip.rng.random() < 0.5:  # at a key frame but the first
+        keys = [time for time, sample in zip(times, movie.samples, strict=True) if sample.sync]
+        begin = clip.rng.choice(keys[1:-1] or keys[1:]) - start
+    _edit(clip, movie, [(clip.seconds - begin, start + begin)])
+
+
+@kind("edit list: early end")
+def _edit_early(clip: Clip) -> None:
+    movie, _, start = _edited(clip)
+    late = clip.rng.choice((0.0, 0.0, clip.rng.uniform(0.1, 0.3) * clip.seconds))
+    _edit(clip, movie, [(clip.rng.uniform(0.3, 0.6) * clip.seconds, start + late)])
+
+
+@kind("edit list: delay")
+def _edit_delay(clip: Clip) -> None:
+    movie, _, start = _edited(clip)
+    late = clip.rng.choice((0.0, clip.rng.uniform(0.2, 0.5) * clip.seconds))
+    _edit(clip, movie, [(clip.rng.choice((0.04, 0.5, 2.0)), None), (clip.seconds - late, start + late)])
+
+
+@kind("edit list: several edits")
+def _edits(clip: Clip) -> None:
+    movie, _, start = _edited(clip)
+    third = clip.seconds / 3
+    parts = clip.rng.choice(
+        (
+            [(0.8 * third, 0.0), (third, 1.5 * third)],
+            [(0.6 * third, 0.0), (0.5 * third, third), (0.7 * third, 2.1 * third)],
+            [(third, 0.5 * third), (0.3, None), (third, 1.8 * third)],
+            [(1.5 * third, 0.0), (1.5 * third, 0.5 * third)],
+        )
+    )
+    _edit(clip, movie, [(duration, None if at is None else start + at) for duration, at in parts])
+
+
+@kind("turned")
+def _turned(clip: Clip) -> None:
+    clip.choose(_USUAL, ("mp4", "mov", "mkv"))
+    name = clip.encode("upright", coding=clip.coding())
+    clip.finish(clip.turned(name, clip.rng.choice((0, 90, 180, 270)), clip.rng.choice(("", "h", "v"))))
+
+
+@kind("mirrored")
+def _mirrored(clip: Clip) -> None:
+    clip.choose(_USUAL, ("mp4", "mov", "mkv"))
+    clip.b_frames = min(clip.b_frames, 1)
+    degrees = (0, 90, 180, 270)[clip.number // len(KINDS) % 4]
+    name = clip.encode("upright", coding=clip.coding())
+    clip.finish(clip.turned(name, degrees, clip.rng.choice(("h", "v"))))
+
+
+@kind("open groups")
+def _open(clip: Clip) -> None:
+    clip.choose(("h264", "hevc", "hevc", "mpeg2"), (*_MOV, "mkv", "ts", "m2ts", "mpg", "vob"))
+    clip.b_frames = clip.rng.randint(1, 3)
+    group = clip.rng.choice((4, 8, 15))
+    params = f"open-gop=1:scenecut=0:min-keyint={group}:b-pyramid={clip.rng.choice((0, 1))}"
+    params = params.replace("b-pyramid=1", "b-pyramid=normal") if clip.codec == "h264" else params
+    clip.finish(clip.maybe_turned(clip.encode("open", coding=clip.coding(group=group, params=params))))
+
+
+@kind("intra refresh")
+def _refresh(clip: Clip) -> None:
+    clip.choose(("h264", "h264", "hevc"), (*_MOV, "mkv", "ts", "flv"))
+    coding = clip.coding(group=clip.rng.choice((12, 24)), b_frames=0, params="intra-refresh=1:scenecut=0")
+    clip.finish(clip.encode("refresh", coding=coding, **clip.maybe_sound()))
+
+
+@kind("odd sizes")
+def _odd(clip: Clip) -> None:
+    clip.choose([name for name, codec in CODECS.items() if codec.odd or "yuv444p" in codec.formats])
+    clip.width, clip.height = clip.rng.choice(((97, 65), (97, 64), (96, 65), (33, 51), (50, 98), (130, 18)))
+    coding = clip.coding()
+    if not CODECS[clip.codec].odd:
+        coding[coding.index("-pix_fmt") + 1] = "yuv444p"
+    clip.finish(clip.maybe_turned(clip.encode("odd", coding=coding)))
+
+
+@kind("odd start")
+def _start(clip: Clip) -> None:
+    clip.choose(("h264", "h264", "hevc", "vp9", "mpeg2"), ("mp4", "mov", "mkv", "webm", "ts", "m2ts", "flv", "mpg"))
+    ways = [["-output_ts_offset", clip.rng.choice(("0.4", "5", "3600.1"))]]
+    if clip.container in ("mp4", "mov"):
+        ways += [["-use_editlist", "0"], ["-movflags", "+negative_cts_offsets"]]
+    if clip.container in ("mkv", "webm"):
+        ways += [["-avoid_negative_ts", "disabled"], ["-output_ts_offset", "-0.5", "-avoid_negative_ts", "disabled"]]
+    if clip.container in ("ts", "m2ts", "mpg"):
+        ways += [["-muxdelay", "0", "-muxpreload", "0"]]
+    way = clip.rng.choice(ways)
+    clip.kinds.append(" ".join(way))
+    clip.finish(clip.encode("start", output=way))
+
+
+@kind("clock of a TS wraps")
+def _wrap(clip: Clip) -> None:
+    clip.choose(("h264", "h264", "hevc", "mpeg2"), ("ts", "m2ts"))
+    offset = clip.rng.uniform(95441.0, 95443.6)
+    more = clip.maybe_sound()
+    clip.finish(clip.encode("wrap", **(more | {"output": [*more.get("output", []), "-output_ts_offset", f"{offset:.3f}"]})))
+
+
+@kind("joined TS")
+def _joined(clip: Clip) -> None:
+    """Two files, one after the other: the clock starts anew."""
+    clip.choose(("h264", "h264", "hevc", "mpeg2"), ("ts", "ts", "m2ts"))
+    coding = clip.coding(group=12)
+    other = clip.rng.choice((clip.count, clip.count, max(8, clip.count // 2), clip.count + 15))
+    far = clip.rng.choice(((), (), ("-output_ts_offset", "20")))
+    first = clip.encode("first", coding=coding, output=far)
+    second = clip.encode("second", coding=coding, first=clip.count, count=other)
+    clip.note(f"cat {first[1:]} {second[1:]}")
+    clip.finish(clip.name("joined"))
+    clip.path.write_bytes(b"".join((clip.folder / name[1:]).read_bytes() for name in (first, second)))
+
+
+@kind("held last frame")
+def _held(clip: Clip) -> None:
+    clip.choose(("h264", "h264", "hevc", "av1", "mpeg4"), ("mp4", "mov"))
+    movie = clip.movie(clip.maybe_turned(clip.encode("whole", coding=clip.coding(b_frames=0), output=clip.clock())))
+    clip.held_s = clip.rng.choice((0.5, 3.0))
+    movie.samples[-1].duration = round(clip.held_s * movie.clock)
+    clip.note(f"stts: the last sample lasts {clip.held_s} s")
+    _write(clip, movie, "held")
+
+
+@kind("cover as a stream")
+def _cover(clip: Clip) -> None:
+    """A picture of one frame, larger than the film, muxed as an ordinary stream."""
+    clip.choose(("h264", "h264", "hevc", "mpeg4"), ("mp4", "mov", "mkv"))
+    name = clip.encode("film", coding=clip.coding())
+    to = clip.name("cover")
+    cover = ["-f", "lavfi", "-i", "testsrc2=s=320x180:d=1:r=1"]
+    film, still = clip.rng.choice((("0", "1"), ("1", "0")))
+    maps = ["-map", "0:v", "-map", "1:v"] if film == "0" else ["-map", "1:v", "-map", "0:v"]
+    output = [*maps, f"-c:v:{film}", "copy", f"-c:v:{still}", clip.rng.choice(("mjpeg", "png")), "-frames:v:" + still, "1"]
+    output += [f"-disposition:v:{film}", "default", f"-disposition:v:{still}", "0"]
+    clip.run("-i", name, *cover, *output, to)
+    clip.finish(to)
+
+
+@kind("second film, not the default")
+def _second(clip: Clip) -> None:
+    clip.choose(("h264", "h264", "hevc", "vp9"), ("mp4", "mov", "mkv"))
+    name = clip.encode("film", coding=clip.coding())
+    to = clip.name("two")
+    other = ["-f", "lavfi", "-i", f"testsrc2=s=192x128:d={clip.seconds:.2f}:r={clip.rate}"]
+    film = clip.rng.choice(("0", "1"))
+    other_place = "1" if film == "0" else "0"
+    maps = ["-map", "0:v", "-map", "1:v"] if film == "0" else ["-map", "1:v", "-map", "0:v"]
+    output = [*maps, f"-c:v:{film}", "copy", f"-c:v:{other_place}", "mpeg4", "-q:v", "5"]
+    output += [f"-disposition:v:{film}", "default", f"-disposition:v:{other_place}", "0"]
+    clip.run("-i", name, *other, *output, to)
+    clip.finish(to)
+
+
+@kind("preview of 1 frame a second")
+def _preview(clip: Clip) -> None:
+    clip.choose(("h264", "h264", "hevc", "mpeg2"), ("mp4", "mov", "mkv", "ts"))
+    name = clip.encode("film", coding=clip.coding())
+    to = clip.name("preview")
+    coding = ["-c:v:0", "copy", "-c:v:1", "mpeg4" if clip.container == "ts" else "mjpeg"]
+    small = ["-f", "lavfi", "-i", f"testsrc2=s=48x32:d={clip.seconds:.2f}:r=1"]
+    clip.run("-i", name, *small, "-map", "0:v", "-map", "1:v", *coding, "-q:v:1", "5", to)
+    clip.finish(to)
+
+
+@kind("sound longer or earlier")
+def _sound(clip: Clip) -> None:
+    names = [n for n in CONTAINERS if n not in ("mp4 in fragments",)]
+    clip.choose((*_USUAL, "mpeg2", "theora", "wmv2", "flv1", "vp8"), names)
+    longer = clip.rng.choice((0.0, 0.6, 2.0))
+    late = clip.rng.choice((0.0, 0.3, 0.9))
+    first = clip.rng.random() < 0.5
+    clip.kinds.append(f"{longer} s longer, {late} s earlier" + (", sound first" if first else ""))
+    before = ["-itsoffset", str(late)] if late else []
+    maps = ["-map", "1:a", "-map", "0:v"] if first else ["-map", "0:v", "-map", "1:a"]
+    name = clip.encode(
+        "sound", before=before, inputs=clip.sound(clip.seconds + late + longer), output=[*maps, *clip.sound_coding()]
+    )
+    clip.finish(name)
+
+
+@kind("fragments")
+def _fragments(clip: Clip) -> None:
+    clip.choose(("h264", "h264", "hevc", "av1", "vp9"), ("mp4", "mp4 in fragments"))
+    clip.container = "mp4"
+    flags = clip.rng.choice(("frag_keyframe+empty_moov", "frag_every_frame+empty_moov", "frag_keyframe+delay_moov+dash"))
+    more = clip.maybe_sound()
+    output = [*more.pop("output", []), "-movflags", f"+{flags}+default_base_moof"]
+    clip.finish(clip.encode("fragments", output=output, **more))
+
+
+@kind("interlaced")
+def _interlaced(clip: Clip) -> None:
+    clip.choose(("h264", "mpeg2", "mpeg2"), ("mp4", "mkv", "ts", "m2ts", "mpg", "vob"))
+    clip.height = 64
+    coding = clip.coding(params="tff=1")
+    coding[coding.index("-pix_fmt") + 1] = "yuv420p"
+    repeated = clip.codec == "mpeg2" and clip.rng.random() < 0.5
+    name = clip.encode("fields", coding=[*coding, "-flags", "+ilme+ildct"], filters="setfield=tff")
+    if repeated:
+        clip.kinds.append("repeated fields")
+        clip.note("repeat_first_field set in every second picture coding extension")
+        path = clip.folder / name[1:]
+        path.write_bytes(_repeated(path.read_bytes()))
+    clip.finish(name)
+
+
+@kind("frames that are never shown")
+def _hidden(clip: Clip) -> None:
+    """Alternate reference frames of VP8, VP9 and AV1."""
+    clip.choose(("vp8", "vp8", "vp9", "av1"))
+    clip.count = min(clip.count, 48)
+    coding = {
+        "vp8": ["-c:v", "libvpx", "-deadline", "good", "-cpu-used", "5", "-auto-alt-ref", "1", "-lag-in-frames", "10"],
+        "vp9": ["-c:v", "libvpx-vp9", "-deadline", "good", "-cpu-used", "5", "-auto-alt-ref", "1", "-lag-in-frames", "12"],
+        "av1": ["-c:v", "libaom-av1", "-cpu-used", "8", "-auto-alt-ref", "1", "-lag-in-frames", "19"],
+    }[clip.codec]
+    group = clip.rng.choice(("16", "200"))
+    clip.finish(clip.encode("hidden", coding=[*coding, "-b:v", "200k", "-g", group, "-pix_fmt", "yuv420p"]))
+
+
+@kind("pixels that are not square")
+def _anamorphic(clip: Clip) -> None:
+    clip.choose(("h264", "hevc", "mpeg2", "mpeg4", "vp9", "dv"))
+    aspect = clip.rng.choice(("4/3", "3/4", "16/15", "64/45", "1/2"))
+    clip.kinds.append(aspect)
+    clip.finish(clip.maybe_turned(clip.encode("aspect", filters=f"setsar={aspect}")))
+
+
+def _write(clip: Clip, movie: Movie, stem: str) -> None:
+    clip.finish(clip.name(stem))
+    movie.write(clip.path)
+
+
+def _edited(clip: Clip) -> tuple[Movie, list[float], float]:
+    """A film of several groups to put an edit list into: its tables, its samples' times, and the first one's time."""
+    clip.choose(("h264", "h264", "h264", "hevc", "av1", "mpeg4"), ("mp4", "mov"))
+    clip.lengthen()
+    movie = clip.movie(clip.maybe_turned(clip.encode("whole", coding=clip.coding(group=clip.rng.choice((8, 12))))))
+    return movie, movie.starts_s, min(movie.starts_s)
+
+
+def _edit(clip: Clip, movie: Movie, edits: list[tuple[float, float | None]]) -> None:
+    movie.edits = edits
+    clip.note("elst: " + ", ".join(f"{d:.4f} s " + ("of nothing" if at is None else f"from {at:.4f} s") for d, at in edits))
+    _write(clip, movie, "edited")
+
+
+def _repeated(data: bytes) -> bytes:
+    """MPEG-2 pictures, every second of them shown for three fields."""
+    changed, place, number = bytearray(data), data.find(b"\0\0\1\xb5\x8f"), 0
+    while place >= 0:
+        if number % 2:
+            changed[place + 7] |= 0b10  # repeat_first_field
+        number += 1
+        place = data.find(b"\0\0\1\xb5\x8f", place + 5)
+    return bytes(changed)
+
+
+def make(number: int, folder: Path) -> Clip:
+    """Make file `number` in an empty folder. Raises Unmade where ffmpeg fails."""
+    import subprocess
+
+    names = list(KINDS)
+    clip = Clip(number, folder, random.Random(number), [names[number % len(names)]])
+    try:
+        KINDS[clip.family](clip)
+    except (subprocess.CalledProcessError, ValueError, KeyError, IndexError, struct.error) as error:
+        raise Unmade(f"file {number} {clip.kinds}: {error!r}\n" + "\n".join(clip.recipe)) from error
+    clip.kinds += [clip.codec, clip.container]
+    return clip
+
+
+def run(number: int, folder: Path) -> dict[str, object]:
+    """Make a file and say what becomes of it."""
+    from comparison import examine
+
+    clip = make(number, folder)
+    outcome = examine(clip.path, folder, number, clip.held_s)
+    return {"number": number, "kinds": clip.kinds, **asdict(outcome), "recipe": clip.recipe}
