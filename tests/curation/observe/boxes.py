@@ -1,9 +1,10 @@
-"""Changes the tables of an MP4 file that ffmpeg wrote, into what ffmpeg never writes itself but phones and editors do."""
+"""Changes the tables of an MP4 file that ffmpeg wrote into what phones and editors write, and ffmpeg does not."""
 
 from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 _NESTED = frozenset({b"moov", b"trak", b"mdia", b"minf", b"stbl", b"edts"})
@@ -84,7 +85,7 @@ class Movie:
         sizes = [fixed] * count if fixed else list(struct.unpack(f">{count}I", stsz[12 : 12 + 4 * count]))
         chunks = [place for (place,) in _rows(self._table, b"stco", ">I")]
         runs = [*_rows(self._table, b"stsc", ">III"), (len(chunks) + 1, 0, 0)]
-        per_chunk = [n for (a, n, _), (b, _, _) in zip(runs[:-1], runs[1:], strict=True) for _ in range(a, b)]
+        per_chunk = [n for (a, n, _), (b, _, _) in pairwise(runs) for _ in range(a, b)]
         durations = [value for n, value in _rows(self._table, b"stts", ">II") for _ in range(n)]
         try:
             shifts = [value for n, value in _rows(self._table, b"ctts", ">Ii") for _ in range(n)]

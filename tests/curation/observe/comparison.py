@@ -5,13 +5,14 @@ from __future__ import annotations
 import random
 import re
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
+from av.error import FFmpegError
 from numpy.typing import NDArray
 
 from curation.ffmpeg import ffmpeg_exe
@@ -34,6 +35,17 @@ STRIPPED_S = 1.1e-3  # Matroska keeps milliseconds
 RGB = NDArray[np.uint8]
 
 
+def versions() -> dict[str, str]:
+    """Of PyAV, of the libraries in it, and of the ffmpeg program."""
+    text = subprocess.run([ffmpeg_exe(), "-version"], capture_output=True, text=True, check=True).stdout
+    own = {name: ".".join(map(str, version)) for name, version in av.library_versions.items()}
+    program = {
+        f"{name} of ffmpeg": "".join(number.split())
+        for name, number in re.findall(r"^(lib\w+) +([\d. ]+?) /", text, re.M)
+    }
+    return {"PyAV": av.__version__, **own, "ffmpeg": text.split()[2], **program}
+
+
 @dataclass(frozen=True)
 class Reference:
     """What ffmpeg shows: ticks (n,) of `time_base`, durations in ticks, upright frames (n, H, W, 3), pixel aspect."""
@@ -52,10 +64,16 @@ class Reference:
 
 def reference(path: Path, *, turn: bool = True) -> Reference:
     """Decode the stream that ffmpeg chooses, every frame once; `turn`: with the display matrix applied."""
-    command = [ffmpeg_exe(), "-nostdin", "-hide_banner", "-loglevel", "level+info", *([] if turn else ["-noautorotate"])]
-    # The scaler as PyAV sets it: only the decoders and the colours are compared.
-    command += ["-i", str(path), "-an", "-sn", "-dn", "-fps_mode", "passthrough", "-vf", "showinfo"]
-    command += ["-sws_flags", "bilinear", "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+    command = [
+        ffmpeg_exe(),
+        "-nostdin",
+        "-hide_banner",
+        "-loglevel",
+        "level+info",
+        *([] if turn else ["-noautorotate"]),
+    ]
+    command += ["-i", str(path), "-an", "-sn", "-dn", "-fps_mode", "passthrough"]
+    command += ["-vf", "showinfo", "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
     done = subprocess.run(command, capture_output=True, check=False, timeout=120)
     text = done.stderr.decode(errors="replace")
     bases = re.findall(r"config in time_base: (\d+)/(\d+)", text)
@@ -72,7 +90,10 @@ def reference(path: Path, *, turn: bool = True) -> Reference:
         time_base=Fraction(int(bases[0][0]), int(bases[0][1])),
         frames=frames.reshape(len(lines), height, width, 3),
         aspect=Fraction(int(lines[0][2]), int(lines[0][3]) or 1) or Fraction(1),
-        errors=[line for line in text.splitlines() if "[error]" in line or "[fatal]" in line],
+        # The writer of raw pictures minds equal times, and writes them all the same.
+        errors=[
+            line for line in text.splitlines() if re.search(r"\[(error|fatal)\]", line) and "[rawvideo" not in line
+        ],
     )
 
 
@@ -93,7 +114,8 @@ def plain(path: Path) -> tuple[NDArray[np.float64], list[RGB]]:
 class Outcome:
     """What became of a file. state: taken, refused, raised or differs; `aspects` names what differs, `detail` says how.
 
-    of_the_library: the same aspects differ between a plain loop over PyAV and the ffmpeg program.
+    of_the_library: those aspects in which a plain loop over PyAV differs from the ffmpeg program, and not from us.
+    errors: what the ffmpeg program complains of.
     """
 
     state: str
@@ -104,71 +126,98 @@ class Outcome:
 
 
 def examine(path: Path, folder: Path, seed: int, held_s: float | None = None) -> Outcome:
-    """Everything that this module compares, for one file; `folder`: for what strip() writes."""
+    """Everything that this module compares, for one file.
+
+    folder: for what strip() writes; held_s: how long the last frame stays, where that is known.
+    """
     shown = reference(path)
+    if min(np.diff(shown.ticks), default=0) < 0:
+        raise ValueError("ffmpeg's own times go back: it is no judge of this file")
     try:
-        found = list(_differences(path, folder, random.Random(seed), shown, held_s))
+        index = index_video(path)
+        stored = [(number, to_rgb(frame)) for number, frame in decode(index, 0, len(index.times_s))]
+        found = list(_against(shown, index, stored, held_s))
+        blamed = _of_the_library(path, index, stored) if found else []
+        found += _against_itself(path, folder, random.Random(seed), index, stored, held_s)
     except StageError as error:
         return Outcome("refused", f"{error.code.name}: {error.message}", ["refused"], errors=shown.errors)
     except Exception as error:  # whatever is raised: that it is no StageError is the finding
         return Outcome("raised", f"{type(error).__name__}: {error}", ["raised"], errors=shown.errors)
-    if not found:
-        return Outcome("taken", errors=shown.errors)
     aspects = list(dict.fromkeys(aspect for aspect, _ in found))
-    blamed = [aspect for aspect in _of_the_library(path) if aspect in aspects]
-    return Outcome("differs", "; ".join(f"{a}: {how}" for a, how in found), aspects, blamed, shown.errors)
+    detail = "; ".join(f"{aspect}: {how}" for aspect, how in found)
+    blamed = [aspect for aspect in blamed if aspect in aspects]
+    return Outcome("differs" if found else "taken", detail, aspects, blamed, shown.errors)
 
 
-def _of_the_library(path: Path) -> list[str]:
-    """What differs between PyAV alone and the ffmpeg program, the display matrix left out of both."""
-    shown, (times, frames) = reference(path, turn=False), plain(path)
+Stored = list[tuple[int, RGB]]  # numbers, and pictures as stored
+Findings = Iterator[tuple[str, str]]  # aspect, and how it differs
+
+
+def _of_the_library(path: Path, index: VideoIndex, stored: Stored) -> list[str]:
+    """Where PyAV alone differs from the ffmpeg program, and not from us; the display matrix left out of all."""
+    try:
+        shown, (times, frames) = reference(path, turn=False), plain(path)
+    except FFmpegError:
+        return []
+    if len(frames) != len(stored):
+        return []
     if len(frames) != len(shown.frames):
         return ["count"]
     aspects = []
-    if not np.allclose(times, shown.times_s, atol=float(shown.time_base) + 1e-6, rtol=0):
+    if _late(times, shown, index).any() and np.allclose(times, index.times_s, atol=_tick(index), rtol=0):
         aspects.append("times")
-    if any(_apart(mine, theirs) for mine, theirs in zip(frames, shown.frames, strict=True)):
+    differ = any(_apart(mine, theirs) for mine, theirs in zip(frames, shown.frames, strict=True))
+    if differ and all(np.array_equal(mine, rgb) for mine, (_, rgb) in zip(frames, stored, strict=True)):
         aspects.append("pixels")
     return aspects
 
 
-def _differences(
-    path: Path, folder: Path, rng: random.Random, shown: Reference, held_s: float | None
-) -> Iterator[tuple[str, str]]:
-    index = index_video(path)
-    stored = [(number, to_rgb(frame)) for number, frame in decode(index, 0, len(index.times_s))]
-    numbers = [number for number, _ in stored]
+def _tick(index: VideoIndex) -> float:
+    """A tick of the clock, or a millisecond where it ticks once a frame, as in AVI."""
+    return min(float(index.time_base), 1e-3) + 1e-6
+
+
+def _late(times_s: NDArray[np.float64], shown: Reference, index: VideoIndex) -> NDArray[np.bool_]:
+    return ~(np.abs(times_s - shown.times_s) <= _tick(index))
+
+
+def _against(shown: Reference, index: VideoIndex, stored: Stored, held_s: float | None) -> Findings:
     height, width = shown.frames.shape[1:3]
     count = len(index.times_s)
     yield from _size(index, shown)
-    if count != len(shown.ticks) or len(stored) != count:
-        yield "count", f"{count} frames in the index, {len(stored)} decoded, {len(shown.ticks)} shown by ffmpeg"
-    else:
-        apart = np.abs(index.times_s - shown.times_s)
-        if apart.max() > float(index.time_base) + 1e-6:
-            n = int(apart.argmax())
-            yield (
-                "times",
-                f"{(apart > float(index.time_base) + 1e-6).sum()} of {count}, most at frame {n}: "
-                f"{index.times_s[n]:.6f} for {shown.times_s[n]:.6f} s",
-            )
-        worst = [(_apart(resize(rgb, index, width, height), shown.frames[n]), n) for n, (_, rgb) in enumerate(stored)]
-        if bad := [(how, n) for how, n in worst if how]:
-            yield "pixels", f"{len(bad)} of {count} frames, the first is {bad[0][1]}: {bad[0][0]}"
-    if numbers != list(range(len(numbers))):
-        yield "numbers", f"{numbers[:50]}"
     if held_s is not None and abs(index.end_s - index.times_s[-1] - held_s) > 1e-3:
         yield "end", f"the last frame is held {index.end_s - index.times_s[-1]:.3f} s, made for {held_s} s"
+    if [number for number, _ in stored] != list(range(count)):
+        yield "numbers", f"{[number for number, _ in stored][:50]}"
+    if count != len(shown.ticks) or len(stored) != count:
+        yield "count", f"{count} frames in the index, {len(stored)} decoded, {len(shown.ticks)} shown by ffmpeg"
+        return
+    late = np.flatnonzero(_late(index.times_s, shown, index))
+    if len(late):
+        n = late[0]
+        yield (
+            "times",
+            f"{len(late)} of {count}, the first is frame {n}: {index.times_s[n]:.6f} for {shown.times_s[n]:.6f} s",
+        )
+    # At the stored size: the scaling is no part of this.
+    worst = [(_apart(resize(rgb, index, width, height), shown.frames[n]), n) for n, (_, rgb) in enumerate(stored)]
+    if bad := [(how, n) for how, n in worst if how]:
+        yield "pixels", f"{len(bad)} of {count} frames, the first is {bad[0][1]}: {bad[0][0]}"
+
+
+def _against_itself(
+    path: Path, folder: Path, rng: random.Random, index: VideoIndex, stored: Stored, held_s: float | None
+) -> Findings:
     verify(path)
-    if len(stored) == count:
-        by_number = dict(stored)
+    by_number = dict(stored)
+    if sorted(by_number) == list(range(len(index.times_s))):
         yield from _random_access(index, by_number, rng)
         yield from _key_frames(index, by_number)
         yield from _part(index, by_number, rng)
-        yield from _stripped(index, path, folder, [rgb for _, rgb in stored])
+        yield from _stripped(index, path, folder, [rgb for _, rgb in stored], held_s)
 
 
-def _size(index: VideoIndex, shown: Reference) -> Iterator[tuple[str, str]]:
+def _size(index: VideoIndex, shown: Reference) -> Findings:
     height, width = shown.frames.shape[1:3]
     aspect = float(shown.aspect)
     displayed = (width * aspect, height) if aspect >= 1 else (width, height / aspect)
@@ -185,13 +234,13 @@ def _apart(mine: RGB, theirs: RGB) -> str:
     return f"{mean:.2f} in the mean, {high:.0f} at the 99.9th percentile" if mean > MEAN or high > HIGH else ""
 
 
-def _same(pictures: list[tuple[str, RGB, RGB]], aspect: str) -> Iterator[tuple[str, str]]:
+def _same(pictures: list[tuple[str, RGB, RGB]], aspect: str) -> Findings:
     wrong = [label for label, mine, theirs in pictures if not np.array_equal(mine, theirs)]
     if wrong:
         yield aspect, f"{len(wrong)} of {len(pictures)} pictures are not the one of the pass, as {wrong[0]}"
 
 
-def _random_access(index: VideoIndex, stored: dict[int, RGB], rng: random.Random) -> Iterator[tuple[str, str]]:
+def _random_access(index: VideoIndex, stored: dict[int, RGB], rng: random.Random) -> Findings:
     """Times in the middle half of an interval, and the frames' own; of equal times, the last frame is on screen."""
     ends = [*index.times_s[1:].tolist(), index.end_s]
     asked: list[tuple[float, int]] = []
@@ -208,14 +257,14 @@ def _random_access(index: VideoIndex, stored: dict[int, RGB], rng: random.Random
     )
 
 
-def _key_frames(index: VideoIndex, stored: dict[int, RGB]) -> Iterator[tuple[str, str]]:
+def _key_frames(index: VideoIndex, stored: dict[int, RGB]) -> Findings:
     found = [(number, to_rgb(frame)) for number, frame in decode_key_frames(index, 0, len(stored), limit=9)]
     if not found:
         yield "key frames", "none"
     yield from _same([(f"frame {number}", rgb, stored[number]) for number, rgb in found], "key frames")
 
 
-def _part(index: VideoIndex, stored: dict[int, RGB], rng: random.Random) -> Iterator[tuple[str, str]]:
+def _part(index: VideoIndex, stored: dict[int, RGB], rng: random.Random) -> Findings:
     for _ in range(2):
         first = rng.randrange(len(stored))
         last = min(len(stored), first + rng.randint(1, 20))
@@ -225,7 +274,7 @@ def _part(index: VideoIndex, stored: dict[int, RGB], rng: random.Random) -> Iter
         yield from _same([(f"frame {n} of {first} to {last}", rgb, stored[n]) for n, rgb in found], "part")
 
 
-def _stripped(index: VideoIndex, path: Path, folder: Path, frames: list[RGB]) -> Iterator[tuple[str, str]]:
+def _stripped(index: VideoIndex, path: Path, folder: Path, frames: list[RGB], held_s: float | None) -> Findings:
     clean = index_video(strip(index, container_format(path), folder / "clean"))
     if len(clean.times_s) != len(index.times_s):
         yield "strip", f"{len(clean.times_s)} of {len(index.times_s)} frames"
@@ -233,12 +282,15 @@ def _stripped(index: VideoIndex, path: Path, folder: Path, frames: list[RGB]) ->
     apart = np.abs(clean.times_s - index.times_s).max()
     if apart > STRIPPED_S:
         yield "strip", f"times up to {1000 * apart:.2f} ms apart"
-    if (clean.width, clean.height) != (index.width, index.height):
+    if held_s is not None and abs(clean.end_s - index.end_s) > 0.01:
+        yield "strip", f"ends at {clean.end_s:.3f} s, and not at {index.end_s:.3f} s"
+    size = index.width, index.height
+    if (clean.width, clean.height) != size:
         yield "strip", f"{clean.width}x{clean.height} for {index.width}x{index.height}"
-    size = clean.width, clean.height
+        return
     copied = [resize(to_rgb(frame), clean, *size) for _, frame in decode(clean, 0, len(clean.times_s))]
     if len(copied) != len(frames):
         yield "strip", f"{len(copied)} of {len(frames)} frames decode"
         return
-    upright: Callable[[RGB], RGB] = lambda rgb: resize(rgb, index, index.width, index.height)  # noqa: E731
-    yield from _same([(f"frame {n}", got, upright(rgb)) for n, (got, rgb) in enumerate(zip(copied, frames))], "strip")
+    pairs = enumerate(zip(copied, frames, strict=True))
+    yield from _same([(f"frame {n}", got, resize(rgb, index, *size)) for n, (got, rgb) in pairs], "strip")

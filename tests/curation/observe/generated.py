@@ -2,21 +2,31 @@
 
     python tests/curation/observe/generated.py results.json [count]
     python tests/curation/observe/generated.py --table old.json new.json
+    python tests/curation/observe/generated.py --make number folder
 
-The first writes what becomes of each file (see comparison.py); the second says in Markdown what two such runs differ in.
+The first writes what becomes of each file (see comparison.py), the second says in Markdown what two such runs differ
+in, the third makes one file again.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 import random
+import re
 import shlex
+import shutil
 import struct
-from collections.abc import Callable, Sequence
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from boxes import Movie
 from numbered import ffmpeg, picture
 
@@ -24,6 +34,9 @@ RATES = ("12", "15", "24000/1001", "24", "25", "30000/1001", "30", "45", "50", "
 _MPEG_RATES = ("24000/1001", "24", "25", "30000/1001", "30", "50", "60000/1001", "60")
 _MOV = ("mp4", "mov", "mp4 in fragments")
 _MOST_PICTURES = 90
+COUNT = 300
+
+Result = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -52,7 +65,7 @@ CODECS = {
     ),
     "hevc": Codec(_X265, (*_MOV, "mkv", "ts", "m2ts"), ("yuv420p", "yuv420p", "yuv422p", "yuv444p"), b_frames=True),
     "hevc 10 bit": Codec(_X265, (*_MOV, "mkv", "ts"), ("yuv420p10le", "yuv422p10le"), b_frames=True),
-    "vp8": Codec("-c:v libvpx -deadline realtime -cpu-used 8 -b:v 1M", ("webm", "mkv", "avi"), odd=True),
+    "vp8": Codec("-c:v libvpx -deadline realtime -cpu-used -8 -b:v 1M", ("webm", "mkv", "avi"), odd=True),
     "vp9": Codec(
         "-c:v libvpx-vp9 -deadline realtime -cpu-used 8 -b:v 1M",
         ("webm", "mkv", "mp4"),
@@ -75,9 +88,7 @@ CODECS = {
     "wmv1": Codec("-c:v wmv1 -q:v 3", ("wmv",), odd=True),
     "msmpeg4": Codec("-c:v msmpeg4 -q:v 3", ("avi", "wmv"), odd=True),
     "h263": Codec("-c:v h263 -q:v 3", ("3gp", "mov", "flv"), rates=("30000/1001", "15", "25"), size=(128, 96)),
-    "dv": Codec(
-        "-c:v dvvideo", ("avi", "mov", "mkv"), rates=("25",), groups=False, size=(720, 576), most=12
-    ),
+    "dv": Codec("-c:v dvvideo", ("avi", "mov", "mkv"), rates=("25",), groups=False, size=(720, 576), most=12),
     "huffyuv": Codec("-c:v huffyuv", ("avi",), ("yuv422p",), groups=False, most=40),
     "utvideo": Codec("-c:v utvideo", ("avi", "mkv"), groups=False, most=40),
     "png": Codec("-c:v png", ("mov", "mkv"), ("rgb24",), groups=False, odd=True, most=40),
@@ -100,11 +111,13 @@ CONTAINERS: dict[str, tuple[str, str]] = {
     "flv": (".flv", ""),
     "wmv": (".wmv", ""),
     "ogg": (".ogv", ""),
-    "mpg": (".mpg", ""),
-    "vob": (".vob", ""),
+    # A packet holds no two frames, however small: their times would be guessed.
+    "mpg": (".mpg", "-packetsize 200"),
+    "vob": (".vob", "-packetsize 200"),
     "3gp": (".3gp", ""),
 }
 _SOUND = {"webm": "libopus", "avi": "libmp3lame", "wmv": "wmav2", "ogg": "libvorbis", "mpg": "mp2", "vob": "mp2"}
+_EXACT = ("-fflags", "+bitexact")  # no random numbers in the file
 _SOUND |= {"m2ts": "ac3"}
 
 
@@ -138,8 +151,6 @@ class Clip:
     @property
     def family(self) -> str:
         return self.kinds[0]
-
-    # -- what is made of the arguments --------------------------------------------------------------------------------
 
     def run(self, *arguments: str, feed: bytes | None = None) -> None:
         """ffmpeg, in the folder of the clip; noted in the recipe."""
@@ -209,7 +220,7 @@ class Clip:
         more = CONTAINERS[self.container][1].split() if fragments else []
         words = [*before, *raw, "-i", "-", *inputs]
         words += ["-vf", filters] if filters else []
-        self.run(*words, *(coding or self.coding()), *output, *more, name, feed=feed)
+        self.run(*words, *(coding or self.coding()), *output, *more, *_EXACT, name, feed=feed)
         return name
 
     def finish(self, name: str) -> None:
@@ -247,16 +258,24 @@ class Clip:
         """Copy the streams of a file into another of its kind."""
         to = self.name(stem)
         more = CONTAINERS[self.container][1].split()
-        self.run(*before, "-i", name, "-map", "0", "-c", "copy", *output, *more, to)
+        self.run(*before, "-i", name, "-map", "0", "-c", "copy", *output, *more, *_EXACT, to)
         return to
 
 
 @functools.lru_cache(maxsize=4000)
 def _picture(number: int, width: int, height: int) -> bytes:
-    return picture(number, width, height).tobytes()
+    """A numbered picture of one strong colour with little change in it.
+
+    So that a wrong matrix shows everywhere, and not where exactly halved colours are taken to lie: of that, and of how
+    the colours of two fields are parted, ffmpeg's own versions differ.
+    """
+    rgb = picture(number, width, height).astype(np.float32)
+    grey = rgb.mean(axis=2, keepdims=True)
+    tinted = grey + 0.4 * (rgb - grey) + np.float32([35, -10, -35])
+    return np.clip(tinted, 0, 255).astype(np.uint8).tobytes()
 
 
-# -- the kinds -----------------------------------------------------------------------------------------------------------
+# -- the kinds --------------------------------------------------------------------------------------------------------
 
 Maker = Callable[[Clip], None]
 KINDS: dict[str, Maker] = {}
@@ -452,17 +471,28 @@ def _edit_delay(clip: Clip) -> None:
 
 @kind("edit list: several edits")
 def _edits(clip: Clip) -> None:
-    movie, _, start = _edited(clip)
-    third = clip.seconds / 3
+    """Parts in order with holes between, with nothing shown between, or one shown twice."""
     parts = clip.rng.choice(
         (
-            [(0.8 * third, 0.0), (third, 1.5 * third)],
-            [(0.6 * third, 0.0), (0.5 * third, third), (0.7 * third, 2.1 * third)],
-            [(third, 0.5 * third), (0.3, None), (third, 1.8 * third)],
-            [(1.5 * third, 0.0), (1.5 * third, 0.5 * third)],
+            [(0.8, 0.0), (1.0, 1.5)],
+            [(0.6, 0.0), (0.5, 1.0), (0.7, 2.1)],
+            [(1.0, 0.5), (0.3, None), (1.0, 1.8)],
+            [(1.5, 0.0), (1.5, 0.5)],
         )
     )
-    _edit(clip, movie, [(duration, None if at is None else start + at) for duration, at in parts])
+    movie, times, start = _edited(clip)
+    third = clip.seconds / 3
+    edits = [(third * length, None if at is None else start + third * at) for length, at in parts]
+    if clip.b_frames:
+        # ffmpeg's own times go back where a part begins or ends between B-frames: whole groups, then.
+        keys = [time for time, sample in zip(times, movie.samples, strict=True) if sample.sync] + [start + clip.seconds]
+
+        def nearest(time: float) -> float:
+            return min(keys, key=lambda key: abs(key - time))
+
+        snapped = [(nearest(at), nearest(at + length)) for length, at in edits if at is not None]
+        edits = [(end - begin, begin) for begin, end in snapped if end > begin]
+    _edit(clip, movie, edits)
 
 
 @kind("turned")
@@ -526,15 +556,18 @@ def _start(clip: Clip) -> None:
 @kind("clock of a TS wraps")
 def _wrap(clip: Clip) -> None:
     clip.choose(("h264", "h264", "hevc", "mpeg2"), ("ts", "m2ts"))
-    offset = clip.rng.uniform(95441.0, 95443.6)
+    # 33 bits of a clock of 90 kHz, less the 1.4 s at which ffmpeg begins.
+    offset = 2**33 / 90000 - 1.4 - clip.rng.uniform(0.1, 0.9) * clip.seconds
     more = clip.maybe_sound()
-    clip.finish(clip.encode("wrap", **(more | {"output": [*more.get("output", []), "-output_ts_offset", f"{offset:.3f}"]})))
+    clip.finish(
+        clip.encode("wrap", **(more | {"output": [*more.get("output", []), "-output_ts_offset", f"{offset:.3f}"]}))
+    )
 
 
-@kind("joined TS")
+@kind("joined files (TS, VOB)")
 def _joined(clip: Clip) -> None:
     """Two files, one after the other: the clock starts anew."""
-    clip.choose(("h264", "h264", "hevc", "mpeg2"), ("ts", "ts", "m2ts"))
+    clip.choose(("h264", "h264", "hevc", "mpeg2"), ("ts", "m2ts", "vob"))
     coding = clip.coding(group=12)
     other = clip.rng.choice((clip.count, clip.count, max(8, clip.count // 2), clip.count + 15))
     far = clip.rng.choice(((), (), ("-output_ts_offset", "20")))
@@ -564,9 +597,17 @@ def _cover(clip: Clip) -> None:
     cover = ["-f", "lavfi", "-i", "testsrc2=s=320x180:d=1:r=1"]
     film, still = clip.rng.choice((("0", "1"), ("1", "0")))
     maps = ["-map", "0:v", "-map", "1:v"] if film == "0" else ["-map", "1:v", "-map", "0:v"]
-    output = [*maps, f"-c:v:{film}", "copy", f"-c:v:{still}", clip.rng.choice(("mjpeg", "png")), "-frames:v:" + still, "1"]
+    output = [
+        *maps,
+        f"-c:v:{film}",
+        "copy",
+        f"-c:v:{still}",
+        clip.rng.choice(("mjpeg", "png")),
+        "-frames:v:" + still,
+        "1",
+    ]
     output += [f"-disposition:v:{film}", "default", f"-disposition:v:{still}", "0"]
-    clip.run("-i", name, *cover, *output, to)
+    clip.run("-i", name, *cover, *output, *_EXACT, to)
     clip.finish(to)
 
 
@@ -581,7 +622,7 @@ def _second(clip: Clip) -> None:
     maps = ["-map", "0:v", "-map", "1:v"] if film == "0" else ["-map", "1:v", "-map", "0:v"]
     output = [*maps, f"-c:v:{film}", "copy", f"-c:v:{other_place}", "mpeg4", "-q:v", "5"]
     output += [f"-disposition:v:{film}", "default", f"-disposition:v:{other_place}", "0"]
-    clip.run("-i", name, *other, *output, to)
+    clip.run("-i", name, *other, *output, *_EXACT, to)
     clip.finish(to)
 
 
@@ -592,7 +633,7 @@ def _preview(clip: Clip) -> None:
     to = clip.name("preview")
     coding = ["-c:v:0", "copy", "-c:v:1", "mpeg4" if clip.container == "ts" else "mjpeg"]
     small = ["-f", "lavfi", "-i", f"testsrc2=s=48x32:d={clip.seconds:.2f}:r=1"]
-    clip.run("-i", name, *small, "-map", "0:v", "-map", "1:v", *coding, "-q:v:1", "5", to)
+    clip.run("-i", name, *small, "-map", "0:v", "-map", "1:v", *coding, "-q:v:1", "5", *_EXACT, to)
     clip.finish(to)
 
 
@@ -616,19 +657,23 @@ def _sound(clip: Clip) -> None:
 def _fragments(clip: Clip) -> None:
     clip.choose(("h264", "h264", "hevc", "av1", "vp9"), ("mp4", "mp4 in fragments"))
     clip.container = "mp4"
-    flags = clip.rng.choice(("frag_keyframe+empty_moov", "frag_every_frame+empty_moov", "frag_keyframe+delay_moov+dash"))
-    more = clip.maybe_sound()
+    flags = clip.rng.choice(
+        ("frag_keyframe+empty_moov", "frag_every_frame+empty_moov", "frag_keyframe+delay_moov+dash")
+    )
+    # Where each frame is a fragment of its own, ffmpeg's writer gives B-frames wrong times, and frames beside sound too.
+    more = clip.maybe_sound() if "every" not in flags else {}
     output = [*more.pop("output", []), "-movflags", f"+{flags}+default_base_moof"]
-    clip.finish(clip.encode("fragments", output=output, **more))
+    coding = clip.coding(b_frames=0 if "every" in flags else None)
+    clip.finish(clip.encode("fragments", coding=coding, output=output, **more))
 
 
 @kind("interlaced")
 def _interlaced(clip: Clip) -> None:
     clip.choose(("h264", "mpeg2", "mpeg2"), ("mp4", "mkv", "ts", "m2ts", "mpg", "vob"))
     clip.height = 64
-    coding = clip.coding(params="tff=1")
+    coding = clip.coding(params="tff=1" if clip.codec == "h264" else "")
     coding[coding.index("-pix_fmt") + 1] = "yuv420p"
-    repeated = clip.codec == "mpeg2" and clip.rng.random() < 0.5
+    repeated = clip.codec == "mpeg2" and clip.rng.random() < 0.7
     name = clip.encode("fields", coding=[*coding, "-flags", "+ilme+ildct"], filters="setfield=tff")
     if repeated:
         clip.kinds.append("repeated fields")
@@ -645,7 +690,18 @@ def _hidden(clip: Clip) -> None:
     clip.count = min(clip.count, 48)
     coding = {
         "vp8": ["-c:v", "libvpx", "-deadline", "good", "-cpu-used", "5", "-auto-alt-ref", "1", "-lag-in-frames", "10"],
-        "vp9": ["-c:v", "libvpx-vp9", "-deadline", "good", "-cpu-used", "5", "-auto-alt-ref", "1", "-lag-in-frames", "12"],
+        "vp9": [
+            "-c:v",
+            "libvpx-vp9",
+            "-deadline",
+            "good",
+            "-cpu-used",
+            "5",
+            "-auto-alt-ref",
+            "1",
+            "-lag-in-frames",
+            "12",
+        ],
         "av1": ["-c:v", "libaom-av1", "-cpu-used", "8", "-auto-alt-ref", "1", "-lag-in-frames", "19"],
     }[clip.codec]
     group = clip.rng.choice(("16", "200"))
@@ -665,17 +721,21 @@ def _write(clip: Clip, movie: Movie, stem: str) -> None:
     movie.write(clip.path)
 
 
-def _edited(clip: Clip) -> tuple[Movie, list[float], float]:
+def _edited(clip: Clip, b_frames: int | None = None) -> tuple[Movie, list[float], float]:
     """A film of several groups to put an edit list into: its tables, its samples' times, and the first one's time."""
     clip.choose(("h264", "h264", "h264", "hevc", "av1", "mpeg4"), ("mp4", "mov"))
     clip.lengthen()
-    movie = clip.movie(clip.maybe_turned(clip.encode("whole", coding=clip.coding(group=clip.rng.choice((8, 12))))))
+    # An edit in open groups would show what cannot be decoded.
+    coding = clip.coding(group=clip.rng.choice((8, 12)), params="open-gop=0", b_frames=b_frames)
+    movie = clip.movie(clip.maybe_turned(clip.encode("whole", coding=coding)))
     return movie, movie.starts_s, min(movie.starts_s)
 
 
 def _edit(clip: Clip, movie: Movie, edits: list[tuple[float, float | None]]) -> None:
     movie.edits = edits
-    clip.note("elst: " + ", ".join(f"{d:.4f} s " + ("of nothing" if at is None else f"from {at:.4f} s") for d, at in edits))
+    clip.note(
+        "elst: " + ", ".join(f"{d:.4f} s " + ("of nothing" if at is None else f"from {at:.4f} s") for d, at in edits)
+    )
     _write(clip, movie, "edited")
 
 
@@ -692,8 +752,6 @@ def _repeated(data: bytes) -> bytes:
 
 def make(number: int, folder: Path) -> Clip:
     """Make file `number` in an empty folder. Raises Unmade where ffmpeg fails."""
-    import subprocess
-
     names = list(KINDS)
     clip = Clip(number, folder, random.Random(number), [names[number % len(names)]])
     try:
@@ -704,10 +762,89 @@ def make(number: int, folder: Path) -> Clip:
     return clip
 
 
-def run(number: int, folder: Path) -> dict[str, object]:
-    """Make a file and say what becomes of it."""
+def run(number: int, folder: Path) -> Result:
+    """Make a file, and say what becomes of it; nothing is left in the folder."""
     from comparison import examine
 
-    clip = make(number, folder)
-    outcome = examine(clip.path, folder, number, clip.held_s)
-    return {"number": number, "kinds": clip.kinds, **asdict(outcome), "recipe": clip.recipe}
+    folder.mkdir()
+    try:
+        clip = make(number, folder)
+        outcome = examine(clip.path, folder, number, clip.held_s)
+    finally:
+        shutil.rmtree(folder)
+    return {"number": number, "kinds": clip.kinds, "recipe": clip.recipe, **asdict(outcome)}
+
+
+def report(result: Result) -> str:
+    """What a person needs who looks into a file."""
+    made = "\n  ".join(result["recipe"])
+    return (
+        f"file {result['number']} ({', '.join(result['kinds'])}): {fate(result)}\n{result['detail']}\nmade by\n  {made}"
+    )
+
+
+def fate(result: Result) -> str:
+    """What became of a file, in a few words."""
+    if result["state"] == "differs":
+        return "read wrongly: " + ", ".join(result["aspects"])
+    return result["state"] if result["state"] == "taken" else f"{result['state']} ({result['detail']})"
+
+
+def by_family(results: Iterable[Result]) -> dict[str, list[Result]]:
+    families: dict[str, list[Result]] = {name: [] for name in KINDS}
+    for result in results:
+        families[result["kinds"][0]].append(result)
+    return {name: found for name, found in families.items() if found}
+
+
+def summary(results: Sequence[Result]) -> str:
+    """Each fate with its share, the same sentence with other numbers being the same: '7 of 9 taken; 2 of 9 refused'."""
+    groups: dict[str, list[str]] = {}
+    for result in results:
+        words = fate(result)
+        groups.setdefault(re.sub(r"\d[\d.]*", "N", words), []).append(words)
+    if len(groups) == 1 and len(results) > 1:
+        return f"all {len(results)} {next(iter(groups.values()))[0]}"
+    ordered = sorted(groups.values(), key=lambda words: (words[0] != "taken", -len(words)))
+    return "; ".join(f"{len(words)} of {len(results)} {words[0]}" for words in ordered)
+
+
+def table(old: Sequence[Result], new: Sequence[Result]) -> str:
+    """Markdown: by kind of file, what became of it before and becomes of it now, where that is not the same."""
+    now = by_family(new)
+    rows = ["| kind of file | before | now |", "|---|---|---|"]
+    for name, results in by_family(old).items():
+        before, after = summary(results), summary(now.get(name, []))
+        if [fate(result) for result in results] != [fate(result) for result in now.get(name, [])]:
+            rows.append(f"| {name} | {before} | {after} |".replace("CORRUPT: ", ""))
+    return "\n".join(rows)
+
+
+def main(arguments: Sequence[str]) -> int:
+    if arguments[:1] == ["--table"] and len(arguments) == 3:
+        print(table(*(json.loads(Path(name).read_text())["files"] for name in arguments[1:])))
+        return 0
+    if arguments[:1] == ["--make"] and len(arguments) == 3:
+        clip = make(int(arguments[1]), Path(arguments[2]))
+        print("\n".join([", ".join(clip.kinds), *clip.recipe, str(clip.path)]))
+        return 0
+    if not arguments or arguments[0].startswith("-") or len(arguments) > 2:
+        print(__doc__)
+        return 2
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(int(arguments[1]) if len(arguments) > 1 else COUNT):
+            try:
+                results.append(run(number, Path(folder) / str(number)))
+            except Unmade as error:
+                print(error, file=sys.stderr)
+    from comparison import versions
+
+    Path(arguments[0]).write_text(json.dumps({"versions": versions(), "files": results}, indent=1))
+    for name, found in by_family(results).items():
+        print(f"{name}: {summary(found)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
