@@ -657,10 +657,8 @@ def _sound(clip: Clip) -> None:
 def _fragments(clip: Clip) -> None:
     clip.choose(("h264", "h264", "hevc", "av1", "vp9"), ("mp4", "mp4 in fragments"))
     clip.container = "mp4"
-    flags = clip.rng.choice(
-        ("frag_keyframe+empty_moov", "frag_every_frame+empty_moov", "frag_keyframe+delay_moov+dash")
-    )
-    # Where each frame is a fragment of its own, ffmpeg's writer gives B-frames wrong times, and frames beside sound too.
+    flags = clip.rng.choice(("frag_keyframe+empty_moov", "frag_every_frame+empty_moov", "frag_keyframe+delay_moov"))
+    # With a fragment for each frame, ffmpeg's writer gives wrong times to B-frames, and to frames beside sound.
     more = clip.maybe_sound() if "every" not in flags else {}
     output = [*more.pop("output", []), "-movflags", f"+{flags}+default_base_moof"]
     coding = clip.coding(b_frames=0 if "every" in flags else None)

@@ -14,10 +14,10 @@ from generated import COUNT, KINDS, Result, make, report, run, table
 
 FAMILIES = list(KINDS)
 
-# What PyAV does otherwise than the ffmpeg program, without us: by kind of file and aspect, why, and a file that shows it.
+# What PyAV does otherwise than the ffmpeg program, without us: by kind of file and aspect, why, and an example.
 KNOWN = {
     ("interlaced", "pixels"): (
-        "PyAV spreads halved colours over each field by itself, the program over the picture",
+        "PyAV spreads the colours of each field by itself, the program those of the picture",
         32,
     ),
 }
