@@ -10,270 +10,26 @@ in, the third makes one file again.
 
 from __future__ import annotations
 
-import functools
 import json
 import random
 import re
-import shlex
 import shutil
 import struct
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from boxes import Movie
-from numbered import ffmpeg, picture
+from boxes import Movie, Sample
+from recipes import CODECS, CONTAINERS, EXACT, MOV, USUAL, Clip, Unmade
 
-RATES = ("12", "15", "24000/1001", "24", "25", "30000/1001", "30", "45", "50", "60000/1001", "60", "120")
-_MPEG_RATES = ("24000/1001", "24", "25", "30000/1001", "30", "50", "60000/1001", "60")
-_MOV = ("mp4", "mov", "mp4 in fragments")
-_MOST_PICTURES = 90
 COUNT = 300
 
 Result = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Codec:
-    """How ffmpeg is asked for a codec, and what can hold it."""
-
-    arguments: str
-    containers: tuple[str, ...]
-    formats: tuple[str, ...] = ("yuv420p",)
-    rates: tuple[str, ...] = RATES
-    b_frames: bool = False
-    groups: bool = True  # takes -g
-    odd: bool = False  # takes odd sizes with halved colour
-    size: tuple[int, int] | None = None
-    most: int = _MOST_PICTURES
-
-
-_X264 = "-c:v libx264 -preset ultrafast -threads 1"
-_X265 = "-c:v libx265 -preset ultrafast"
-CODECS = {
-    "h264": Codec(
-        _X264,
-        (*_MOV, "mkv", "ts", "m2ts", "flv", "3gp", "avi"),
-        ("yuv420p", "yuv420p", "yuvj420p", "yuv422p", "yuv444p"),
-        b_frames=True,
-    ),
-    "hevc": Codec(_X265, (*_MOV, "mkv", "ts", "m2ts"), ("yuv420p", "yuv420p", "yuv422p", "yuv444p"), b_frames=True),
-    "hevc 10 bit": Codec(_X265, (*_MOV, "mkv", "ts"), ("yuv420p10le", "yuv422p10le"), b_frames=True),
-    "vp8": Codec("-c:v libvpx -deadline realtime -cpu-used -8 -b:v 1M", ("webm", "mkv", "avi"), odd=True),
-    "vp9": Codec(
-        "-c:v libvpx-vp9 -deadline realtime -cpu-used 8 -b:v 1M",
-        ("webm", "mkv", "mp4"),
-        ("yuv420p", "yuv420p", "yuv444p"),
-        odd=True,
-    ),
-    "av1": Codec("-c:v libaom-av1 -usage realtime -cpu-used 8 -b:v 1M", ("mp4", "webm", "mkv"), odd=True, most=60),
-    "mpeg4": Codec("-c:v mpeg4 -q:v 3", ("avi", "mp4", "mov", "mkv", "3gp", "ts"), b_frames=True, odd=True),
-    "xvid": Codec("-c:v mpeg4 -vtag XVID -q:v 3", ("avi",), b_frames=True, odd=True),
-    "mpeg2": Codec(
-        "-c:v mpeg2video -q:v 3", ("ts", "m2ts", "mpg", "vob", "mkv"), rates=_MPEG_RATES, b_frames=True, odd=True
-    ),
-    "mpeg1": Codec("-c:v mpeg1video -q:v 3", ("mpg", "ts"), rates=_MPEG_RATES, b_frames=True, odd=True),
-    "mjpeg": Codec("-c:v mjpeg -q:v 3", ("avi", "mov", "mkv", "mp4"), ("yuvj420p", "yuvj422p"), groups=False, odd=True),
-    "prores": Codec("-c:v prores", ("mov", "mkv"), ("yuv422p10le",), groups=False, most=40),
-    "ffv1": Codec("-c:v ffv1", ("mkv", "avi"), ("yuv420p", "yuv444p"), odd=True, most=40),
-    "theora": Codec("-c:v libtheora -q:v 8", ("ogg", "mkv"), odd=True),
-    "flv1": Codec("-c:v flv1 -q:v 3", ("flv", "avi"), odd=True),
-    "wmv2": Codec("-c:v wmv2 -q:v 3", ("wmv", "avi"), odd=True),
-    "wmv1": Codec("-c:v wmv1 -q:v 3", ("wmv",), odd=True),
-    "msmpeg4": Codec("-c:v msmpeg4 -q:v 3", ("avi", "wmv"), odd=True),
-    "h263": Codec("-c:v h263 -q:v 3", ("3gp", "mov", "flv"), rates=("30000/1001", "15", "25"), size=(128, 96)),
-    "dv": Codec("-c:v dvvideo", ("avi", "mov", "mkv"), rates=("25",), groups=False, size=(720, 576), most=12),
-    "huffyuv": Codec("-c:v huffyuv", ("avi",), ("yuv422p",), groups=False, most=40),
-    "utvideo": Codec("-c:v utvideo", ("avi", "mkv"), groups=False, most=40),
-    "png": Codec("-c:v png", ("mov", "mkv"), ("rgb24",), groups=False, odd=True, most=40),
-    "qtrle": Codec("-c:v qtrle", ("mov",), ("rgb24",), odd=True, most=40),
-    "cinepak": Codec("-c:v cinepak", ("avi", "mov"), ("rgb24",), most=20),
-    "svq1": Codec("-c:v svq1", ("mov",), ("yuv410p",), most=30),
-    "raw": Codec("-c:v rawvideo", ("avi", "mkv"), ("yuv420p",), groups=False, most=40),
-}
-_USUAL = ("h264", "h264", "hevc", "hevc 10 bit", "vp9", "av1", "mpeg4")
-# Kinds of file: the name that ffmpeg takes from the suffix, and what else it is told.
-CONTAINERS: dict[str, tuple[str, str]] = {
-    "mp4": (".mp4", ""),
-    "mov": (".mov", ""),
-    "mp4 in fragments": (".mp4", "-movflags +frag_keyframe+empty_moov+default_base_moof"),
-    "mkv": (".mkv", ""),
-    "webm": (".webm", ""),
-    "avi": (".avi", ""),
-    "ts": (".ts", ""),
-    "m2ts": (".m2ts", ""),
-    "flv": (".flv", ""),
-    "wmv": (".wmv", ""),
-    "ogg": (".ogv", ""),
-    # A packet holds no two frames, however small: their times would be guessed.
-    "mpg": (".mpg", "-packetsize 200"),
-    "vob": (".vob", "-packetsize 200"),
-    "3gp": (".3gp", ""),
-}
-_SOUND = {"webm": "libopus", "avi": "libmp3lame", "wmv": "wmav2", "ogg": "libvorbis", "mpg": "mp2", "vob": "mp2"}
-_EXACT = ("-fflags", "+bitexact")  # no random numbers in the file
-_SOUND |= {"m2ts": "ac3"}
-
-
-class Unmade(Exception):
-    """A file that the generator failed to make as intended."""
-
-
-@dataclass
-class Clip:
-    """A made file. kinds: what is odd about it, then codec and container. recipe: the commands, in order."""
-
-    number: int
-    folder: Path
-    rng: random.Random
-    kinds: list[str] = field(default_factory=list)
-    recipe: list[str] = field(default_factory=list)
-    path: Path = Path()
-    codec: str = ""
-    container: str = ""
-    width: int = 96
-    height: int = 64
-    rate: str = "30"
-    count: int = 30
-    b_frames: int = 0
-    held_s: float | None = None  # how long the last frame stays, where that is known
-
-    @property
-    def seconds(self) -> float:
-        return self.count / float(Fraction(self.rate))
-
-    @property
-    def family(self) -> str:
-        return self.kinds[0]
-
-    def run(self, *arguments: str, feed: bytes | None = None) -> None:
-        """ffmpeg, in the folder of the clip; noted in the recipe."""
-        placed = [str(self.folder / word[1:]) if word.startswith("@") else word for word in arguments]
-        self.note("ffmpeg " + shlex.join(word.removeprefix("@") for word in arguments))
-        ffmpeg(*placed, feed=feed)
-
-    def note(self, line: str) -> None:
-        self.recipe.append(line)
-
-    def choose(self, codecs: Sequence[str], containers: Sequence[str] = tuple(CONTAINERS)) -> None:
-        """Draw codec, container, size, rate and length."""
-        able = [name for name in codecs if set(CODECS[name].containers) & set(containers)]
-        self.codec = self.rng.choice(able)
-        codec = CODECS[self.codec]
-        self.container = self.rng.choice([name for name in codec.containers if name in containers])
-        self.rate = self.rng.choice(codec.rates)
-        seconds = self.rng.uniform(1.0, 2.5)
-        self.count = max(10, min(codec.most, round(seconds * float(Fraction(self.rate)))))
-        self.width, self.height = codec.size or self.rng.choice(((96, 64), (96, 64), (64, 96), (80, 60)))
-        self.b_frames = self.rng.randint(0, 3) if codec.b_frames else 0
-
-    def lengthen(self) -> None:
-        """Enough frames for several groups."""
-        self.count = max(self.count, min(CODECS[self.codec].most, 60))
-
-    def clock(self) -> list[str]:
-        """An MP4 track whose clock is fine enough for what is done to its tables."""
-        return ["-video_track_timescale", "90000"] if self.container in ("mp4", "mov") else []
-
-    def name(self, stem: str) -> str:
-        return "@" + stem + CONTAINERS[self.container][0]
-
-    def coding(self, *, params: str = "", b_frames: int | None = None, group: int | None = None) -> list[str]:
-        """ffmpeg's arguments for the drawn codec; `params`: for x264 or x265."""
-        codec = CODECS[self.codec]
-        words = codec.arguments.split()
-        b_frames = self.b_frames if b_frames is None else b_frames
-        if codec.groups:
-            words += ["-g", str(group or self.rng.choice((5, 12, 12, 24, 250)))]
-        if codec.b_frames:
-            words += ["-bf", str(b_frames)]
-        if "libx264" in words and params:
-            words += ["-x264-params", params]
-        if "libx265" in words:
-            words += ["-x265-params", ":".join(["log-level=error:pools=1:frame-threads=1", *filter(None, [params])])]
-        return [*words, "-pix_fmt", self.rng.choice(codec.formats)]
-
-    def encode(
-        self,
-        stem: str,
-        *,
-        coding: Sequence[str] | None = None,
-        filters: str = "",
-        output: Sequence[str] = (),
-        before: Sequence[str] = (),
-        inputs: Sequence[str] = (),
-        first: int = 0,
-        count: int | None = None,
-        fragments: bool = True,
-    ) -> str:
-        """Encode numbered pictures; returns the file's name, for `run`."""
-        count = self.count if count is None else count
-        feed = b"".join(_picture(n, self.width, self.height) for n in range(first, first + count))
-        raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{self.width}x{self.height}", "-r", self.rate]
-        name = self.name(stem)
-        more = CONTAINERS[self.container][1].split() if fragments else []
-        words = [*before, *raw, "-i", "-", *inputs]
-        words += ["-vf", filters] if filters else []
-        self.run(*words, *(coding or self.coding()), *output, *more, *_EXACT, name, feed=feed)
-        return name
-
-    def finish(self, name: str) -> None:
-        self.path = self.folder / name.removeprefix("@")
-
-    def movie(self, name: str) -> Movie:
-        return Movie(self.folder / name.removeprefix("@"))
-
-    def sound(self, seconds: float) -> list[str]:
-        """An input of sound."""
-        return ["-f", "lavfi", "-i", f"sine=f=440:r=44100:d={seconds:.3f}"]
-
-    def sound_coding(self) -> list[str]:
-        return ["-c:a", _SOUND.get(self.container, "aac"), "-ar", "48000" if self.container == "webm" else "44100"]
-
-    def maybe_sound(self) -> dict[str, list[str]]:
-        """Now and then, sound as long as the picture, as arguments of `encode`."""
-        if self.rng.random() < 0.7:
-            return {}
-        self.kinds.append("sound")
-        return {"inputs": self.sound(self.seconds), "output": self.sound_coding()}
-
-    def maybe_turned(self, name: str) -> str:
-        """Now and then, a display matrix."""
-        if self.container not in ("mp4", "mov", "mkv") or self.rng.random() < 0.7:
-            return name
-        return self.turned(name, self.rng.choice((90, 180, 270)), mirror=self.rng.choice(("", "", "h", "v")))
-
-    def turned(self, name: str, degrees: int, mirror: str = "") -> str:
-        self.kinds.append(f"turned by {degrees}" + (f", {mirror}flip" if mirror else ""))
-        before = ["-display_rotation", str(degrees)] + (["-display_" + mirror + "flip"] if mirror else [])
-        return self.copy(name, "turned", before=before)
-
-    def copy(self, name: str, stem: str, *, before: Sequence[str] = (), output: Sequence[str] = ()) -> str:
-        """Copy the streams of a file into another of its kind."""
-        to = self.name(stem)
-        more = CONTAINERS[self.container][1].split()
-        self.run(*before, "-i", name, "-map", "0", "-c", "copy", *output, *more, *_EXACT, to)
-        return to
-
-
-@functools.lru_cache(maxsize=4000)
-def _picture(number: int, width: int, height: int) -> bytes:
-    """A numbered picture of one strong colour with little change in it.
-
-    So that a wrong matrix shows everywhere, and not where exactly halved colours are taken to lie: of that, and of how
-    the colours of two fields are parted, ffmpeg's own versions differ.
-    """
-    rgb = picture(number, width, height).astype(np.float32)
-    grey = rgb.mean(axis=2, keepdims=True)
-    tinted = grey + 0.4 * (rgb - grey) + np.float32([35, -10, -35])
-    return np.clip(tinted, 0, 255).astype(np.uint8).tobytes()
-
 
 # -- the kinds --------------------------------------------------------------------------------------------------------
 
@@ -289,24 +45,19 @@ def kind(name: str) -> Callable[[Maker], Maker]:
     return add
 
 
-@kind("any codec")
-def _any(clip: Clip) -> None:
-    clip.choose(tuple(CODECS))
-    clip.finish(clip.maybe_turned(clip.encode("plain", **clip.maybe_sound())))
-
-
 @kind("old codec")
 def _old(clip: Clip) -> None:
-    clip.choose([name for name in CODECS if name not in _USUAL and name != "dv"])
+    clip.choose([name for name in CODECS if name not in USUAL and name != "dv"])
     clip.finish(clip.encode("old", **clip.maybe_sound()))
 
 
 @kind("usual codec")
 def _usual(clip: Clip) -> None:
-    clip.choose(_USUAL)
+    clip.choose(USUAL)
     more = clip.maybe_sound()
     if clip.container in ("mp4", "mov") and clip.rng.random() < 0.3:
         more["output"] = [*more.get("output", []), "-video_track_timescale", clip.rng.choice(("600", "1000", "90000"))]
+        more["output"] += clip.rng.choice(([], ["-movflags", "+faststart"]))
     clip.finish(clip.maybe_turned(clip.encode("usual", **more)))
 
 
@@ -324,36 +75,47 @@ def _colours(clip: Clip) -> None:
     clip.finish(clip.maybe_turned(clip.encode("colours", coding=coding, filters=filters, output=output)))
 
 
-@kind("pauses")
-def _pauses(clip: Clip) -> None:
-    """Variable rate: frames left out, and gaps of up to a second."""
-    clip.choose(("h264", "hevc", "vp9", "av1", "mpeg4"), ("mp4", "mov", "mkv", "webm", "ts", "flv", "mp4 in fragments"))
+def _paused(clip: Clip) -> str:
+    """A filter for a variable rate: frames left out, and a gap of up to a second."""
     every, at = clip.rng.randint(2, 4), clip.rng.randint(3, clip.count // 2)
     gap = clip.rng.choice((0.2, 0.5, 1.0))
-    filters = f"select='not(mod(n,{every}))+between(n,{at},{at + 8})',setpts='PTS+gt(N,{at})*{gap}/TB'"
-    output = ["-fps_mode", "passthrough"]
-    clip.finish(clip.maybe_turned(clip.encode("pauses", filters=filters, output=output)))
+    return f"select='not(mod(n,{every}))+between(n,{at},{at + 8})',settb=1/90000,setpts='PTS+gt(N,{at})*{gap}/TB'"
+
+
+def _jittering(clip: Clip) -> str:
+    """A filter for what a phone writes: no two steps alike."""
+    amount = clip.rng.choice((0.2, 0.4))
+    return f"settb=1/90000,setpts='(N+{amount}*sin(N*12.9898)*cos(N*78.233))/({clip.rate})/TB'"
+
+
+def _nearly_equal(clip: Clip) -> str:
+    """A filter for pairs of frames a fraction of a millisecond apart."""
+    near, every = clip.rng.choice((0.00006, 0.00024, 0.0006)), clip.rng.randint(4, 9)
+    clip.kinds.append(f"{1000 * near:.2f} ms")
+    return f"settb=1/90000,setpts='(N+eq(mod(N,{every}),2)*(1-{near}*({clip.rate})))/({clip.rate})/TB'"
+
+
+_OWN_TIMES = ("-fps_mode", "passthrough", "-enc_time_base", "1/90000")
+
+
+@kind("pauses")
+def _pauses(clip: Clip) -> None:
+    clip.choose(("h264", "hevc", "vp9", "av1", "mpeg4"), (*MOV, "mkv", "webm", "ts", "flv"))
+    output = ["-fps_mode", "passthrough"] if clip.codec == "mpeg4" else _OWN_TIMES  # its clock is 16 bits
+    clip.finish(clip.maybe_turned(clip.encode("pauses", filters=_paused(clip), output=output)))
 
 
 @kind("jittering times")
 def _jitter(clip: Clip) -> None:
-    """What a phone writes: no two steps alike."""
-    clip.choose(("h264", "hevc", "vp9", "av1"), ("mp4", "mov", "mkv", "webm", "ts", "mp4 in fragments"))
-    amount = clip.rng.choice((0.2, 0.4))
-    filters = f"settb=1/90000,setpts='(N+{amount}*sin(N*12.9898)*cos(N*78.233))/({clip.rate})/TB'"
-    output = ["-fps_mode", "passthrough", "-enc_time_base", "1/90000"]
-    clip.finish(clip.maybe_turned(clip.encode("jitter", filters=filters, output=output)))
+    clip.choose(("h264", "hevc", "vp9", "av1"), (*MOV, "mkv", "webm", "ts"))
+    clip.finish(clip.maybe_turned(clip.encode("jitter", filters=_jittering(clip), output=_OWN_TIMES)))
 
 
 @kind("near-equal times")
 def _near(clip: Clip) -> None:
-    """Pairs of frames a fraction of a millisecond apart; in Matroska they fall on the same millisecond or the next."""
-    clip.choose(("h264", "h264", "hevc", "vp9"), ("mp4", "mov", "mkv", "ts", "webm", "mp4 in fragments"))
-    near, every = clip.rng.choice((0.00006, 0.00024, 0.0006)), clip.rng.randint(4, 9)
-    clip.kinds.append(f"{1000 * near:.2f} ms")
-    filters = f"settb=1/90000,setpts='(N+eq(mod(N,{every}),2)*(1-{near}*({clip.rate})))/({clip.rate})/TB'"
-    output = ["-fps_mode", "passthrough", "-enc_time_base", "1/90000"]
-    clip.finish(clip.maybe_turned(clip.encode("near", filters=filters, output=output)))
+    """In Matroska they fall on the same millisecond, or on the next."""
+    clip.choose(("h264", "h264", "hevc", "vp9"), (*MOV, "mkv", "webm", "ts"))
+    clip.finish(clip.maybe_turned(clip.encode("near", filters=_nearly_equal(clip), output=_OWN_TIMES)))
 
 
 @kind("equal times")
@@ -369,10 +131,7 @@ def _equal(clip: Clip) -> None:
         clip.finish(clip.copy(name, "equal", output=["-bsf:v", f"setts=ts='TS-({step})':time_base=1/1000:prescale=1"]))
         return
     movie = clip.movie(name)
-    for n in twice:
-        if n + 1 not in twice:
-            movie.samples[n].duration, movie.samples[n + 1].duration = 0, movie.samples[n].duration * 2
-    clip.note(f"stts: samples {twice} last 0, the next ones twice as long")
+    _equalise(clip, movie, twice)
     _write(clip, movie, "equal")
 
 
@@ -380,9 +139,7 @@ def _equal(clip: Clip) -> None:
 def _dropped(clip: Clip) -> None:
     clip.choose(("mpeg4", "xvid", "h264", "mjpeg", "huffyuv", "msmpeg4"), ("avi",))
     filters = f"select='mod(n*{clip.rng.choice((7, 11))},{clip.rng.choice((5, 9))})'"
-    coding = clip.coding(b_frames=0)
-    name = clip.encode("dropped", coding=coding, filters=filters, output=["-fps_mode", "passthrough"])
-    clip.finish(name)
+    clip.finish(clip.encode("dropped", filters=filters, output=["-fps_mode", "passthrough"]))
 
 
 @kind("B-frames in AVI")
@@ -404,14 +161,7 @@ def _empty(clip: Clip) -> None:
     """A sample without data where a frame was dropped."""
     clip.choose(("h264", "h264", "hevc", "mpeg4", "av1"), ("mp4", "mov"))
     movie = clip.movie(clip.maybe_turned(clip.encode("whole", coding=clip.coding(group=12), output=clip.clock())))
-    places = sorted(clip.rng.sample(range(2, clip.count - 1), clip.rng.randint(1, 3)), reverse=True)
-    for place in places:
-        before = movie.samples[place - 1]
-        half = before.duration // 2
-        empty = type(before)(0, before.offset, before.duration - half, before.shift, sync=False)
-        before.duration = half
-        movie.samples.insert(place, empty)
-    clip.note(f"stsz: an empty sample before each of {places}, which takes half of the time of the one before it")
+    _empty_out(clip, movie)
     _write(clip, movie, "empty")
 
 
@@ -497,14 +247,14 @@ def _edits(clip: Clip) -> None:
 
 @kind("turned")
 def _turned(clip: Clip) -> None:
-    clip.choose(_USUAL, ("mp4", "mov", "mkv"))
+    clip.choose(USUAL, ("mp4", "mov", "mkv"))
     name = clip.encode("upright", coding=clip.coding())
     clip.finish(clip.turned(name, clip.rng.choice((0, 90, 180, 270)), clip.rng.choice(("", "h", "v"))))
 
 
 @kind("mirrored")
 def _mirrored(clip: Clip) -> None:
-    clip.choose(_USUAL, ("mp4", "mov", "mkv"))
+    clip.choose(USUAL, ("mp4", "mov", "mkv"))
     clip.b_frames = min(clip.b_frames, 1)
     degrees = (0, 90, 180, 270)[clip.number // len(KINDS) % 4]
     name = clip.encode("upright", coding=clip.coding())
@@ -513,7 +263,7 @@ def _mirrored(clip: Clip) -> None:
 
 @kind("open groups")
 def _open(clip: Clip) -> None:
-    clip.choose(("h264", "hevc", "hevc", "mpeg2"), (*_MOV, "mkv", "ts", "m2ts", "mpg", "vob"))
+    clip.choose(("h264", "hevc", "hevc", "mpeg2"), (*MOV, "mkv", "ts", "m2ts", "mpg", "vob"))
     clip.b_frames = clip.rng.randint(1, 3)
     group = clip.rng.choice((4, 8, 15))
     params = f"open-gop=1:scenecut=0:min-keyint={group}:b-pyramid={clip.rng.choice((0, 1))}"
@@ -523,7 +273,7 @@ def _open(clip: Clip) -> None:
 
 @kind("intra refresh")
 def _refresh(clip: Clip) -> None:
-    clip.choose(("h264", "h264", "hevc"), (*_MOV, "mkv", "ts", "flv"))
+    clip.choose(("h264", "h264", "hevc"), (*MOV, "mkv", "ts", "flv"))
     coding = clip.coding(group=clip.rng.choice((12, 24)), b_frames=0, params="intra-refresh=1:scenecut=0")
     clip.finish(clip.encode("refresh", coding=coding, **clip.maybe_sound()))
 
@@ -573,18 +323,14 @@ def _joined(clip: Clip) -> None:
     far = clip.rng.choice(((), (), ("-output_ts_offset", "20")))
     first = clip.encode("first", coding=coding, output=far)
     second = clip.encode("second", coding=coding, first=clip.count, count=other)
-    clip.note(f"cat {first[1:]} {second[1:]}")
-    clip.finish(clip.name("joined"))
-    clip.path.write_bytes(b"".join((clip.folder / name[1:]).read_bytes() for name in (first, second)))
+    _join(clip, (first, second))
 
 
 @kind("held last frame")
 def _held(clip: Clip) -> None:
     clip.choose(("h264", "h264", "hevc", "av1", "mpeg4"), ("mp4", "mov"))
     movie = clip.movie(clip.maybe_turned(clip.encode("whole", coding=clip.coding(b_frames=0), output=clip.clock())))
-    clip.held_s = clip.rng.choice((0.5, 3.0))
-    movie.samples[-1].duration = round(clip.held_s * movie.clock)
-    clip.note(f"stts: the last sample lasts {clip.held_s} s")
+    _hold(clip, movie)
     _write(clip, movie, "held")
 
 
@@ -607,7 +353,7 @@ def _cover(clip: Clip) -> None:
         "1",
     ]
     output += [f"-disposition:v:{film}", "default", f"-disposition:v:{still}", "0"]
-    clip.run("-i", name, *cover, *output, *_EXACT, to)
+    clip.run("-i", name, *cover, *output, *EXACT, to)
     clip.finish(to)
 
 
@@ -622,7 +368,7 @@ def _second(clip: Clip) -> None:
     maps = ["-map", "0:v", "-map", "1:v"] if film == "0" else ["-map", "1:v", "-map", "0:v"]
     output = [*maps, f"-c:v:{film}", "copy", f"-c:v:{other_place}", "mpeg4", "-q:v", "5"]
     output += [f"-disposition:v:{film}", "default", f"-disposition:v:{other_place}", "0"]
-    clip.run("-i", name, *other, *output, *_EXACT, to)
+    clip.run("-i", name, *other, *output, *EXACT, to)
     clip.finish(to)
 
 
@@ -633,14 +379,14 @@ def _preview(clip: Clip) -> None:
     to = clip.name("preview")
     coding = ["-c:v:0", "copy", "-c:v:1", "mpeg4" if clip.container == "ts" else "mjpeg"]
     small = ["-f", "lavfi", "-i", f"testsrc2=s=48x32:d={clip.seconds:.2f}:r=1"]
-    clip.run("-i", name, *small, "-map", "0:v", "-map", "1:v", *coding, "-q:v:1", "5", *_EXACT, to)
+    clip.run("-i", name, *small, "-map", "0:v", "-map", "1:v", *coding, "-q:v:1", "5", *EXACT, to)
     clip.finish(to)
 
 
 @kind("sound longer or earlier")
 def _sound(clip: Clip) -> None:
     names = [n for n in CONTAINERS if n not in ("mp4 in fragments",)]
-    clip.choose((*_USUAL, "mpeg2", "theora", "wmv2", "flv1", "vp8"), names)
+    clip.choose((*USUAL, "mpeg2", "theora", "wmv2", "flv1", "vp8"), names)
     longer = clip.rng.choice((0.0, 0.6, 2.0))
     late = clip.rng.choice((0.0, 0.3, 0.9))
     first = clip.rng.random() < 0.5
@@ -714,9 +460,138 @@ def _anamorphic(clip: Clip) -> None:
     clip.finish(clip.maybe_turned(clip.encode("aspect", filters=f"setsar={aspect}")))
 
 
+@kind("one to three frames")
+def _short(clip: Clip) -> None:
+    clip.choose(tuple(CODECS))
+    clip.count = clip.rng.randint(1, 3)
+    clip.finish(clip.encode("short", **clip.maybe_sound()))
+
+
+@kind("streamed: no index, no length")
+def _streamed(clip: Clip) -> None:
+    """What is written while it is sent: by a browser's recorder, or a live stream."""
+    clip.choose(("h264", "h264", "vp8", "vp9", "flv1"), ("mkv", "webm", "flv"))
+    more = clip.maybe_sound()
+    live = ["-flvflags", "no_duration_filesize"] if clip.container == "flv" else ["-live", "1"]
+    filters = _jittering(clip) if clip.codec != "flv1" and clip.rng.random() < 0.5 else ""
+    output = [*more.pop("output", []), *live, *(_OWN_TIMES if filters else ())]
+    clip.finish(clip.encode("streamed", filters=filters, output=output, **more))
+
+
+@kind("cover, subtitles and time code beside it")
+def _beside(clip: Clip) -> None:
+    clip.choose(USUAL, ("mp4", "mov"))
+    name = clip.maybe_turned(clip.encode("film"))
+    (clip.folder / "words.srt").write_text("1\n00:00:00,100 --> 00:00:09,000\nla la\n")
+    clip.note("words.srt: one line from 0.1 to 9 s")
+    inputs = ["-i", name, "-f", "lavfi", "-i", "testsrc2=s=320x180:d=1:r=1", "-i", "@words.srt"]
+    inputs += clip.sound(clip.seconds)
+    order = [["-map", "2:s"], ["-map", "3:a"], ["-map", "0:v", "-map", "1:v"]]
+    clip.rng.shuffle(order)
+    output = [*(word for words in order for word in words), "-c:a", "aac", "-c:s", "mov_text", "-c:v:0", "copy"]
+    output += ["-c:v:1", "mjpeg", "-frames:v:1", "1", "-disposition:v:1", "attached_pic"]
+    output += ["-timecode", "00:00:10:00"] if clip.container == "mov" else []
+    to = clip.name("beside")
+    clip.run(*inputs, *output, *EXACT, to)
+    clip.finish(to)
+
+
+def _mixed(clip: Clip) -> dict[str, Any]:
+    """Arguments of `encode` for odd times, odd groups, pixels that are not square and sound, each now and then."""
+    rng = clip.rng
+    way = rng.choice((None, _paused, _jittering, _nearly_equal))
+    filters = [way(clip)] if way else []
+    filters += [f"setsar={rng.choice(('4/3', '3/4'))}"] if rng.random() < 0.3 else []
+    closed, group = "open-gop=0:scenecut=0", rng.choice((5, 12, 24))
+    params = rng.choice((closed, closed, f"open-gop=1:scenecut=0:min-keyint={group}"))
+    clip.kinds += ["open groups"] if "open-gop=1" in params and clip.b_frames else []
+    more = clip.maybe_sound()
+    times = _OWN_TIMES if way else ()
+    coding = clip.coding(group=group, params=params)
+    return {"filters": ",".join(filters), "coding": coding, **more, "output": [*more.get("output", []), *times]}
+
+
+@kind("several oddities (MP4)")
+def _mixed_mp4(clip: Clip) -> None:
+    clip.choose(("h264", "h264", "hevc", "vp9", "av1"), ("mp4", "mov"))
+    clip.lengthen()
+    more = _mixed(clip)
+    more["output"] += clip.clock()
+    movie = clip.movie(clip.maybe_turned(clip.encode("whole", **more)))
+    if clip.b_frames == 0 and clip.rng.random() < 0.5:
+        _equalise(clip, movie, sorted(clip.rng.sample(range(1, len(movie.samples) - 1), 2)))
+    if clip.rng.random() < 0.4:
+        _empty_out(clip, movie)
+    if clip.b_frames == 0 and clip.rng.random() < 0.4:
+        _hold(clip, movie)
+    if clip.rng.random() < 0.6 and not any("open groups" in kind for kind in clip.kinds):
+        clip.held_s = None
+        start, length = min(movie.starts_s), max(movie.starts_s) - min(movie.starts_s)
+        late, early = clip.rng.choice(((0.4, 0.0), (0.0, 0.5), (0.3, 0.3))) if clip.rng.random() < 0.7 else (0.0, 0.0)
+        delay = [(clip.rng.choice((0.1, 1.5)), None)] if clip.rng.random() < 0.4 else []
+        _edit(clip, movie, [*delay, (length * (1 - late - early), start + length * late)])
+    else:
+        _write(clip, movie, "mixed")
+
+
+@kind("several oddities (TS)")
+def _mixed_ts(clip: Clip) -> None:
+    clip.choose(("h264", "h264", "hevc"), ("ts", "m2ts"))
+    clip.lengthen()
+    more = _mixed(clip)
+    wrap = f"{2**33 / 90000 - 1.4 - clip.rng.uniform(0.1, 0.9) * clip.seconds:.3f}"
+    more["output"] += clip.rng.choice(([], ["-muxdelay", "0", "-muxpreload", "0"], ["-output_ts_offset", wrap]))
+    names = [clip.encode("first", **more)]
+    if clip.rng.random() < 0.5 and not (clip.b_frames and more["filters"]):  # there ffmpeg's own times go back
+        names.append(clip.encode("second", **more, first=clip.count, count=clip.rng.choice((10, clip.count))))
+    _join(clip, names)
+
+
+@kind("several oddities (Matroska)")
+def _mixed_mkv(clip: Clip) -> None:
+    clip.choose(("h264", "hevc", "vp8", "vp9", "av1"), ("mkv", "webm"))
+    clip.lengthen()
+    more = _mixed(clip)
+    offset = ["-output_ts_offset", clip.rng.choice(("-0.3", "0.7", "600"))]
+    more["output"] += clip.rng.choice(([], ["-live", "1"], [*offset, "-avoid_negative_ts", "disabled"]))
+    name = clip.encode("mixed", **more)
+    clip.finish(clip.maybe_turned(name) if "-live" not in more["output"] else name)
+
+
+def _join(clip: Clip, names: Sequence[str]) -> None:
+    clip.note("cat " + " ".join(name[1:] for name in names))
+    clip.finish(clip.name("joined"))
+    clip.path.write_bytes(b"".join((clip.folder / name[1:]).read_bytes() for name in names))
+
+
 def _write(clip: Clip, movie: Movie, stem: str) -> None:
     clip.finish(clip.name(stem))
     movie.write(clip.path)
+
+
+def _equalise(clip: Clip, movie: Movie, twice: Sequence[int]) -> None:
+    """Samples without a duration: the next one has the same time."""
+    for n in twice:
+        if n + 1 not in twice:
+            movie.samples[n].duration, movie.samples[n + 1].duration = 0, movie.samples[n].duration * 2
+    clip.note(f"stts: samples {[*twice]} last 0, the next ones twice as long")
+
+
+def _empty_out(clip: Clip, movie: Movie) -> None:
+    """Samples without data, where frames were dropped."""
+    places = sorted(clip.rng.sample(range(2, len(movie.samples) - 1), clip.rng.randint(1, 3)), reverse=True)
+    for place in places:
+        before = movie.samples[place - 1]
+        half = before.duration // 2
+        movie.samples.insert(place, Sample(0, before.offset, before.duration - half, before.shift, sync=False))
+        before.duration = half
+    clip.note(f"stsz: an empty sample before each of {places}, which takes half of the time of the one before it")
+
+
+def _hold(clip: Clip, movie: Movie) -> None:
+    clip.held_s = clip.rng.choice((0.5, 3.0))
+    movie.samples[-1].duration = round(clip.held_s * movie.clock)
+    clip.note(f"stts: the last sample lasts {clip.held_s} s")
 
 
 def _edited(clip: Clip, b_frames: int | None = None) -> tuple[Movie, list[float], float]:
