@@ -182,14 +182,15 @@ def _single_threaded(stream: Any) -> Any:
 class _Seen(NamedTuple):
     """What one reading of a stream brought.
 
-    first: the first frame. shown, stamps: packet and time of every decoded frame, in order. second: the packet of the
-    second key frame.
+    first: the first frame. shown, stamps, dts: packet, presentation and decoding time of every decoded frame, in order.
+    second: the packet of the second key frame.
     """
 
     packets: Packets
     first: Any
     shown: list[int]
     stamps: list[int | None]
+    dts: list[int | None]
     second: Any
 
 
@@ -198,6 +199,7 @@ def _read(demuxer: Demuxer, codec: str, decoding: bool) -> _Seen:
     packets = Packets()
     shown: list[int] = []
     stamps: list[int | None] = []
+    dts: list[int | None] = []
     first = second = None
     for number, packet in demuxer:
         if number >= 0:
@@ -218,7 +220,8 @@ def _read(demuxer: Demuxer, codec: str, decoding: bool) -> _Seen:
                 first = first or frame
                 shown.append(packet_of(frame))
                 stamps.append(frame.pts)
-    return _Seen(packets, first, shown, stamps, second)
+                dts.append(frame.dts)
+    return _Seen(packets, first, shown, stamps, dts, second)
 
 
 def _index(path: Path, container: Any, by_decoding: bool) -> VideoIndex:
@@ -228,7 +231,7 @@ def _index(path: Path, container: Any, by_decoding: bool) -> VideoIndex:
     codec = stream.codec_context.codec.canonical_name
     by_decoding = by_decoding or codec not in _TOLD_BY_PACKETS or container.format.name not in _TIMED
     demuxer = Demuxer(container, stream)
-    packets, first, shown, decoded_stamps, second = _read(demuxer, codec, by_decoding)
+    packets, first, shown, decoded_stamps, dts, second = _read(demuxer, codec, by_decoding)
     refuse_cut(path, container, stream, len(packets.stamps))
     if not packets.stamps:
         raise StageError(FailureCode.CORRUPT, "the video stream has no frames")
@@ -240,7 +243,9 @@ def _index(path: Path, container: Any, by_decoding: bool) -> VideoIndex:
     if by_decoding:
         if demuxer.restarted and None in decoded_stamps:
             raise StageError(FailureCode.CORRUPT, _LOST_CLOCK)
-        stamps = _timeline(decoded_stamps, base, stream.average_rate)
+        # AVI has decoding times alone; where nothing is reordered they are the times of presentation.
+        in_order = container.format.name == "avi" and shown == sorted(shown) and None not in dts
+        stamps = _timeline(dts if in_order else decoded_stamps, base, stream.average_rate)
     else:
         shown, stamps = _shown_packets(packets)
     known = np.asarray(packets.key)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from comparison import versions
+from generated import KINDS, by_family, summary
 from numbered import Shown, shown_by_ffmpeg
 from videos import VIDEOS
 
@@ -35,3 +37,15 @@ def video(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Video]:
         return made[name]
 
     return get
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What became of the generated files, by kind, where many were made; and with which libraries."""
+    reports = [report for state in ("passed", "failed") for report in terminalreporter.getreports(state)]
+    results = [value for report in reports for name, value in report.user_properties if name == "generated"]
+    if results:
+        terminalreporter.section("generated files")
+        terminalreporter.line(", ".join(f"{name} {version}" for name, version in versions().items()))
+    if len(results) > len(KINDS):
+        for name, found in by_family(sorted(results, key=lambda result: result["number"])).items():
+            terminalreporter.line(f"{name}: {summary(found)}")
