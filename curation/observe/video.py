@@ -228,57 +228,39 @@ def _index(path: Path, container: Any, by_decoding: bool) -> VideoIndex:
     stream = _single_threaded(film_stream(container, lambda: _open(path)))
     if stream.time_base is None or stream.width == 0:
         raise StageError(FailureCode.CORRUPT, "the video stream has no size or no clock")
-    codec = stream.codec_context.codec.canonical_name
-    by_decoding = by_decoding or codec not in _TOLD_BY_PACKETS or container.format.name not in _TIMED
+    name, codec = container.format.name, stream.codec_context.codec.canonical_name
+    by_decoding = by_decoding or codec not in _TOLD_BY_PACKETS or name not in _TIMED
     demuxer = Demuxer(container, stream)
-    packets, first, shown, decoded_stamps, dts, second = _read(demuxer, codec, by_decoding)
+    seen = _read(demuxer, codec, by_decoding)
+    packets, first = seen.packets, seen.first
     refuse_cut(path, container, stream, len(packets.stamps))
-    if not packets.stamps:
-        raise StageError(FailureCode.CORRUPT, "the video stream has no frames")
     if first is None:
         raise StageError(FailureCode.CORRUPT, "no frame of the file can be decoded")
     if packets.untimed and not by_decoding:
         return _read_index(path, by_decoding=True)
     base = Fraction(stream.time_base)
-    if by_decoding:
-        if demuxer.restarted and None in decoded_stamps:
-            raise StageError(FailureCode.CORRUPT, _LOST_CLOCK)
-        # AVI has decoding times alone; where nothing is reordered they are the times of presentation.
-        in_order = container.format.name == "avi" and shown == sorted(shown) and None not in dts
-        stamps = _timeline(dts if in_order else decoded_stamps, base, stream.average_rate)
-    else:
-        shown, stamps = _shown_packets(packets)
-    known = np.asarray(packets.key)
-    keys = known[shown]
+    shown, stamps = _decoded(seen, demuxer, name, stream) if by_decoding else _shown_packets(packets)
+    if not len(stamps):
+        raise StageError(FailureCode.CORRUPT, "the video stream shows no frame")
+    numbers = np.full(len(packets.stamps), -1, np.int64)
+    numbers[shown[shown >= 0]] = np.flatnonzero(shown >= 0)
+    keys = np.asarray(packets.key)[shown] & (shown >= 0)
     # With intra refresh the picture is renewed bit by bit: what is marked as a key frame is none.
+    second = seen.second
     refreshed = second is not None and not second.is_discard and not _decode_alone(stream.codec_context, second)
     if refreshed:
         keys[1:] = False
-    numbers = np.full(len(packets.stamps), -1, np.int64)
-    numbers[shown] = np.arange(len(shown))
-    places = np.asarray(packets.places, np.int64)
-    discarded = any(packets.discard)
-    exact = container.format.name in _SOUGHT and not (by_decoding or discarded)
-    seekable = exact and places.min() >= 0
+    places, discarded = np.asarray(packets.places, np.int64), any(packets.discard)
+    if by_decoding or discarded or name not in _SOUGHT or places.min() < 0:
+        places = places[:0]
     rate = steady_rate(stamps, base, (stream.average_rate, stream.base_rate))
-    ticks = (stamps - stamps[0]).astype(np.float64)
-    times = np.arange(len(stamps)) / float(rate) if rate else ticks * float(base)
-    end = _end(stamps, rate, packets, shown, demuxer, container, stream)
+    times = np.arange(len(stamps)) / float(rate) if rate else (stamps - stamps[0]) * float(base)
     try:
         first.reformat(width=16, height=16, format="rgb24")
     except (FFmpegError, OSError, ValueError) as error:
         raise StageError(FailureCode.WRONG_KIND, "its colours are of a kind that cannot be converted") from error
     rotation, mirrored = _orientation(first)
-    aspect = stream.sample_aspect_ratio
-    square = float(aspect) if aspect else 1.0
-    width, height = round(stream.width * square), stream.height
-    if square < 1.0:  # widen the other way: never throw resolution away
-        width, height = stream.width, round(stream.height / square)
-    if rotation % 180:
-        width, height = height, width
-    late = stamps[0] * base > Fraction(1, 2)
-    eight_bits = all(component.bits == 8 for component in stream.codec_context.format.components)
-    known_to_decord = codec in _DECORD_CODECS and eight_bits
+    width, height = _displayed(stream, rotation)
     return VideoIndex(
         path=path,
         codec=codec,
@@ -292,24 +274,34 @@ def _index(path: Path, container: Any, by_decoding: bool) -> VideoIndex:
         times_s=times,
         key=keys,
         numbers=numbers,
-        places=places if seekable else places[:0],
-        end_s=end,
+        places=places,
+        end_s=_end(stamps, rate, packets, shown, demuxer, container, stream),
         time_base=base,
         origin=int(stamps[0]),
         edited=discarded,
         decoded=by_decoding,
-        plain=known_to_decord
-        and seekable
+        plain=codec in _DECORD_CODECS
+        and len(places) > 0
         and len(container.streams.video) == 1
-        and not first.interlaced_frame
-        and transfer_of(first) == "sdr"
-        and bool((np.diff(times) > TIME_TOLERANCE_S).all())
         and stream.width >= _DECORD_MIN_WIDTH
-        and not (late or rotation or mirrored or refreshed or _open_groups(packets)),
+        and all(component.bits == 8 for component in stream.codec_context.format.components)
+        and transfer_of(first) == "sdr"
+        and stamps[0] * base <= Fraction(1, 2)
+        and bool((np.diff(times) > TIME_TOLERANCE_S).all())
+        and not (rotation or mirrored or refreshed or first.interlaced_frame or _open_groups(packets)),
     )
 
 
-def _shown_packets(packets: Packets) -> tuple[list[int], NDArray[np.int64]]:
+def _displayed(stream: Any, rotation: int) -> tuple[int, int]:
+    """Width and height with square pixels, upright; never less than is stored."""
+    square = float(stream.sample_aspect_ratio or 1)
+    width, height = round(stream.width * square), stream.height
+    if square < 1.0:
+        width, height = stream.width, round(stream.height / square)
+    return (height, width) if rotation % 180 else (width, height)
+
+
+def _shown_packets(packets: Packets) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Packets that show a frame, in the order of their times, and these times."""
     stamps, key = np.asarray(packets.stamps, np.int64), np.asarray(packets.key)
     entry = int(np.argmax(key))  # what a stream cut anywhere has before its first key frame is never shown
@@ -317,19 +309,26 @@ def _shown_packets(packets: Packets) -> tuple[list[int], NDArray[np.int64]]:
     shows[:entry] = False
     shown = np.flatnonzero(shows)
     shown = shown[np.argsort(stamps[shown], kind="stable")]
-    return shown.tolist(), stamps[shown]
+    return shown, stamps[shown]
 
 
-def _timeline(stamps: list[int | None], base: Fraction, rate: Fraction | None) -> NDArray[np.int64]:
-    """Times of decoded frames, in order: a frame without one comes a frame after the one before it.
+def _decoded(
+    seen: _Seen, demuxer: Demuxer, container_name: str, stream: Any
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Packets whose frames were decoded, in the order in which they were, and their times.
 
-    Where a container has no presentation times, decoders may give a frame its neighbour's: sorted, they are right.
+    Raises StageError(CORRUPT) where the clock starts anew and frames have no times.
     """
-    step = round(1 / ((rate or 25) * base))
-    filled: list[int] = []
-    for stamp in stamps:
-        filled.append(stamp if stamp is not None else filled[-1] + step if filled else 0)
-    return np.sort(np.asarray(filled, np.int64))
+    if demuxer.restarted and None in seen.stamps:
+        raise StageError(FailureCode.CORRUPT, _LOST_CLOCK)
+    # AVI has decoding times alone; where nothing is reordered they are the times of presentation.
+    in_order = container_name == "avi" and seen.shown == sorted(seen.shown) and None not in seen.dts
+    step = round(1 / ((stream.average_rate or 25) * stream.time_base))
+    stamps: list[int] = []
+    for stamp in seen.dts if in_order else seen.stamps:
+        stamps.append(stamp if stamp is not None else stamps[-1] + step if stamps else 0)
+    # A decoder may give a frame its neighbour's time where a container has none: sorted, they are right.
+    return np.asarray(seen.shown, np.int64), np.sort(np.asarray(stamps, np.int64))
 
 
 def _open_groups(packets: Packets) -> bool:
@@ -340,7 +339,7 @@ def _open_groups(packets: Packets) -> bool:
 
 
 def _end(
-    stamps: NDArray[np.int64], rate: Fraction | None, packets: Packets, shown: list[int], demuxer: Demuxer,
+    stamps: NDArray[np.int64], rate: Fraction | None, packets: Packets, shown: NDArray[np.int64], demuxer: Demuxer,
     container: Any, stream: Any,
 ) -> float:  # fmt: skip
     """When the last frame ends, seconds after the first one begins: it may be held for long."""

@@ -52,7 +52,8 @@ class Sample:
 class Movie:
     """The tables of a file's first video track; `samples` and `edits` may be changed before `write`.
 
-    edits: (duration in seconds, start in seconds of the media's presentation time), the start None for an empty edit.
+    edits: (duration in seconds, start in seconds of the media's presentation time), the start None for an empty edit;
+    an empty list where the whole media is shown.
     """
 
     def __init__(self, path: Path) -> None:
@@ -68,7 +69,7 @@ class Movie:
         self._movie_clock = struct.unpack(">I", _bytes(self._moov.find(b"mvhd"))[12:16])[0]
         self.clock: int = struct.unpack(">I", _bytes(self._trak.find(b"mdia", b"mdhd"))[12:16])[0]
         self.samples = self._read()
-        self.edits: list[tuple[float, float | None]] | None = None
+        self.edits = self._read_edits()
 
     @property
     def starts_s(self) -> list[float]:
@@ -103,6 +104,21 @@ class Movie:
                 place += sizes[n]
         return samples
 
+    def _read_edits(self) -> list[tuple[float, float | None]]:
+        try:
+            rows = _rows(self._trak.find(b"edts"), b"elst", ">Iihh")
+        except KeyError:
+            return []
+        return [(d / self._movie_clock, None if start < 0 else start / self.clock) for d, start, _, _ in rows]
+
+    def hold(self, seconds: float) -> None:
+        """Let the last sample last so long, and be shown so long."""
+        more = seconds - self.samples[-1].duration / self.clock
+        self.samples[-1].duration = round(seconds * self.clock)
+        if self.edits:
+            duration, start = self.edits[-1]
+            self.edits[-1] = (duration + more, start)
+
     def write(self, path: Path) -> None:
         """Write the file with the changed tables, a chunk for each sample."""
         n = len(self.samples)
@@ -121,7 +137,7 @@ class Movie:
             self._table.put(kind, None)
         media = sum(s.duration for s in self.samples)
         shown = media / self.clock
-        if self.edits is not None:
+        if self.edits:
             shown = sum(duration for duration, _ in self.edits)
             rows = [
                 (round(duration * self._movie_clock), -1 if start is None else round(start * self.clock), 1, 0)
@@ -133,14 +149,6 @@ class Movie:
         movie = self._moov.find(b"mvhd")
         _set(movie, 16, max(round(shown * self._movie_clock), 0))
         path.write_bytes(self._rest + self._moov.bytes())
-
-    def first_edit_s(self) -> float:
-        """Where in the media's presentation time the file that ffmpeg wrote begins to show."""
-        try:
-            rows = _rows(self._trak.find(b"edts"), b"elst", ">Iihh")
-        except KeyError:
-            return 0.0
-        return next(start for _, start, _, _ in rows if start >= 0) / self.clock
 
 
 def _boxes(data: bytes) -> list[Box]:

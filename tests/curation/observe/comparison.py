@@ -64,15 +64,9 @@ class Reference:
 
 def reference(path: Path, *, turn: bool = True) -> Reference:
     """Decode the stream that ffmpeg chooses, every frame once; `turn`: with the display matrix applied."""
-    command = [
-        ffmpeg_exe(),
-        "-nostdin",
-        "-hide_banner",
-        "-loglevel",
-        "level+info",
-        *([] if turn else ["-noautorotate"]),
-    ]
-    command += ["-i", str(path), "-an", "-sn", "-dn", "-fps_mode", "passthrough"]
+    command = [ffmpeg_exe(), "-nostdin", "-hide_banner", "-loglevel", "level+info", "-threads", "1"]
+    command += [*([] if turn else ["-noautorotate"]), "-i", str(path)]
+    command += ["-an", "-sn", "-dn", "-fps_mode", "passthrough"]
     command += ["-vf", "showinfo", "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
     done = subprocess.run(command, capture_output=True, check=False, timeout=120)
     text = done.stderr.decode(errors="replace")

@@ -139,7 +139,9 @@ def _equal(clip: Clip) -> None:
 def _dropped(clip: Clip) -> None:
     clip.choose(("mpeg4", "xvid", "h264", "mjpeg", "huffyuv", "msmpeg4"), ("avi",))
     filters = f"select='mod(n*{clip.rng.choice((7, 11))},{clip.rng.choice((5, 9))})'"
-    clip.finish(clip.encode("dropped", filters=filters, output=["-fps_mode", "passthrough"]))
+    # Among B-frames ffmpeg's own times depend on how many frames its decoder waits.
+    coding = clip.coding(b_frames=0)
+    clip.finish(clip.encode("dropped", coding=coding, filters=filters, output=["-fps_mode", "passthrough"]))
 
 
 @kind("B-frames in AVI")
@@ -295,7 +297,7 @@ def _start(clip: Clip) -> None:
     if clip.container in ("mp4", "mov"):
         ways += [["-use_editlist", "0"], ["-movflags", "+negative_cts_offsets"]]
     if clip.container in ("mkv", "webm"):
-        ways += [["-avoid_negative_ts", "disabled"], ["-output_ts_offset", "-0.5", "-avoid_negative_ts", "disabled"]]
+        ways += [["-output_ts_offset", "0.3", "-avoid_negative_ts", "disabled"]]
     if clip.container in ("ts", "m2ts", "mpg"):
         ways += [["-muxdelay", "0", "-muxpreload", "0"]]
     way = clip.rng.choice(ways)
@@ -552,8 +554,8 @@ def _mixed_mkv(clip: Clip) -> None:
     clip.choose(("h264", "hevc", "vp8", "vp9", "av1"), ("mkv", "webm"))
     clip.lengthen()
     more = _mixed(clip)
-    offset = ["-output_ts_offset", clip.rng.choice(("-0.3", "0.7", "600"))]
-    more["output"] += clip.rng.choice(([], ["-live", "1"], [*offset, "-avoid_negative_ts", "disabled"]))
+    offset = ["-output_ts_offset", clip.rng.choice(("0.7", "600"))]
+    more["output"] += clip.rng.choice(([], offset, ["-live", "1"] if clip.codec != "av1" else []))
     name = clip.encode("mixed", **more)
     clip.finish(clip.maybe_turned(name) if "-live" not in more["output"] else name)
 
@@ -590,8 +592,8 @@ def _empty_out(clip: Clip, movie: Movie) -> None:
 
 def _hold(clip: Clip, movie: Movie) -> None:
     clip.held_s = clip.rng.choice((0.5, 3.0))
-    movie.samples[-1].duration = round(clip.held_s * movie.clock)
-    clip.note(f"stts: the last sample lasts {clip.held_s} s")
+    movie.hold(clip.held_s)
+    clip.note(f"stts, elst: the last sample lasts {clip.held_s} s")
 
 
 def _edited(clip: Clip, b_frames: int | None = None) -> tuple[Movie, list[float], float]:
@@ -626,7 +628,7 @@ def _repeated(data: bytes) -> bytes:
 def make(number: int, folder: Path) -> Clip:
     """Make file `number` in an empty folder. Raises Unmade where ffmpeg fails."""
     names = list(KINDS)
-    clip = Clip(number, folder, random.Random(number), [names[number % len(names)]])
+    clip = Clip(number, folder, random.Random(str(number)), [names[number % len(names)]])
     try:
         KINDS[clip.family](clip)
     except (subprocess.CalledProcessError, ValueError, KeyError, IndexError, struct.error) as error:
