@@ -45,10 +45,32 @@ def kind(name: str) -> Callable[[Maker], Maker]:
     return add
 
 
-@kind("old codec")
-def _old(clip: Clip) -> None:
-    clip.choose([name for name in CODECS if name not in USUAL and name != "dv"])
+def _old(clip: Clip, containers: Sequence[str]) -> None:
+    """One after the other, what is not usual."""
+    pairs = [
+        (name, container)
+        for name, codec in CODECS.items()
+        for container in codec.containers
+        if container in containers and name not in USUAL
+    ]
+    codec, container = pairs[clip.number // len(KINDS) % len(pairs)]
+    clip.choose((codec,), (container,))
     clip.finish(clip.encode("old", **clip.maybe_sound()))
+
+
+@kind("old codec in AVI")
+def _old_avi(clip: Clip) -> None:
+    _old(clip, ("avi",))
+
+
+@kind("old codec in QuickTime or Matroska")
+def _old_mov(clip: Clip) -> None:
+    _old(clip, ("mov", "mkv"))
+
+
+@kind("FLV, Ogg, ASF, 3GP, MPEG program stream")
+def _old_other(clip: Clip) -> None:
+    _old(clip, ("flv", "ogg", "wmv", "3gp", "mpg", "vob"))
 
 
 @kind("usual codec")
@@ -660,6 +682,8 @@ def report(result: Result) -> str:
 
 def fate(result: Result) -> str:
     """What became of a file, in a few words."""
+    if result["aspects"] and set(result["aspects"]) <= set(result["of_the_library"]):
+        return "taken as PyAV reads it, which is not as ffmpeg does: " + ", ".join(result["aspects"])
     if result["state"] == "differs":
         return "read wrongly: " + ", ".join(result["aspects"])
     return result["state"] if result["state"] == "taken" else f"{result['state']} ({result['detail']})"

@@ -59,7 +59,7 @@ CODECS = {
     "mpeg2": Codec(
         "-c:v mpeg2video -q:v 3", ("ts", "m2ts", "mpg", "vob", "mkv"), rates=_MPEG_RATES, b_frames=True, odd=True
     ),
-    "mpeg1": Codec("-c:v mpeg1video -q:v 3", ("mpg", "ts"), rates=_MPEG_RATES, b_frames=True, odd=True),
+    "mpeg1": Codec("-c:v mpeg1video -q:v 3", ("mpg", "vob"), rates=_MPEG_RATES, b_frames=True, odd=True),
     "mjpeg": Codec("-c:v mjpeg -q:v 3", ("avi", "mov", "mkv", "mp4"), ("yuvj420p", "yuvj422p"), groups=False, odd=True),
     "prores": Codec("-c:v prores", ("mov", "mkv"), ("yuv422p10le",), groups=False, most=40),
     "ffv1": Codec("-c:v ffv1", ("mkv", "avi"), ("yuv420p", "yuv444p"), odd=True, most=40),

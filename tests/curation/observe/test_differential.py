@@ -22,6 +22,7 @@ ELSEWHERE = {
     "intra refresh",
     "jittering times",
     "odd start",
+    "old codec in AVI",
     "pauses",
     "turned",
     "usual codec",
@@ -75,7 +76,7 @@ def test_a_file_depends_on_its_number_alone(number, tmp_path):
 
 
 def _result(kind: str, state: str, detail: str = "", aspects: tuple[str, ...] = ()) -> Result:
-    return {"kinds": [kind], "state": state, "detail": detail, "aspects": list(aspects)}
+    return {"kinds": [kind], "state": state, "detail": detail, "aspects": list(aspects), "of_the_library": []}
 
 
 def test_the_table_says_what_is_taken_now():
