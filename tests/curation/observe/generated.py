@@ -1,11 +1,11 @@
 """Videos of random kinds: file k is a function of the number k alone, and says by which commands it was made.
 
     python tests/curation/observe/generated.py results.json [count]
-    python tests/curation/observe/generated.py --table old.json new.json
+    python tests/curation/observe/generated.py --table old.json new.json [page.md]
     python tests/curation/observe/generated.py --make number folder
 
 The first writes what becomes of each file (see comparison.py), the second says in Markdown what two such runs differ
-in, the third makes one file again.
+in, or writes it into a page between the marks for it, the third makes one file again.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from boxes import Movie, Sample
 from recipes import CODECS, CONTAINERS, EXACT, MOV, USUAL, Clip, Unmade
 
 COUNT = 300
+BEGIN, END = "<!-- generated files: begin -->", "<!-- generated files: end -->"
 
 Result = dict[str, Any]
 
@@ -720,8 +721,14 @@ def table(old: Sequence[Result], new: Sequence[Result]) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    if arguments[:1] == ["--table"] and len(arguments) == 3:
-        print(table(*(json.loads(Path(name).read_text())["files"] for name in arguments[1:])))
+    if arguments[:1] == ["--table"] and len(arguments) in (3, 4):
+        rows = table(*(json.loads(Path(name).read_text())["files"] for name in arguments[1:3]))
+        if len(arguments) == 3:
+            print(rows)
+        else:
+            page = Path(arguments[3])
+            before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+            page.write_text(f"{before}{BEGIN}\n{rows}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
         return 0
     if arguments[:1] == ["--make"] and len(arguments) == 3:
         clip = make(int(arguments[1]), Path(arguments[2]))
