@@ -92,9 +92,9 @@ CONTAINERS: dict[str, tuple[str, str]] = {
     "flv": (".flv", ""),
     "wmv": (".wmv", ""),
     "ogg": (".ogv", ""),
-    # A packet holds no two frames, however small: their times would be guessed.
-    "mpg": (".mpg", "-packetsize 200"),
-    "vob": (".vob", "-packetsize 200"),
+    # A packet holds no two frames, however small: their times would be guessed. ffmpeg grumbles about the waste.
+    "mpg": (".mpg", "-packetsize 200 -loglevel fatal"),
+    "vob": (".vob", "-packetsize 200 -loglevel fatal"),
     "3gp": (".3gp", ""),
 }
 _SOUND = {"webm": "libopus", "avi": "libmp3lame", "wmv": "wmav2", "ogg": "libvorbis"}
