@@ -170,13 +170,13 @@ def strip(index: VideoIndex, source_format: str, target: Path) -> Path:
     """
     for suffix in _TARGETS.get(source_format, _OTHER_TARGETS):
         written = target.with_name(target.name + suffix)
-        if _copy(index.path, index.stream, written) and _same_frames(index, written):
+        if _copy(index.path, index.stream, written) and _same_frames(index, source_format, written):
             fsync(written)
             return written
         written.unlink(missing_ok=True)
     if source_format.startswith("mov"):
         written = target.with_suffix(".mp4")
-        if _scrub(index.path, index.stream, written) and _same_frames(index, written):
+        if _scrub(index.path, index.stream, written) and _same_frames(index, source_format, written):
             fsync(written)
             return written
         written.unlink(missing_ok=True)
@@ -227,21 +227,28 @@ def _copy(source: Path, stream: int, written: Path) -> bool:
     return code == 0
 
 
-def _same_frames(index: VideoIndex, written: Path) -> bool:
+def _same_frames(index: VideoIndex, source_format: str, written: Path) -> bool:
     """Whether a copy shows as many frames at the same times.
 
-    Where only decoding told what the source shows, the copy is decoded too: its times may be set in the wrong order.
+    Where only decoding told what the source shows, the copy is decoded too. A copy from AVI whose packets say something
+    else than its decoder got its times in the wrong order.
     """
     import numpy as np
 
-    from curation.observe.video import IndexDiffers, decode, index_video
+    from curation.observe.video import decode, index_video, with_index
 
-    try:
-        copy = index_video(written)
-        if index.decoded and not copy.decoded:
+    def settle(copy: VideoIndex) -> None:
+        if index.decoded:
             for _ in decode(copy, 0, len(copy.times_s)):
                 pass
-    except (StageError, IndexDiffers):
+
+    try:
+        promised = index_video(written)
+        with_index(written, settle)
+        copy = index_video(written)
+    except StageError:
+        return False
+    if copy.decoded != promised.decoded and source_format == "avi":
         return False
     return len(copy.times_s) == len(index.times_s) and bool(
         np.abs(copy.times_s - index.times_s).max() <= _TIME_TOLERANCE_S

@@ -83,7 +83,7 @@ _ADVICE = {
     FailureCode.CORRUPT: "The file is damaged or incomplete; mend its source, or fetch it anew with --retry corrupt.",
     FailureCode.NO_VIDEO: "The file has no moving picture (audio, or cover art only); drop the row.",
     FailureCode.WRONG_KIND: "This kind of file is not taken; convert it to an upright MP4, or drop the row.",
-    FailureCode.SPAN_OUT_OF_RANGE: "The asked times lie outside the video; correct start_s and end_s in the manifest.",
+    FailureCode.SPAN_OUT_OF_RANGE: "No frame begins in the asked times; correct start_s and end_s in the manifest.",
     FailureCode.MISSING_DEPTH: "The depth folder lacks this clip or a part of it; compute it, or take another teacher.",
     FailureCode.REFUSED: "The address or path is not allowed; allow its host or folder explicitly if you trust it.",
     FailureCode.FORGOTTEN: "Removal of this video was requested; drop the row.",

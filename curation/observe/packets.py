@@ -32,13 +32,13 @@ _USUAL_RATES = tuple(Fraction(rate) for rate in (12, 15, 20, 24, 25, 30, 48, 50,
 class Demuxer:
     """A stream's packets, numbered, on one clock that runs on where the file's restarts.
 
-    A packet without data repeats the picture before it: `repeated` is the time that all of them take, `held` that of
-    those since the last packet with data. restarted: the file's clock did.
+    A packet without data repeats the picture before it: `held` is the time that those take which came since the last
+    packet with data. restarted: the file's clock did.
     """
 
     def __init__(self, container: Any, stream: Any) -> None:
         """To be iterated once. The stream's decoder is prepared to hand packet numbers on to its frames."""
-        self.repeated = self.held = 0
+        self.held = 0
         self.restarted = False
         self.may_restart = bool(container.format.flags & av.format.Flags.ts_discont.value)
         self._container, self._stream = container, stream
@@ -59,7 +59,6 @@ class Demuxer:
                 yield -1, packet
                 continue
             if not packet.size:
-                self.repeated += packet.duration or 0
                 self.held += packet.duration or 0
                 continue
             self.held = 0

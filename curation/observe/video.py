@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 import av
 import cv2
 import numpy as np
+from av.container import Flags
 from av.error import FFmpegError
 from av.sidedata.sidedata import Type as SideData
 from numpy.typing import NDArray
@@ -107,7 +108,10 @@ class VideoIndex:
         first = int(np.searchsorted(self.times_s, start_s - TIME_TOLERANCE_S))
         last = int(np.searchsorted(self.times_s, stop - TIME_TOLERANCE_S))
         if first >= last:
-            raise StageError(FailureCode.SPAN_OUT_OF_RANGE, f"no frame between {start_s:.3f} s and {stop:.3f} s")
+            raise StageError(
+                FailureCode.SPAN_OUT_OF_RANGE,
+                f"no frame begins between {start_s:.3f} s and {stop:.3f} s: one picture stands still for longer",
+            )
         return first, last
 
     def on_screen(self, times_s: NDArray[np.float64]) -> NDArray[np.intp]:
@@ -169,7 +173,9 @@ def _read_index(path: Path, *, by_decoding: bool) -> VideoIndex:
 
 def _open(path: Path) -> Any:
     # metadata_errors: a title in a broken encoding is no reason to refuse a film.
-    return av.open(str(path), mode="r", options=READ_ONLY, metadata_errors="ignore")
+    container: Any = av.open(str(path), mode="r", options=READ_ONLY, metadata_errors="ignore")
+    container.flags &= ~Flags.gen_pts.value  # PyAV asks for times to be made up; what ffmpeg shows has none of these
+    return container
 
 
 def _single_threaded(stream: Any) -> Any:
@@ -182,15 +188,14 @@ def _single_threaded(stream: Any) -> Any:
 class _Seen(NamedTuple):
     """What one reading of a stream brought.
 
-    first: the first frame. shown, stamps, dts: packet, presentation and decoding time of every decoded frame, in order.
-    second: the packet of the second key frame.
+    first: the first frame. shown, stamps: packet and time of every decoded frame, in order. second: the packet of the
+    second key frame.
     """
 
     packets: Packets
     first: Any
     shown: list[int]
     stamps: list[int | None]
-    dts: list[int | None]
     second: Any
 
 
@@ -199,7 +204,6 @@ def _read(demuxer: Demuxer, codec: str, decoding: bool) -> _Seen:
     packets = Packets()
     shown: list[int] = []
     stamps: list[int | None] = []
-    dts: list[int | None] = []
     first = second = None
     for number, packet in demuxer:
         if number >= 0:
@@ -219,9 +223,8 @@ def _read(demuxer: Demuxer, codec: str, decoding: bool) -> _Seen:
             if not frame.is_corrupt:
                 first = first or frame
                 shown.append(packet_of(frame))
-                stamps.append(frame.pts)
-                dts.append(frame.dts)
-    return _Seen(packets, first, shown, stamps, dts, second)
+                stamps.append(frame.pts if frame.pts is not None else frame.dts)
+    return _Seen(packets, first, shown, stamps, second)
 
 
 def _index(path: Path, container: Any, by_decoding: bool) -> VideoIndex:
@@ -239,7 +242,7 @@ def _index(path: Path, container: Any, by_decoding: bool) -> VideoIndex:
     if packets.untimed and not by_decoding:
         return _read_index(path, by_decoding=True)
     base = Fraction(stream.time_base)
-    shown, stamps = _decoded(seen, demuxer, name, stream) if by_decoding else _shown_packets(packets)
+    shown, stamps = _decoded(seen, demuxer, stream) if by_decoding else _shown_packets(packets)
     if not len(stamps):
         raise StageError(FailureCode.CORRUPT, "the video stream shows no frame")
     numbers = np.full(len(packets.stamps), -1, np.int64)
@@ -284,6 +287,7 @@ def _index(path: Path, container: Any, by_decoding: bool) -> VideoIndex:
         and len(places) > 0
         and len(container.streams.video) == 1
         and stream.width >= _DECORD_MIN_WIDTH
+        and stream.width % 2 == stream.height % 2 == 0
         and all(component.bits == 8 for component in stream.codec_context.format.components)
         and transfer_of(first) == "sdr"
         and stamps[0] * base <= Fraction(1, 2)
@@ -312,22 +316,18 @@ def _shown_packets(packets: Packets) -> tuple[NDArray[np.int64], NDArray[np.int6
     return shown, stamps[shown]
 
 
-def _decoded(
-    seen: _Seen, demuxer: Demuxer, container_name: str, stream: Any
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _decoded(seen: _Seen, demuxer: Demuxer, stream: Any) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Packets whose frames were decoded, in the order in which they were, and their times.
 
-    Raises StageError(CORRUPT) where the clock starts anew and frames have no times.
+    Where a container has no presentation times, as AVI, a frame is shown when it leaves the decoder. Raises
+    StageError(CORRUPT) where the clock starts anew and frames have no times.
     """
     if demuxer.restarted and None in seen.stamps:
         raise StageError(FailureCode.CORRUPT, _LOST_CLOCK)
-    # AVI has decoding times alone; where nothing is reordered they are the times of presentation.
-    in_order = container_name == "avi" and seen.shown == sorted(seen.shown) and None not in seen.dts
     step = round(1 / ((stream.average_rate or 25) * stream.time_base))
     stamps: list[int] = []
-    for stamp in seen.dts if in_order else seen.stamps:
+    for stamp in seen.stamps:
         stamps.append(stamp if stamp is not None else stamps[-1] + step if stamps else 0)
-    # A decoder may give a frame its neighbour's time where a container has none: sorted, they are right.
     return np.asarray(seen.shown, np.int64), np.sort(np.asarray(stamps, np.int64))
 
 
@@ -346,9 +346,8 @@ def _end(
     base = Fraction(stream.time_base)
     last = int(stamps[-1] - stamps[0])
     step = Fraction(float(np.median(np.diff(stamps)))) if last else 1 / (base * (stream.average_rate or 25))
-    if container.format.name.startswith("mov"):
-        # A sample table's durations follow the order of decoding: right in sum, not one by one.
-        own = sum(packets.durations[number] for number in shown) + demuxer.repeated - last
+    if container.format.name.startswith("mov") and stream.duration:
+        own = (stream.start_time or 0) + stream.duration - int(stamps[-1])  # libavformat sums the sample table up
     else:
         own = packets.durations[shown[-1]] + demuxer.held
     end = (last + (own if own > 0 else step)) * base

@@ -102,7 +102,6 @@ BY_DECORD: dict[str, Callable[[Path], list[int]]] = {
     "variable.mp4": _variable,
     "anamorphic.mp4": _coded("-vf", "scale=64:64,setsar=3/2", *_BASE),
     "tall-pixels.mp4": _coded("-vf", "scale=96:32,setsar=1/2", *_BASE),
-    "odd.mp4": _odd,
     "one-frame.mp4": _coded(*_BASE, count=1),
     "fragmented.mp4": _coded(*_BASE, "-movflags", "frag_keyframe+empty_moov"),
 }
@@ -127,6 +126,7 @@ VIDEOS = BY_DECORD | {
     "cut-anywhere.ts": _cut_anywhere(_many_groups_hevc, 150),
     "cut-anywhere-h264.ts": _cut_anywhere(_groups(f"{_OPEN}:repeat-headers=1", 150), 150),
     "ten-bit.mp4": _coded(*_HEVC, "-pix_fmt", "yuv420p10le", "-x265-params", "log-level=error"),
+    "odd.mp4": _odd,
     "narrow.mp4": _coded("-vf", "scale=48:32", *_BASE),
     "av1.mp4": _coded(*_AV1),
     "av1.webm": _coded(*_AV1),
