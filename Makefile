@@ -17,8 +17,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
 	touch $@
 
-test: $(STAMP)  ## the fast tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+test: $(STAMP)  ## the fast tests, on two cores; says at its end what it left out
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(STAMP)  ## the tests that take minutes: real clips, full-size networks
 	$(BIN)/python -m pytest -m slow

@@ -4,7 +4,8 @@
 
 Nothing is downloaded from anywhere but this machine. The last table compares every clip's fate with what geometry says
 is true; the exit code is 0 only if every decision agrees (the first of several reasons may differ: the demonstration's
-detector is small). A second run does only what is missing.
+detector is small). A second run does only what is missing. The Prefect service goes on after a demonstration that went
+well; one that fails or is stopped leaves it as it was found.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from __future__ import annotations
 import csv
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -29,14 +32,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from curation.files import atomic_path
-from curation.ingest.failures import FailureCode
+from curation.ingest.failures import FailureCode, UsageError
 from curation.manifest import ClipRef, write_manifest
 
 if TYPE_CHECKING:
     from curation.synthetic.clips import ClipPlan
+    from flows.service import Service
 
 SEED = 7
 SECONDS = 3.0
+FPS = 15  # more than the six a second that are looked at; rendering is most of the demonstration's time
 LIMITED = "limited.mp4"
 GONE = ("gone.mp4", "lost.mp4")
 console = Console()
@@ -89,7 +94,7 @@ def prepare(folder: Path, clips: int) -> tuple[list[ClipPlan], list[Expected], i
     """Render the clips once; returns their plans, what is true of every file, and the platform's port."""
     from curation.synthetic.clips import make_clips, plan_clips
 
-    plans = plan_clips(clips, SEED, seconds=SECONDS)
+    plans = plan_clips(clips, SEED, fps=FPS, seconds=SECONDS)
     record = folder / "demo.json"
     if not record.is_file():
         with _bar("rendering") as show:
@@ -110,38 +115,52 @@ def prepare(folder: Path, clips: int) -> tuple[list[ClipPlan], list[Expected], i
 
 
 def demo(folder: Path, clips: int = 28, teacher: Literal["small", "oracle"] = "small") -> bool:
-    """Run the demonstration; True if every clip's fate is the true one.
+    """Run the demonstration; True if every clip's fate is the true one. Otherwise a service started for it is stopped.
 
     teacher: `small` is a MoGe-2 of 2.3 M parameters that was trained on this world, `oracle` the world's own depth.
+    Raises UsageError if the service cannot be started.
     """
+    from flows import service
+
+    found_running = service.running()
+    agreed = False
+    try:
+        agreed = _demonstrate(folder.absolute(), clips, teacher)
+    finally:
+        if not agreed and not found_running:
+            console.print("Stopping the Prefect service that was started for this.")
+            service.stop()
+    return agreed
+
+
+def _demonstrate(folder: Path, clips: int, teacher: Literal["small", "oracle"]) -> bool:
     from curation.catalog import Catalog
     from curation.policy import load_policy
     from curation.settings import Settings
     from curation.synthetic import teacher as small
     from curation.synthetic.detector import LONG_SIDE, POLICY, WEIGHTS
-    from flows.service import start
 
-    folder = folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     out = folder / "data"
     forgiving = (out / "catalog.sqlite").is_file()
     console.rule("1. clips of an embedded world, with known truth")
-    plans, truth, port = prepare(folder, clips)
-    if forgiving:
-        truth = [Expected(e.file, "accept", "") if e.file == LIMITED else e for e in truth]
-    refs = {e.file: ClipRef("http", f"http://127.0.0.1:{port}/{e.file}") for e in truth}
-    manifest = folder / "manifest.csv"
-    write_manifest(list(refs.values()), manifest)
-    if teacher == "small":
-        taught = {"teacher": "moge", "teacher_model": small.WEIGHTS, "teacher_name": small.NAME}
-        taught |= {"num_tokens": small.NUM_TOKENS}
-    else:
-        depths = _true_depth(folder / "depth", plans, truth, refs)
-        taught = {"teacher": "folder", "teacher_model": depths, "teacher_name": "oracle"}
-    console.print(f"{len(truth)} rows in {manifest}", soft_wrap=True)
+    with _started_beside() as starting:
+        plans, truth, port = prepare(folder, clips)
+        if forgiving:
+            truth = [Expected(e.file, "accept", "") if e.file == LIMITED else e for e in truth]
+        refs = {e.file: ClipRef("http", f"http://127.0.0.1:{port}/{e.file}") for e in truth}
+        manifest = folder / "manifest.csv"
+        write_manifest(list(refs.values()), manifest)
+        if teacher == "small":
+            taught = {"teacher": "moge", "teacher_model": small.WEIGHTS, "teacher_name": small.NAME}
+            taught |= {"num_tokens": small.NUM_TOKENS}
+        else:
+            depths = _true_depth(folder / "depth", plans, truth, refs)
+            taught = {"teacher": "folder", "teacher_model": depths, "teacher_name": "oracle"}
+        console.print(f"{len(truth)} rows in {manifest}", soft_wrap=True)
+        service = starting.result()
 
     console.rule("2. prefect deployment run curate --watch")
-    service = start()
     with platform(folder / "clips", port, forgiving) as host:
         parameters = {
             "manifest": manifest,
@@ -157,9 +176,9 @@ def demo(folder: Path, clips: int = 28, teacher: Literal["small", "oracle"] = "s
         words = [word for name, value in parameters.items() for word in ("--param", f"{name}={value}")]
         command = [str(Path(sys.executable).with_name("prefect")), "deployment", "run", "curate", "--watch", *words]
         checkout = Path(__file__).resolve().parents[1]
-        ran = subprocess.run(command, cwd=checkout, env=service.environment("worker") | {"COLUMNS": "120"}, check=False)
+        ran = subprocess.run(command, cwd=checkout, env=service.environment("worker"), check=False)
     if ran.returncode:
-        console.print("[red]The run failed; its log is above.")
+        console.print("[red]The run failed; what it said is above.")
         return False
 
     console.rule("3. what became of every clip, beside what is true")
@@ -200,6 +219,25 @@ def demo(folder: Path, clips: int = 28, teacher: Literal["small", "oracle"] = "s
     return agreed == len(truth)
 
 
+@contextmanager
+def _started_beside() -> Iterator[Future[Service]]:
+    """The Prefect service, started while something else goes on; the start is given up if that fails.
+
+    Raises UsageError before anything else goes on if it is soon clear that the service cannot be started.
+    """
+    from flows.service import start
+
+    given_up = threading.Event()
+    with ThreadPoolExecutor(1) as beside:
+        starting = beside.submit(start, given_up=given_up)
+        try:
+            if wait([starting], timeout=1).done:
+                starting.result()
+            yield starting
+        finally:
+            given_up.set()
+
+
 def _true_depth(folder: Path, plans: list[ClipPlan], truth: list[Expected], refs: dict[str, ClipRef]) -> Path:
     """A depth folder with the world's own depth of every clip that should be accepted."""
     from curation.synthetic.clips import write_oracle
@@ -232,7 +270,12 @@ def main(
     ] = "small",
 ) -> None:
     """Show the whole job on an embedded world, and check it against what is true."""
-    raise typer.Exit(0 if demo(folder, clips, teacher) else 1)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends in order, as Ctrl-C does
+    try:
+        agreed = demo(folder, clips, teacher)
+    except UsageError as error:
+        sys.exit(f"Error: {error}")
+    raise typer.Exit(0 if agreed else 1)
 
 
 if __name__ == "__main__":

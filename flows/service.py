@@ -17,6 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 import urllib.error
@@ -119,11 +120,13 @@ class Service:
         return os.environ | extra
 
 
-def start(timeout_s: float = 180.0) -> Service:
+def start(timeout_s: float = 180.0, given_up: threading.Event | None = None) -> Service:
     """Start what does not run, put right what a killed process left, and wait until runs would be taken.
 
-    Raises UsageError if the port is taken, or if something does not come up within `timeout_s` seconds.
+    Raises UsageError if the port is taken, if something does not come up within `timeout_s` seconds, or if another
+    thread has given the start up; `stop` then ends what was started.
     """
+    given_up = given_up or threading.Event()
     deadline = time.monotonic() + timeout_s
     with _locked():
         service = _load() or Service(home=_home(), api_url=_api_url(), token=uuid.uuid4().hex)
@@ -135,15 +138,21 @@ def start(timeout_s: float = 180.0) -> Service:
             host, port = _address(service.api_url)
             command = ["prefect", "server", "start", "--host", host, "--port", str(port)]
             service = _spawn(service, "server", command)
-        _wait(service, "server", service.healthy, deadline)
+        _wait(service, "server", service.healthy, deadline, given_up)
         if not service.alive("worker"):
             _end(service, "worker")
             with _client(service) as client:
                 _close_stale_runs(client, f"The process that ran it was killed; {_AGAIN}")
             _ready(service).unlink(missing_ok=True)
             service = _spawn(service, "worker", ["flows.service", "serve"])
-        _wait(service, "worker", lambda: _serving(service), deadline)
+        _wait(service, "worker", lambda: _serving(service), deadline, given_up)
     return service
+
+
+def running() -> bool:
+    """Whether anything that an earlier `start` brought up still lives."""
+    service = _load()
+    return service is not None and bool(service.members("server") + service.members("worker"))
 
 
 def stop() -> bool:
@@ -152,7 +161,7 @@ def stop() -> bool:
         service = _load()
         if service is None:
             return False
-        running = bool(service.members("worker") + service.members("server"))
+        found = running()
         _end(service, "worker")
         if service.alive("server") and service.healthy():
             with _client(service) as client:
@@ -160,7 +169,7 @@ def stop() -> bool:
         _end(service, "server")
         _record(service.home).unlink(missing_ok=True)
         _ready(service).unlink(missing_ok=True)
-    return running
+    return found
 
 
 def watch(silence_s: float = 90.0) -> None:
@@ -308,8 +317,10 @@ def _log(service: Service, role: Role) -> Path:
     return service.home / f"{role}.log"
 
 
-def _wait(service: Service, role: Role, ready: Callable[[], bool], deadline: float) -> None:
+def _wait(service: Service, role: Role, ready: Callable[[], bool], deadline: float, given_up: threading.Event) -> None:
     while not ready():
+        if given_up.is_set():
+            raise UsageError(f"The start of the Prefect {role} was given up.")
         if not service.alive(role):
             tail = "\n".join(_log(service, role).read_text(errors="replace").splitlines()[-5:])
             raise UsageError(f"The Prefect {role} ended while starting; see {_log(service, role)}:\n{tail}")

@@ -144,7 +144,8 @@ async def watch_flow_run(flow_run_id: UUID, console: Console, timeout: int | Non
             f"Flow run with ID {flow_run_id} exceeded watch timeout of {timeout} seconds"
         ) from None
     except asyncio.CancelledError:  # Ctrl-C
-        console.print(f"No longer watched; the run goes on. To end it: prefect flow-run cancel {flow_run_id}")
+        advice = f"to end it: prefect flow-run cancel {flow_run_id}"
+        console.print(f"No longer watched. The run goes on while its service does; {advice}", soft_wrap=True)
         raise
 
 

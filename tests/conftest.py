@@ -14,6 +14,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # one thread a process: they share the cores, and spinning threads cost much
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy and torch are imported
+
 import hypothesis
 import pytest
 import yaml
@@ -27,6 +30,28 @@ ROOT = Path(__file__).parent.parent
 hypothesis.settings.register_profile("local", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+LONGEST = ("flows/", "curation/test_pipeline.py", "curation/test_many_workers.py", "curation/test_catalog.py")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that no process of pytest-xdist is left with one while the others have ended."""
+    order = {f"tests/{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: next((order[name] for name in order if item.nodeid.startswith(name)), len(order)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Files go to processes as a whole; the files that use the one Prefect service go together."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "tests/flows" if nodeid.startswith("tests/flows/") else super()._split_scope(nodeid)
+
+    return Scheduling(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 _slow: Counter[str] = Counter()  # file -> tests left out because they are slow
