@@ -47,6 +47,7 @@ _PICTURE_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"hevc"
 _SEGMENT, _CLUSTER = b"\x18\x53\x80\x67", b"\x1f\x43\xb6\x75"
 _RIFF_UNKNOWN = 0xFFFFF000
 _TIME_TOLERANCE_S = 1.1e-3  # Matroska keeps milliseconds
+_HELD_TOLERANCE_S = 0.1  # containers round the duration of a last frame, or take a usual one for it
 _TIMEOUT_S = 900
 
 DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -168,18 +169,16 @@ def strip(index: VideoIndex, source_format: str, target: Path) -> Path:
     sound go. An MP4 that cannot be written anew so that it shows the same is blanked in place instead. `target` is a
     path without suffix; returns the fsynced file. Raises StageError CORRUPT or DISK_FULL.
     """
-    for suffix in _TARGETS.get(source_format, _OTHER_TARGETS):
-        written = target.with_name(target.name + suffix)
-        if _copy(index.path, index.stream, written) and _same_frames(index, source_format, written):
-            fsync(written)
-            return written
-        written.unlink(missing_ok=True)
+    makers = [(suffix, _copy) for suffix in _TARGETS.get(source_format, _OTHER_TARGETS)]
     if source_format.startswith("mov"):
-        written = target.with_suffix(".mp4")
-        if _scrub(index.path, index.stream, written) and _same_frames(index, source_format, written):
-            fsync(written)
-            return written
-        written.unlink(missing_ok=True)
+        makers.append((".mp4", _scrub))
+    for held in (True, False):  # a copy that shows the last frame for as long, or else one that shows the same frames
+        for suffix, make in makers:
+            written = target.with_name(target.name + suffix)
+            if make(index.path, index.stream, written) and _same_frames(index, source_format, written, held=held):
+                fsync(written)
+                return written
+            written.unlink(missing_ok=True)
     raise StageError(FailureCode.CORRUPT, "The video stream cannot be copied into a container.")
 
 
@@ -227,8 +226,8 @@ def _copy(source: Path, stream: int, written: Path) -> bool:
     return code == 0
 
 
-def _same_frames(index: VideoIndex, source_format: str, written: Path) -> bool:
-    """Whether a copy shows as many frames at the same times.
+def _same_frames(index: VideoIndex, source_format: str, written: Path, *, held: bool) -> bool:
+    """Whether a copy shows as many frames at the same times, and if `held`, the last one for as long.
 
     Where only decoding told what the source shows, the copy is decoded too. A copy from AVI whose packets say something
     else than its decoder got its times in the wrong order.
@@ -249,6 +248,8 @@ def _same_frames(index: VideoIndex, source_format: str, written: Path) -> bool:
     except StageError:
         return False
     if copy.decoded != promised.decoded and source_format == "avi":
+        return False
+    if held and abs(copy.end_s - index.end_s) > _HELD_TOLERANCE_S:
         return False
     return len(copy.times_s) == len(index.times_s) and bool(
         np.abs(copy.times_s - index.times_s).max() <= _TIME_TOLERANCE_S
