@@ -17,7 +17,7 @@ class DownloadSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    max_height: int = Field(1080, ge=144, description="No stream taller than this is chosen.")
+    max_height: int = Field(1080, ge=144, description="Cap on the short side of a stream: 1080 takes 1080x1920 too.")
     http_hosts: tuple[str, ...] = Field((), description="Hosts (host or host:port) allowed for platform `http`.")
     local_root: Path | None = Field(None, description="Folder below which platform `local` may read files.")
     allow_loopback: bool = Field(False, description="Permit loopback addresses; for tests and demonstrations only.")
