@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import numpy as np
 import yaml
@@ -345,11 +345,21 @@ def _intersection(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
     return float(max(width, 0.0) * max(height, 0.0))
 
 
+@overload
+def _us(seconds: float) -> int: ...
+@overload
+def _us(seconds: NDArray[np.float64]) -> NDArray[np.int64]: ...
+def _us(seconds: float | NDArray[np.float64]) -> int | NDArray[np.int64]:
+    """Whole microseconds, in which times are compared: sums of binary fractions miss a limit by their last bit."""
+    rounded = np.rint(np.multiply(seconds, 1e6)).astype(np.int64)
+    return rounded if rounded.ndim else int(rounded)
+
+
 def _too_short(observations: Observations, policy: Policy) -> CriterionResult:
     rule, duration, samples = policy.length, observations.duration_s, len(observations.sample_times_s)
     reasons = []
-    if duration < rule.min_duration_s:
-        reasons.append(f"lasts {duration:.2f} s, {rule.min_duration_s:g} s are needed")
+    if _us(duration) < _us(rule.min_duration_s):
+        reasons.append(f"lasts {duration:.6g} s, {rule.min_duration_s:g} s are needed")
     if samples < rule.min_samples:
         reasons.append(f"has {samples} samples, {rule.min_samples} are needed")
     return _result("too_short", reasons, duration_s=duration, samples=float(samples))
@@ -400,9 +410,9 @@ def _stands_out(
     steps = np.diff(times, prepend=times[0])
     usual = max(float(np.median(steps[1:])), 1e-6)
     rate = change / np.maximum(1.0, steps / usual)
-    reach = max(window_s, 2.5 * usual)
-    first = np.searchsorted(times, times - reach)
-    last = np.searchsorted(times, times + reach, side="right")
+    reach, moments = _us(max(window_s, 2.5 * usual)), _us(times)
+    first = np.searchsorted(moments, moments - reach)
+    last = np.searchsorted(moments, moments + reach, side="right")
     ratio = np.zeros(len(times))
     for n in range(1, len(times)):
         around = np.concatenate([rate[max(first[n], 1) : n], rate[n + 1 : last[n]]])
@@ -436,7 +446,8 @@ def _fades(observations: Observations, rule: ShotRule) -> list[tuple[int, int]]:
     edges = np.flatnonzero(np.diff(np.concatenate([[False], blank, [False]]).astype(np.int8)))
     stretches = zip(edges[::2], edges[1::2] - 1, strict=True)
     shown_until = np.append(observations.times_s[1:], observations.end_s)  # the last blank frame stays on screen too
-    return [(int(a), int(b)) for a, b in stretches if shown_until[b] - observations.times_s[a] >= rule.fade_s]
+    least = _us(rule.fade_s)
+    return [(int(a), int(b)) for a, b in stretches if _us(shown_until[b] - observations.times_s[a]) >= least]
 
 
 def _teleports(observations: Observations, rule: ShotRule, people: _Subjects) -> list[str]:

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from curation.ingest.failures import UsageError
-from curation.policy import CRITERIA, Policy, judge, load_policy, subject_boxes
+from curation.policy import CRITERIA, Policy, _stands_out, judge, load_policy, subject_boxes
 from curation.settings import POLICIES
 
 DEFAULT = load_policy(Path("default"))
@@ -55,6 +55,24 @@ def test_a_quiet_clip_with_one_dancer_is_accepted_by_both():
 def test_too_little_is_too_short(seconds: float, samples: int):
     verdict = judge(observations([[DANCER]] * samples, seconds=seconds), DEFAULT)
     assert verdict.decision == "reject" and verdict.first_reason == "too_short"
+
+
+@pytest.mark.parametrize(("start", "end"), [(0.0, 0.9999999999999999), (0.1, 1.1), (63.3, 64.3), (1 / 3, 4 / 3)])
+def test_a_second_is_a_second_wherever_it_begins(start: float, end: float):
+    clip = observations(seconds=1.0)
+    assert judge(replace(clip, start_s=start, end_s=end), DEFAULT).decision == "accept"
+    assert judge(replace(clip, start_s=start, end_s=end - 2e-6), DEFAULT).first_reason == "too_short"
+
+
+@given(start=st.integers(0, 10**9), frames=st.integers(1, 200), fps=st.sampled_from([24, 25, 30, 50, 60]))
+def test_so_many_frames_last_their_time_to_the_microsecond(start: int, frames: int, fps: int):
+    values = DEFAULT.model_dump()
+    values["length"] = {"min_duration_s": frames / fps, "min_samples": 1}
+    begin = start / fps
+    clip = replace(observations(), start_s=begin, end_s=sum([1 / fps] * frames, start=begin))
+    assert outcome(judge(clip, Policy.model_validate(values)), "too_short") == "pass"
+    values["length"]["min_duration_s"] += 2e-6
+    assert outcome(judge(clip, Policy.model_validate(values)), "too_short") == "fail"
 
 
 @pytest.mark.parametrize("transfer", ["pq", "hlg"])
@@ -131,6 +149,22 @@ def test_a_fade_lasts_and_a_dark_strobe_does_not(frames: int, found: bool):
     clip = observations()
     clip = replace(clip, contrast=changed(clip.contrast, slice(40, 40 + frames), 2.0))
     assert (judge(clip, DEFAULT).first_reason == "shot") is found
+
+
+@pytest.mark.parametrize("start", range(20, 40))
+def test_a_fade_is_as_long_anywhere_in_the_clip(start: int):
+    """Six frames at 30 a second are 0.2 s, whatever the last bit of their times says."""
+    clip = observations()
+    clip = replace(clip, contrast=changed(clip.contrast, slice(start, start + 6), 2.0))
+    assert judge(clip, DEFAULT).first_reason == "shot"
+
+
+def test_a_change_is_compared_with_the_same_frames_anywhere_in_the_clip():
+    """At 24 a second, the sixth frame after a change is 0.25 s later: just inside the window of the ratio."""
+    times = np.arange(72) / 24
+    for frame in range(10, 60):
+        change = changed(np.full(72, 0.05, np.float32), [frame - 6, frame, frame + 6], 0.5)
+        assert _stands_out(times, change, 0.25, floor=0.01)[frame] == pytest.approx(0.5 / 0.51)
 
 
 def test_a_dissolve_takes_several_frames():
