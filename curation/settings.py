@@ -43,7 +43,7 @@ class ObserveSettings(BaseModel):
     sample_fps: float = Field(6.0, gt=0, description="Rate of detector samples and of training frames.")
     detector_long_side: int = Field(640, ge=64, multiple_of=32)
     detector_confidence: float = Field(0.10, gt=0, lt=1, description="Boxes below this are not stored.")
-    prescreen_key_frames: int = Field(8, ge=2, description="Clips with fewer key frames skip the prescreen.")
+    prescreen_key_frames: int = Field(8, ge=2, description="Clips with fewer key frames among their samples skip it.")
     frame_long_side: int = Field(518, ge=14, multiple_of=14, description="Longer side of training frames.")
     device: str = Field("auto", pattern=DEVICE, description="auto, cpu, cuda or cuda:N.")
 
