@@ -63,7 +63,7 @@ def floor(folder: Path) -> None:
     (settings.out / "frames").mkdir()
     for ref in refs_of(folder):
         video = download(ref, settings.out / "videos", settings.download)
-        seen = prescreen(ref, video.path, settings.observe, detector)
+        seen = prescreen(ref, video.path, settings.observe, detector, policy.prescreen_share)
         if seen is None or judge(seen, policy).decision != "reject":
             seen, frames = observe(ref, video.path, settings.observe, detector)
             if judge(seen, policy).decision == "accept":

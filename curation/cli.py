@@ -73,7 +73,7 @@ def run(
     num_tokens: Annotated[int, typer.Option(help="MoGe-2 tokens per frame.")] = 1800,
     http_host: Hosts = None,
     local_root: Annotated[Path | None, typer.Option(help="Folder below which platform local may read.")] = None,
-    max_height: Annotated[int, typer.Option(help="No stream taller than this is fetched.")] = 1080,
+    max_height: Annotated[int, typer.Option(help="Cap on the short side of a stream, in pixels.")] = 1080,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     batch_clips: Annotated[int, typer.Option(help="Clips per batch and shard.")] = 32,
     workers: Annotated[int | None, typer.Option(help="Observing processes; one per core by default.")] = None,

@@ -171,6 +171,7 @@ def read_manifest(path: Path, *, http_hosts: Iterable[str] | None = (), allow_lo
         if ref is not None:
             refs.append((row, ref))
     merged = _merge(refs, problems)
+    _find_rounded(refs, problems)
     if problems:
         raise ManifestError(path.name, problems)
     return merged
@@ -189,6 +190,7 @@ def write_manifest(refs: Iterable[ClipRef], path: Path) -> None:
     for row, ref in numbered:
         _parse(row, _values(ref), None, True, problems)
     merged = _merge(numbered, problems)
+    _find_rounded(numbered, problems)
     if problems:
         raise ManifestError("The list of clips", problems)
     with atomic_path(path) as temporary:
@@ -353,11 +355,25 @@ def _parquet_rows(path: Path, problems: list[Problem]) -> Iterator[tuple[int, _R
             problems.append(Problem(1, name, message))
             continue
         try:
-            columns.append([None] * table.num_rows if column is None else column.to_pylist())
+            columns.append([None] * table.num_rows if column is None else _values_of(column))
         except ValueError:  # text that is no UTF-8
             problems.append(Problem(1, name, "this column holds text that is not UTF-8; write it again"))
     if len(columns) == len(COLUMNS):
         yield from enumerate(zip(*columns, strict=True), start=1)
+
+
+def _values_of(column: Any) -> list[Any]:
+    """Python values of an Arrow column. 83.7 in single precision is 83.7, as in text, and not 83.69999694824219."""
+    import pyarrow as pa
+
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    values: list[Any] = column.to_pylist()
+    if not (pa.types.is_float16(kind) or pa.types.is_float32(kind)):
+        return values
+    import numpy as np
+
+    shortest = np.float16 if pa.types.is_float16(kind) else np.float32
+    return [None if value is None else float(str(shortest(value))) for value in values]
 
 
 def _plain(kind: Any) -> bool:
@@ -418,6 +434,8 @@ def _microseconds(value: Any) -> int | None:
         value = float(value)
     if type(value) not in (int, float):
         raise ValueError("write seconds as a plain number such as 83.5, or leave it empty")
+    if isinstance(value, float) and math.isnan(value):
+        raise ValueError("this is NaN; leave it empty (null)")
     if not 0 <= value <= MAX_SECONDS:
         raise ValueError(f"write a number of seconds from 0 to {MAX_SECONDS}")
     return round(value * 1e6)
@@ -452,6 +470,28 @@ def _merge(refs: list[tuple[int, ClipRef]], problems: list[Problem]) -> list[Cli
             if end > reach:
                 reach, holder = end, row
     return [ref for row, ref in refs if row not in repeated]
+
+
+# What programs leave of a long number that they keep in 53 bits: zeros behind the digits they print (15 in a
+# spreadsheet, 16 in JavaScript), or a multiple of 512 where all digits are printed.
+_ROUNDED = (
+    (1000, "end in 000: a spreadsheet or JavaScript rounded them"),
+    (512, "are multiples of 512: a column of floating-point numbers rounded them"),
+)
+_BY_CHANCE = 1e-6  # ids that nobody rounded must look like this less often to be refused
+
+
+def _find_rounded(refs: list[tuple[int, ClipRef]], problems: list[Problem]) -> None:
+    """Note rounded ids of TikTok, which only all of them together show: each is a good id, mostly of no video."""
+    rows: dict[int, int] = {}
+    for row, ref in refs:
+        if ref.platform == "tiktok" and int(ref.video_id) > 2**53:
+            rows.setdefault(int(ref.video_id), row)
+    for divisor, what in _ROUNDED:
+        if rows and divisor ** -len(rows) <= _BY_CHANCE and not any(number % divisor for number in rows):
+            said = f"all {len(rows)} long ids of tiktok {what}; export this column as text from where the ids came from"
+            problems.append(Problem(min(rows.values()), "video_id", said))
+            return
 
 
 def link_listed(link: str, hosts: tuple[str, ...]) -> bool:

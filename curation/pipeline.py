@@ -499,7 +499,7 @@ def _observe_clip(task: _ObserveTask) -> _Observed:
     if video is None:
         raise StageError(FailureCode.NETWORK, _NOT_HERE)
     detector = detector_for(settings, settings.detector)
-    observations = prescreen(task.ref, video, settings, detector)
+    observations = prescreen(task.ref, video, settings, detector, task.policy.prescreen_share)
     if observations is None or judge_observations(observations, task.policy).decision != "reject":
         observations, frames = observe(task.ref, video, settings, detector)
         if judge_observations(observations, task.policy).decision == "accept":

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import numpy as np
 import yaml
@@ -18,11 +19,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from curation.files import sha256_json
 from curation.ingest.failures import UsageError
 from curation.observe.observations import Observations
+from curation.observe.sampling import TIE_S
 from curation.records import CriterionResult, Outcome, Verdict
 
 # The order in which a first reason is named.
 CRITERIA = ("too_short", "hdr", "shot", "single", "height", "border", "overlap")
 PERSON = "person"
+_WHOLE = (0.0, 0.0, 1.0, 1.0)
+# Whoever comes within this share of the whole picture's border does so inside any bars: those of two opposite sides
+# are thick at a ratio of 0.8 at least.
+_MARGIN_IN_BARS = 0.4
 
 _Share = Field(ge=0, le=1)
 _MAX_COUNT = 1_000_000  # of samples or frames: more than any clip has
@@ -105,12 +111,6 @@ class OverlapRule(_Part):
     tolerance: float = _Share
 
 
-class PrescreenRule(_Part):
-    """Share of key frames on which a criterion must fail for the clip to be given up without a full pass."""
-
-    hopeless: float = _Share
-
-
 class Policy(_Part):
     """All thresholds of one policy; see policies/default.yaml for what each is for and its evidence."""
 
@@ -123,7 +123,11 @@ class Policy(_Part):
     height: HeightRule
     border: BorderRule
     overlap: OverlapRule
-    prescreen: PrescreenRule
+
+    @property
+    def prescreen_share(self) -> float:
+        """A prescreen that sees no larger share of a clip's samples than this decides nothing under this policy."""
+        return 0.0 if self.hdr == "refuse" else min(self.single.tolerance, self.border.tolerance)
 
     @property
     def hash(self) -> str:
@@ -345,11 +349,21 @@ def _intersection(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
     return float(max(width, 0.0) * max(height, 0.0))
 
 
+@overload
+def _us(seconds: float) -> int: ...
+@overload
+def _us(seconds: NDArray[np.float64]) -> NDArray[np.int64]: ...
+def _us(seconds: float | NDArray[np.float64]) -> int | NDArray[np.int64]:
+    """Whole microseconds, in which times are compared: sums of binary fractions miss a limit by their last bit."""
+    rounded = np.rint(np.multiply(seconds, 1e6)).astype(np.int64)
+    return rounded if rounded.ndim else int(rounded)
+
+
 def _too_short(observations: Observations, policy: Policy) -> CriterionResult:
     rule, duration, samples = policy.length, observations.duration_s, len(observations.sample_times_s)
     reasons = []
-    if duration < rule.min_duration_s:
-        reasons.append(f"lasts {duration:.2f} s, {rule.min_duration_s:g} s are needed")
+    if _us(duration) < _us(rule.min_duration_s):
+        reasons.append(f"lasts {duration:.6g} s, {rule.min_duration_s:g} s are needed")
     if samples < rule.min_samples:
         reasons.append(f"has {samples} samples, {rule.min_samples} are needed")
     return _result("too_short", reasons, duration_s=duration, samples=float(samples))
@@ -400,9 +414,9 @@ def _stands_out(
     steps = np.diff(times, prepend=times[0])
     usual = max(float(np.median(steps[1:])), 1e-6)
     rate = change / np.maximum(1.0, steps / usual)
-    reach = max(window_s, 2.5 * usual)
-    first = np.searchsorted(times, times - reach)
-    last = np.searchsorted(times, times + reach, side="right")
+    reach, moments = _us(max(window_s, 2.5 * usual)), _us(times)
+    first = np.searchsorted(moments, moments - reach)
+    last = np.searchsorted(moments, moments + reach, side="right")
     ratio = np.zeros(len(times))
     for n in range(1, len(times)):
         around = np.concatenate([rate[max(first[n], 1) : n], rate[n + 1 : last[n]]])
@@ -436,7 +450,8 @@ def _fades(observations: Observations, rule: ShotRule) -> list[tuple[int, int]]:
     edges = np.flatnonzero(np.diff(np.concatenate([[False], blank, [False]]).astype(np.int8)))
     stretches = zip(edges[::2], edges[1::2] - 1, strict=True)
     shown_until = np.append(observations.times_s[1:], observations.end_s)  # the last blank frame stays on screen too
-    return [(int(a), int(b)) for a, b in stretches if shown_until[b] - observations.times_s[a] >= rule.fade_s]
+    least = _us(rule.fade_s)
+    return [(int(a), int(b)) for a, b in stretches if _us(shown_until[b] - observations.times_s[a]) >= least]
 
 
 def _teleports(observations: Observations, rule: ShotRule, people: _Subjects) -> list[str]:
@@ -495,7 +510,21 @@ def _border(observations: Observations, policy: Policy, people: _Subjects) -> Cr
     rule = policy.border
     if not people.seen:
         return _result("border", ["no person to measure"], "unknown")
-    x1, y1, x2, y2 = observations.active if rule.inside_bars else (0.0, 0.0, 1.0, 1.0)
+    touching = _touching(observations, people, observations.active if rule.inside_bars else _WHOLE, rule.margin)
+    share = float(touching.any(1).mean())
+    reasons = []
+    if share > rule.tolerance:
+        reasons.append(f"within {rule.margin:.1%} of the border in {share:.0%} of the samples")
+        sides = ("left", "top", "right", "bottom")
+        reasons += [f"{side} in {touching[:, n].mean():.0%}" for n, side in enumerate(sides) if touching[:, n].any()]
+    return _result("border", reasons, touching=share)
+
+
+def _touching(
+    observations: Observations, people: _Subjects, active: tuple[float, float, float, float], margin: float
+) -> NDArray[np.bool_]:
+    """(seen, 4): where the subject's box comes within the margin of the left, top, right and bottom of `active`."""
+    x1, y1, x2, y2 = active
     boxes = observations.box_xyxy[people.seen]
     distances = np.stack(
         [
@@ -506,14 +535,7 @@ def _border(observations: Observations, policy: Policy, people: _Subjects) -> Cr
         ],
         axis=1,
     )
-    touching = distances < rule.margin
-    share = float(touching.any(1).mean())
-    reasons = []
-    if share > rule.tolerance:
-        reasons.append(f"within {rule.margin:.1%} of the border in {share:.0%} of the samples")
-        sides = ("left", "top", "right", "bottom")
-        reasons += [f"{side} in {touching[:, n].mean():.0%}" for n, side in enumerate(sides) if touching[:, n].any()]
-    return _result("border", reasons, touching=share)
+    return distances < margin
 
 
 def _overlap(observations: Observations, policy: Policy, people: _Subjects) -> CriterionResult:
@@ -559,23 +581,34 @@ def _overlaps(observations: Observations, box: int, subject: int, others: list[i
 
 
 def _judge_prescreen(observations: Observations, policy: Policy, people: _Subjects) -> tuple[CriterionResult, ...]:
-    """Key frames can only reject, and only what is hopeless; everything else stays unknown until the full pass."""
-    hopeless = policy.prescreen.hopeless
-    samples = max(people.samples, 1)
-    missing = sum(box is None for box in people.subject) / samples
-    several = sum(bool(others) for others in people.others) / samples
+    """Key frames can only reject, and only what the full pass must reject whatever the samples between them show.
+
+    The key frames are samples of the full pass (see `prescreen`), so what fails on them fails there too. They are no
+    fair selection: encoders put them where the picture changes. So the shares are of all samples that the clip can
+    have, and every sample that was not seen counts as a good one. Everything else is unknown.
+    """
     reasons: dict[str, list[str]] = {name: [] for name in CRITERIA}
     reasons["hdr"] += _hdr(observations, policy).reasons
-    if max(missing, several) > hopeless:
-        what = "no person" if missing > several else "more than one person"
-        reasons["single"] = [f"{what} in {max(missing, several):.0%} of the key frames"]
-    if people.seen:
-        mean = float(people.heights.mean())
-        if mean < hopeless * policy.height.min_mean:
-            reasons["height"] = [f"the mean height is {mean:.2f} of the image in the key frames"]
-        border = _border(observations, policy, people).measured["touching"]
-        if border > hopeless and len(people.seen) > samples / 2:
-            reasons["border"] = [f"at the border in {border:.0%} of the key frames"]
+    fps = observations.provenance.get("sample_fps")
+    if fps is not None:
+        samples = math.floor((observations.duration_s + TIE_S) * fps) + 2  # no sampling of the clip has more
+        # Two key frames nearest to one tick are not both samples; measurements of earlier versions have such.
+        ticks = np.rint((observations.sample_times_s - observations.start_s) * fps)
+
+        def count(which: Iterable[int]) -> int:
+            return len(np.unique(ticks[list(which)]))
+
+        wrong = count(n for n, box in enumerate(people.subject) if box is None or people.others[n])
+        if wrong / samples > policy.single.tolerance:
+            reasons["single"].append(f"not exactly one person in {wrong} of at most {samples} samples")
+        faint = count(np.flatnonzero(people.faint))
+        if faint / samples > policy.single.faint_share:
+            reasons["single"].append(f"another person is faintly seen in {faint} of at most {samples} samples")
+        touching = _touching(observations, people, _WHOLE, min(policy.border.margin, _MARGIN_IN_BARS)).any(1)
+        seen = np.flatnonzero([box is not None for box in people.subject])
+        at_border = count(seen[touching])
+        if at_border / samples > policy.border.tolerance:
+            reasons["border"] = [f"at the border in {at_border} of at most {samples} samples"]
     return tuple(
         CriterionResult(name, "fail" if reasons[name] else "unknown", tuple(reasons[name] or ["only key frames seen"]))
         for name in CRITERIA

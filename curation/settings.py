@@ -17,7 +17,7 @@ class DownloadSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    max_height: int = Field(1080, ge=144, description="No stream taller than this is chosen.")
+    max_height: int = Field(1080, ge=144, description="Cap on the short side of a stream: 1080 takes 1080x1920 too.")
     http_hosts: tuple[str, ...] = Field((), description="Hosts (host or host:port) allowed for platform `http`.")
     local_root: Path | None = Field(None, description="Folder below which platform `local` may read files.")
     allow_loopback: bool = Field(False, description="Permit loopback addresses; for tests and demonstrations only.")
@@ -43,7 +43,7 @@ class ObserveSettings(BaseModel):
     sample_fps: float = Field(6.0, gt=0, description="Rate of detector samples and of training frames.")
     detector_long_side: int = Field(640, ge=64, multiple_of=32)
     detector_confidence: float = Field(0.10, gt=0, lt=1, description="Boxes below this are not stored.")
-    prescreen_key_frames: int = Field(8, ge=2, description="Clips with fewer key frames skip the prescreen.")
+    prescreen_key_frames: int = Field(8, ge=2, description="Clips with fewer key frames among their samples skip it.")
     frame_long_side: int = Field(518, ge=14, multiple_of=14, description="Longer side of training frames.")
     device: str = Field("auto", pattern=DEVICE, description="auto, cpu, cuda or cuda:N.")
 

@@ -98,9 +98,9 @@ def curate(
         sample_fps: Rate of detector samples and of training frames.
         detector_long_side: Longer side of the detector's input in pixels, a multiple of 32.
         detector_confidence: Boxes below this are not stored.
-        prescreen_key_frames: Clips with fewer key frames skip the prescreen.
+        prescreen_key_frames: Clips with fewer key frames among their samples skip the prescreen.
         frame_long_side: Longer side of training frames in pixels, a multiple of 14.
-        max_height: No stream taller than this is fetched.
+        max_height: No stream whose short side is over this is fetched: 1080 takes 1920x1080 and 1080x1920.
         download_timeout_s: Seconds without an answer before a request is given up.
         download_retries: Further tries after a transient failure.
         http_hosts: Hosts (host or host:port) allowed for platform http.

@@ -83,11 +83,12 @@ def download(
     """Fetch the whole video of a clip to `folder`/<video_key>/video.<ext>, replacing what is there.
 
     folder: the run's videos folder. progress: called with (bytes so far, bytes in all or 0). The file holds the picture
-    alone: no sound, tags or chapters. The height cap chooses among a platform's formats; a plain link or a local file
-    has one and is taken as it is. Transient failures are tried again up to `settings.retries` times, after growing,
-    jittered waits or as long as the server asks if that is not over MAX_WAIT_S. What a broken connection had brought of
-    a file is kept below `folder`/.parts and continued, by this call or a later one, if the server vouches that it is
-    still the same. Raises StageError with a fixed text, and UsageError for unusable settings (see check_settings).
+    alone: no sound, tags or chapters. The cap on the short side chooses among a platform's formats; a plain link or a
+    local file has one and is taken as it is. Transient failures are tried again up to `settings.retries` times, after
+    growing, jittered waits or as long as the server asks if that is not over MAX_WAIT_S. What a broken connection had
+    brought of a file is kept below `folder`/.parts and continued, by this call or a later one, if the server vouches
+    that it is still the same. Raises StageError with a fixed text, and UsageError for unusable settings (see
+    check_settings).
     """
     try:
         validate_video_id(ref.platform, ref.video_id, allow_loopback=settings.allow_loopback)
@@ -241,9 +242,13 @@ def _options(work: Path, settings: DownloadSettings, limits: Limits, sleep: Call
 
     plain = "[protocol~='^(https?|m3u8|m3u8_native|http_dash_segments)$']"
     h264 = "[vcodec~='^(avc|h264)']"
-    low = f"[height<={settings.max_height}]"
-    unknown = f"[height<=?{settings.max_height}][vcodec!=?none]"  # some platforms do not say what they have
-    choices = (f"bv{h264}{low}", f"b{h264}{low}", f"bv{low}", f"b{unknown}")
+    # The cap is on the short side, as platforms label quality: 1080x1920 is 1080p. Each kind of format is looked for
+    # among the upright ones by width, then among all by height; the formats of one video have one orientation.
+    cap = settings.max_height
+    portrait, landscape = f"[aspect_ratio<=1][width<={cap}]", f"[height<={cap}]"
+    unknown = f"[height<=?{cap}]"  # some platforms do not say what they have
+    kinds = ((f"bv{h264}", landscape), (f"b{h264}", landscape), ("bv", landscape), ("bv*", unknown))
+    choices = [kind + size for kind, otherwise in kinds for size in (portrait, otherwise)]
     return {
         "format": "/".join(choice + plain for choice in choices),
         "outtmpl": {"default": FETCHED},  # a platform's idea of a suffix never becomes part of a name

@@ -72,7 +72,7 @@ _ADVICE = {
     FailureCode.MEMBERS: "The video is for paying members; drop the row unless your account may use it.",
     FailureCode.DRM: "The video is protected by DRM and cannot be used; drop the row.",
     FailureCode.LIVE: "The video is a live stream; run again when it is over.",
-    FailureCode.NO_FORMAT: "No format fits the height cap; raise --max-height or drop the row.",
+    FailureCode.NO_FORMAT: "No format's short side fits the cap; raise --max-height or drop the row.",
     FailureCode.UNSUPPORTED: "yt-dlp cannot read this page; update yt-dlp, or drop the row.",
     FailureCode.BOT_CHECK: "The platform asks for proof of a human; wait some hours, then run again and go slower.",
     FailureCode.RATE_LIMITED: "The platform asks to slow down; run again later, with fewer parallel downloads.",

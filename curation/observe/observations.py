@@ -26,7 +26,8 @@ OBSERVATION_VERSION = 2
 class Observations:
     """Measurements of one clip. n frames, s samples (6 a second by default), k boxes.
 
-    kind: "full" for every frame, "keyframes" for the prescreen, which has samples but no shot measures (n = 0).
+    kind: "full" for every frame, "keyframes" for the prescreen, which has a part of the samples, those that are key
+    frames, and no shot measures (n = 0).
     width, height: the picture as displayed. start_s, end_s: the clip's span in the video; end_s is exclusive.
     transfer: sdr, or the pq or hlg that any of its frames is coded in; what is measured is SDR in any case.
     active: x1, y1, x2, y2 of the picture inside letterbox bars, fractions of the whole.

@@ -105,19 +105,24 @@ def _observe(
     return observations, Frames(width=width, height=height, times_s=times, jpeg=tuple(jpeg), stretch=stretch)
 
 
-def prescreen(ref: ClipRef, path: Path, settings: ObserveSettings, detector: Detector) -> Observations | None:
-    """Detect people on the clip's key frames only; None where there are too few to say anything.
+def prescreen(
+    ref: ClipRef, path: Path, settings: ObserveSettings, detector: Detector, share: float = 0.0
+) -> Observations | None:
+    """Detect people on those key frames of the clip that the full pass samples too, with the same pictures.
 
-    Costs about a thirteenth of a full decode. Raises StageError as `observe`.
+    Costs about a thirteenth of a full decode, or nothing: None where fewer than `settings.prescreen_key_frames`, or no
+    larger share of the samples than `share`, can be seen this way. Raises StageError as `observe`.
     """
     index = index_video(path)
     first, last = index.span(ref.start_s, ref.end_s)
-    if np.count_nonzero(index.key[first:last]) < settings.prescreen_key_frames:
+    samples = first + sample_indices(index.times_s[first:last], settings.sample_fps)
+    keys, limit = samples[index.key[samples]], 4 * settings.prescreen_key_frames
+    if len(keys) < settings.prescreen_key_frames or min(len(keys), limit) <= share * len(samples):
         return None
     numbers: list[int] = []
     found: list[Detections] = []
     transfer: Transfer = "sdr"
-    for number, frame in decode_key_frames(index, first, last, limit=4 * settings.prescreen_key_frames):
+    for number, frame in decode_key_frames(index, keys, limit=limit):
         transfer = transfer_of(frame) if transfer == "sdr" else transfer
         numbers.append(number)
         found += detector([resize(to_rgb(frame), index, *_scaled(index, detector.long_side))])

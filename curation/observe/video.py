@@ -463,9 +463,11 @@ def _decode_packet(packet: Any) -> list[Any] | None:
         return None
 
 
-def decode_key_frames(index: VideoIndex, first: int, last: int, *, limit: int) -> Iterator[tuple[int, Any]]:
-    """Decode key frames of [first, last) only (about a thirteenth of a full decode); at most `limit`, evenly spread."""
-    keys = first + np.flatnonzero(index.key[first:last])
+def decode_key_frames(index: VideoIndex, keys: NDArray[np.intp], *, limit: int) -> Iterator[tuple[int, Any]]:
+    """Decode these key frames only (all of them: about a thirteenth of a full decode); at most `limit`, evenly spread.
+
+    keys: (k,) numbers of frames, each of which `index.key` calls a key frame.
+    """
     if len(keys) > limit:
         keys = keys[np.linspace(0, len(keys) - 1, limit).round().astype(int)]
     wanted = set(keys.tolist())
@@ -497,7 +499,7 @@ def verify(path: Path) -> VideoFile:
     Raises StageError CORRUPT, NO_VIDEO or WRONG_KIND.
     """
     index = index_video(path)
-    if not any(True for _ in decode_key_frames(index, 0, len(index.times_s), limit=_VERIFY_KEY_FRAMES)):
+    if not any(True for _ in decode_key_frames(index, np.flatnonzero(index.key), limit=_VERIFY_KEY_FRAMES)):
         raise StageError(FailureCode.CORRUPT, "no key frame can be decoded")
     return VideoFile(
         path=path,

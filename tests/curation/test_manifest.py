@@ -8,11 +8,12 @@ import math
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from curation.ingest.failures import UsageError
@@ -218,6 +219,8 @@ def clips(draw):
             spans[-1] = (spans[-1][0], None)
         for start, end in spans:
             refs.append(ClipRef(platform, video_id, start, end, draw(st.sampled_from([None, "train", "val-2"]))))
+    rounded = {int(video_id) % 1000 * (int(video_id) % 512) for platform, video_id in videos if platform == "tiktok"}
+    assume(rounded != {0})  # these are refused together
     return draw(st.permutations(refs))
 
 
@@ -421,10 +424,100 @@ def test_bad_fields_of_a_json_line(tmp_path, record, field):
     assert problems(path) == [(1, field)]
 
 
-def test_parquet_nan_is_refused_and_null_is_empty(tmp_path):
-    table = pa.table({"platform": ["vimeo"] * 3, "video_id": ["1", "2", "3"], "end_s": [1.0, math.nan, None]})
-    pq.write_table(table, tmp_path / "m.parquet")
-    assert problems(tmp_path / "m.parquet") == [(2, "end_s")]
+def test_nan_is_refused_and_null_is_empty(tmp_path):
+    for kind in (pa.float64(), pa.float32(), pa.float16()):
+        times = pa.array(np.array([1.0, math.nan, 0.0], kind.to_pandas_dtype()), kind, mask=np.array([0, 0, 1], bool))
+        table = pa.table({"platform": ["vimeo"] * 3, "video_id": ["1", "2", "3"], "end_s": times})
+        pq.write_table(table, tmp_path / "m.parquet")
+        with pytest.raises(ManifestError, match=r"row 2, end_s: this is NaN; leave it empty \(null\)\."):
+            read_manifest(tmp_path / "m.parquet")
+    (tmp_path / "m.jsonl").write_text('{"platform": "vimeo", "video_id": "1", "end_s": NaN}\n')
+    with pytest.raises(ManifestError, match="NaN; leave it empty"):
+        read_manifest(tmp_path / "m.jsonl")
+
+
+@pytest.mark.parametrize("dictionary", [False, True])
+@given(data=st.data())
+def test_a_time_is_the_same_in_text_and_in_any_precision(dictionary, data):
+    """A decimal that a type can tell from its neighbours gives one clip, however the table keeps it."""
+    name, digits = data.draw(st.sampled_from([("float16", 3), ("float32", 6), ("float64", 13)]))
+    text = f"{data.draw(st.integers(1, 10**digits - 1))}e{data.draw(st.integers(-3, 0))}"
+    with np.errstate(over="ignore"):
+        value = np.array([float(text)]).astype(name)
+    times = pa.array(value)
+    table = {"platform": ["vimeo"], "video_id": ["1"], "end_s": times.dictionary_encode() if dictionary else times}
+    with tempfile.TemporaryDirectory() as folder:
+        pq.write_table(pa.table(table), Path(folder) / "m.parquet")
+        (Path(folder) / "m.csv").write_text(f"platform,video_id,end_s\nvimeo,1,{text}\n")
+        if math.isfinite(value[0]) and float(text) <= MAX_SECONDS:
+            assert read_manifest(Path(folder) / "m.parquet") == read_manifest(Path(folder) / "m.csv")
+
+
+def test_single_precision_gives_the_ids_of_text(tmp_path):
+    table = {"platform": ["vimeo"] * 2, "video_id": ["1", "1"], "start_s": [83.7, 3600.1], "end_s": [90.3, None]}
+    for kind in (pa.float32(), pa.float64()):
+        times = {name: pa.array(table[name], kind) for name in ("start_s", "end_s")}
+        pq.write_table(pa.table({**table, **times}), tmp_path / f"{kind}.parquet")
+    single, double = read_manifest(tmp_path / "float.parquet"), read_manifest(tmp_path / "double.parquet")
+    assert [ref.clip_id for ref in single] == [ref.clip_id for ref in double]
+    assert single[0].start_us == 83_700_000 and single[1].start_us == 3_600_100_000
+
+
+# --- ids that a program rounded, which only the rows together show
+
+_LONG = st.integers(6 * 10**18, 9 * 10**18)
+_ROUNDINGS = {
+    "spreadsheet": lambda number: number // 10_000 * 10_000,
+    "javascript": lambda number: round(int(float(number)), -3),
+    "float column": lambda number: int(float(number)),
+}
+
+
+def tiktok(folder, ids, suffix=".csv", more=""):
+    path = Path(folder) / f"m{suffix}"
+    if suffix == ".csv":
+        path.write_text("platform,video_id\n" + "".join(f"tiktok,{number}\n" for number in ids) + more)
+    else:
+        pq.write_table(pa.table({"platform": ["tiktok"] * len(ids), "video_id": ids}), path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+@given(ids=st.lists(_LONG, min_size=6, max_size=30), rounding=st.sampled_from(sorted(_ROUNDINGS)))
+def test_ids_that_were_all_rounded_are_refused(suffix, ids, rounding):
+    rounded = sorted({_ROUNDINGS[rounding](number) for number in ids})
+    assume(len(rounded) >= 3)
+    with tempfile.TemporaryDirectory() as folder:
+        with pytest.raises(ManifestError, match=r"rounded them; export this column as text") as caught:
+            read_manifest(tiktok(folder, rounded, suffix))
+        assert [problem.field for problem in caught.value.problems] == ["video_id"]
+        with pytest.raises(ManifestError, match="rounded them"):
+            write_manifest([ClipRef("tiktok", str(number)) for number in rounded], Path(folder) / "out.csv")
+
+
+@given(ids=st.lists(_LONG, min_size=1, max_size=30, unique=True), rounding=st.sampled_from(sorted(_ROUNDINGS)))
+def test_one_id_that_was_not_rounded_vouches_for_the_others(ids, rounding):
+    rounded = [_ROUNDINGS[rounding](number) for number in ids]
+    with tempfile.TemporaryDirectory() as folder:
+        assert read_manifest(tiktok(folder, [*rounded, 7123456789012345679]))
+
+
+def test_chance_short_ids_and_other_platforms_are_no_rounding(tmp_path):
+    zeros = [7_300_000_000_000_000_000 + n * 10**6 + 123_000 for n in range(2)]
+    binary = [2**62 + n * 512 * 7 for n in range(1, 4)]
+    for good in (
+        zeros[:1],
+        zeros[:1] * 5,
+        binary[:2],
+        [n * 1000 for n in range(1, 9)],
+        [2**53 - 2**13 * n for n in range(9)],
+    ):
+        assert read_manifest(tiktok(tmp_path, good))
+    for rounded, row in ((zeros, 2), (binary, 2), ([5, *zeros], 3)):
+        assert problems(tiktok(tmp_path, rounded)) == [(row, "video_id")]
+    vimeo = "".join(f"vimeo,{number}\n" for number in zeros)
+    assert read_manifest(tiktok(tmp_path, [], more=vimeo))
+    assert problems(tiktok(tmp_path, zeros, more=vimeo)) == [(2, "video_id")]
 
 
 def test_the_name_of_a_folder_adds_no_column(tmp_path):

@@ -15,7 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from curation.ingest.failures import UsageError
-from curation.policy import CRITERIA, Policy, judge, load_policy, subject_boxes
+from curation.observe.observations import Observations
+from curation.observe.sampling import sample_indices
+from curation.policy import CRITERIA, Policy, _stands_out, judge, load_policy, subject_boxes
 from curation.settings import POLICIES
 
 DEFAULT = load_policy(Path("default"))
@@ -55,6 +57,24 @@ def test_a_quiet_clip_with_one_dancer_is_accepted_by_both():
 def test_too_little_is_too_short(seconds: float, samples: int):
     verdict = judge(observations([[DANCER]] * samples, seconds=seconds), DEFAULT)
     assert verdict.decision == "reject" and verdict.first_reason == "too_short"
+
+
+@pytest.mark.parametrize(("start", "end"), [(0.0, 0.9999999999999999), (0.1, 1.1), (63.3, 64.3), (1 / 3, 4 / 3)])
+def test_a_second_is_a_second_wherever_it_begins(start: float, end: float):
+    clip = observations(seconds=1.0)
+    assert judge(replace(clip, start_s=start, end_s=end), DEFAULT).decision == "accept"
+    assert judge(replace(clip, start_s=start, end_s=end - 2e-6), DEFAULT).first_reason == "too_short"
+
+
+@given(start=st.integers(0, 10**9), frames=st.integers(1, 200), fps=st.sampled_from([24, 25, 30, 50, 60]))
+def test_so_many_frames_last_their_time_to_the_microsecond(start: int, frames: int, fps: int):
+    values = DEFAULT.model_dump()
+    values["length"] = {"min_duration_s": frames / fps, "min_samples": 1}
+    begin = start / fps
+    clip = replace(observations(), start_s=begin, end_s=sum([1 / fps] * frames, start=begin))
+    assert outcome(judge(clip, Policy.model_validate(values)), "too_short") == "pass"
+    values["length"]["min_duration_s"] += 2e-6
+    assert outcome(judge(clip, Policy.model_validate(values)), "too_short") == "fail"
 
 
 @pytest.mark.parametrize("transfer", ["pq", "hlg"])
@@ -131,6 +151,22 @@ def test_a_fade_lasts_and_a_dark_strobe_does_not(frames: int, found: bool):
     clip = observations()
     clip = replace(clip, contrast=changed(clip.contrast, slice(40, 40 + frames), 2.0))
     assert (judge(clip, DEFAULT).first_reason == "shot") is found
+
+
+@pytest.mark.parametrize("start", range(20, 40))
+def test_a_fade_is_as_long_anywhere_in_the_clip(start: int):
+    """Six frames at 30 a second are 0.2 s, whatever the last bit of their times says."""
+    clip = observations()
+    clip = replace(clip, contrast=changed(clip.contrast, slice(start, start + 6), 2.0))
+    assert judge(clip, DEFAULT).first_reason == "shot"
+
+
+def test_a_change_is_compared_with_the_same_frames_anywhere_in_the_clip():
+    """At 24 a second, the sixth frame after a change is 0.25 s later: just inside the window of the ratio."""
+    times = np.arange(72) / 24
+    for frame in range(10, 60):
+        change = changed(np.full(72, 0.05, np.float32), [frame - 6, frame, frame + 6], 0.5)
+        assert _stands_out(times, change, 0.25, floor=0.01)[frame] == pytest.approx(0.5 / 0.51)
 
 
 def test_a_dissolve_takes_several_frames():
@@ -227,15 +263,93 @@ def test_things_overlap_or_are_a_second_label_for_the_dancer():
 # key frames
 
 
-def test_key_frames_reject_only_the_hopeless():
-    def key_frames(boxes: list[list[Box]]):
-        return judged(boxes, kind="keyframes", times_s=np.zeros(0))
+def key_frames(full: Observations, keys) -> Observations:
+    """What the prescreen sees of a clip whose samples of these numbers are key frames."""
+    keys = np.asarray(sorted(keys), int)
+    boxes = np.isin(full.box_sample, keys)
+    none = {name: np.zeros(0, np.float32) for name in ("content", "luma", "contrast", "gap", "person_gap", "dissolve")}
+    return replace(
+        full,
+        kind="keyframes",
+        active=(0.0, 0.0, 1.0, 1.0),
+        times_s=np.zeros(0),
+        **none,
+        sample_times_s=full.sample_times_s[keys],
+        box_sample=np.searchsorted(keys, full.box_sample[boxes]).astype(np.int32),
+        box_xyxy=full.box_xyxy[boxes],
+        box_class=tuple(np.array(full.box_class, object)[boxes]),
+        box_confidence=full.box_confidence[boxes],
+        box_track=full.box_track[boxes],
+    )
 
-    assert key_frames([[DANCER]] * 8).decision == "unknown"
-    assert key_frames([[]] * 8).first_reason == "single"
-    assert key_frames([[DANCER]] * 4 + [[]] * 4).decision == "unknown"
-    assert key_frames([[person(0.3, 0.4, 0.35, 0.5)]] * 8).first_reason == "height"
-    assert key_frames([[person(0.3, 0.3, 0.6, 1.0)]] * 8).first_reason == "border"
+
+SAMPLED = {"sample_fps": 6.0}
+
+
+def test_key_frames_reject_only_what_the_samples_between_cannot_mend():
+    bad = {"single": [], "border": [person(0.3, 0.3, 0.6, 1.0)], "height": [person(0.3, 0.4, 0.35, 0.5)]}
+    for criterion, boxes in bad.items():
+        full = observations([boxes] * 18, provenance=SAMPLED)
+        expected = "unknown" if criterion == "height" else "fail"  # the mean of the others may be any
+        assert judge(full, DEFAULT).first_reason == criterion
+        assert outcome(judge(key_frames(full, range(0, 18, 6)), DEFAULT), criterion) == expected
+        assert judge(key_frames(full, range(0, 18, 9)), DEFAULT).decision == "unknown"
+    two = [DANCER, person(0.65, 0.1, 0.9, 0.9)]
+    full = observations([[DANCER]] * 9 + [two] * 9, provenance=SAMPLED)
+    assert outcome(judge(key_frames(full, [0, 3, 6, 9, 12, 15]), DEFAULT), "single") == "fail"
+    assert judge(key_frames(full, [0, 3, 6, 15]), DEFAULT).decision == "unknown"
+    assert outcome(judge(key_frames(full, [0, 3, 6, 15]), PAPER), "single") == "fail"
+    assert judge(key_frames(observations(provenance=SAMPLED), range(18)), DEFAULT).decision == "unknown"
+    assert judge(key_frames(observations([[]] * 18), range(18)), DEFAULT).decision == "unknown"  # of unknown rate
+
+
+def test_key_frames_that_bunch_count_once_a_tick():
+    """Measurements of earlier versions: 39 of 40 key frames in 1.6 of 23 s, most of them between two samples."""
+    times = np.append(0.0, 10 + np.arange(39) / 24)
+    clip = observations([[DANCER]] + [[]] * 39, seconds=23.0, provenance=SAMPLED, kind="keyframes")
+    assert judge(replace(clip, times_s=np.zeros(0), sample_times_s=times), DEFAULT).decision == "unknown"
+
+
+@st.composite
+def sampled_clips(draw):
+    """A clip at any steady or varying rate, its samples, and any boxes of people in them."""
+    gaps = draw(st.lists(st.sampled_from([0.001, 1 / 60, 0.04, 1 / 24, 1 / 6, 0.3, 2.0]), min_size=20, max_size=120))
+    times = np.cumsum([draw(st.floats(0, 100)), *gaps])
+    samples = times[sample_indices(times, 6.0)]
+    side = st.sampled_from([0.0, 0.005, 0.02, 0.3])
+    box = st.builds(lambda a, b, c, d, sure: ("person", sure, (a, b, 1 - c, 1 - d)), *[side] * 4, st.floats(0.2, 1))
+    kinds = draw(st.lists(st.lists(box, max_size=2), min_size=1, max_size=3))
+    boxes = [
+        kinds[n] for n in draw(st.lists(st.integers(0, len(kinds) - 1), min_size=len(samples), max_size=len(samples)))
+    ]
+    thick = draw(st.sampled_from([0.0, 0.02, 0.1]))
+    active = draw(st.permutations([thick, 0.8 * thick]))
+    end = times[-1] + draw(st.sampled_from([0.0, 1e-4, 1 / 24, 5.0]))
+    clip = observations(boxes, fps=1.0, seconds=len(times), provenance=SAMPLED, start_s=times[0], end_s=end)
+    x1, x2 = active
+    return replace(clip, times_s=times, sample_times_s=samples, active=(x1, 0.0, 1 - x2, 1.0), width=1000, height=1000)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data(), clip=sampled_clips(), policy=st.sampled_from([DEFAULT, PAPER]))
+def test_the_prescreen_never_rejects_what_the_full_pass_accepts(data, clip, policy):
+    samples = len(clip.sample_times_s)
+    keys = data.draw(st.sets(st.integers(0, samples - 1), min_size=1) | st.just(set(range(samples))))
+    values = policy.model_dump()
+    values["length"] = {"min_duration_s": 0.0, "min_samples": 1}
+    values["height"]["min_mean"] = 0.0
+    values["overlap"]["tolerance"] = 1.0
+    values["shot"]["max_heights_per_s"] = None
+    for part in ("single", "border"):
+        values[part]["tolerance"] = data.draw(st.sampled_from([0.0, 0.1, 0.3, 0.5]))
+    values["border"]["margin"] = data.draw(st.sampled_from([0.0, 0.01, 0.1, 0.45]))
+    policy = Policy.model_validate(values)
+    seen, full = judge(key_frames(clip, keys), policy), judge(clip, policy)
+    assert full.decision == "reject" or seen.decision != "reject"
+    for result in seen.criteria:
+        assert result.outcome == "unknown" or outcome(full, result.criterion) == "fail"
+    if seen.decision == "reject":
+        assert len(keys) > policy.prescreen_share * samples
 
 
 # policies as data

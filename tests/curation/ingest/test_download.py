@@ -441,6 +441,52 @@ def test_h264_without_sound_is_preferred_below_the_cap(tmp_path):
     assert chosen(tmp_path, [f for f in offer if not f["vcodec"].startswith("avc")]) == "vp9-1080"
 
 
+def sizes(*given, **rest):
+    """An offer of h264 formats in ascending order, named by their size such as 1080x1920."""
+    rest = {"vcodec": "avc1.640028", "acodec": "none", "protocol": "https", "ext": "mp4", **rest}
+    named = [(name, f"https://cdn.example.org/{name}", *map(int, name.split("x"))) for name in given]
+    return [{**rest, "format_id": name, "url": url, "width": w, "height": h, "tbr": w * h} for name, url, w, h in named]
+
+
+@pytest.mark.parametrize("rest", [{}, {"acodec": "mp4a"}, {"vcodec": "hvc1"}, {"protocol": "m3u8_native"}], ids=str)
+@pytest.mark.parametrize(
+    ("offer", "best"),
+    [
+        (("720x1280",), "720x1280"),
+        (("720x1280", "1080x1920"), "1080x1920"),
+        (("576x1024", "720x1280", "1080x1920"), "1080x1920"),
+        (("144x256", "240x426", "360x640", "480x854", "720x1280", "1080x1920", "1440x2560"), "1080x1920"),
+        (("640x360", "1280x720", "1920x1080", "2560x1440"), "1920x1080"),
+        (("540x540", "1080x1080", "2160x2160"), "1080x1080"),
+        (("540x542", "1080x1084"), "1080x1084"),  # yt-dlp rounds their aspect ratio to 1
+        (("1084x1080",), "1084x1080"),
+    ],
+)
+def test_the_cap_is_on_the_short_side(tmp_path, offer, best, rest):
+    assert chosen(tmp_path, sizes(*offer, **rest)) == best
+
+
+def test_portrait_formats_are_chosen_by_the_same_order_as_others(tmp_path):
+    h265 = sizes("1080x1920", vcodec="h265", acodec="mp4a.40.2")
+    assert chosen(tmp_path, h265 + sizes("576x1024", acodec="mp4a.40.2")) == "576x1024"  # h264 first
+    assert chosen(tmp_path, h265 + sizes("576x1024", vcodec="vp9")) == "576x1024"  # then without sound
+    assert chosen(tmp_path, sizes("576x1024") + sizes("720x1280", protocol="rtmp")) == "576x1024"
+    assert chosen(tmp_path, sizes("720x1280", "1080x1920"), max_height=720) == "720x1280"
+    with pytest.raises(YoutubeDLError, match="not available"):
+        chosen(tmp_path, sizes("720x1280", "1080x1920"), max_height=480)
+
+
+def test_formats_of_unknown_size_are_taken_where_no_other_fits(tmp_path):
+    for field in ("width", "height"):
+        for rest in ({}, {"acodec": "mp4a.40.2"}, {"vcodec": None, "acodec": None}):
+            unknown = [{**f, field: None} for f in sizes("720x1280", **rest)]
+            if field == "width":
+                unknown[0]["height"] = 720
+            assert chosen(tmp_path, unknown) == "720x1280"
+            assert chosen(tmp_path, sizes("2160x3840", acodec="mp4a.40.2") + unknown) == "720x1280"
+    assert chosen(tmp_path, [{**f, "height": None} for f in sizes("720x1280")] + sizes("360x640")) == "360x640"
+
+
 def test_streams_that_only_ffmpeg_could_fetch_are_not_chosen(tmp_path):
     offer = formats(
         ("hls", "avc1.4d401f", "none", 480, "m3u8_native"),

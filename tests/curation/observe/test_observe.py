@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -18,9 +19,11 @@ from curation.manifest import ClipRef
 from curation.observe.observe import observe, prescreen, sample_frames, training_grid
 from curation.observe.samples import read_frames, write_frames
 from curation.observe.video import index_video
+from curation.policy import judge, load_policy
 from curation.settings import ObserveSettings
 
 SETTINGS = ObserveSettings()
+DEFAULT, PAPER = load_policy(Path("default")), load_policy(Path("paper"))
 
 
 def ref(start_s: float | None = None, end_s: float | None = None) -> ClipRef:
@@ -147,16 +150,36 @@ def test_a_dark_backdrop_is_no_bar(tmp_path):
     assert observe(ref(), path, SETTINGS, Watcher())[0].active == (0.0, 0.0, 1.0, 1.0)
 
 
-def test_the_prescreen_sees_key_frames_only(dance):
-    found = prescreen(ref(), dance, SETTINGS, Watcher())
+def test_the_prescreen_sees_key_frames_only_that_the_full_pass_samples_too(dance):
+    """A group of 6 frames, a sample every 5: what key frames between the samples show is not looked at."""
+    settings = SETTINGS.model_copy(update={"prescreen_key_frames": 2})
+    found = prescreen(ref(), dance, settings, Watcher())
     index = index_video(dance)
+    full, _ = observe(ref(), dance, settings, Watcher())
+    both = np.intersect1d(full.sample_times_s, index.times_s[index.key])
     assert found is not None and found.kind == "keyframes"
-    assert np.array_equal(found.sample_times_s, index.times_s[index.key])
-    assert len(found.box_sample) == len(found.sample_times_s) == 10
+    assert np.count_nonzero(index.key) == 10 and len(full.sample_times_s) == 12
+    assert np.array_equal(found.sample_times_s, both) and len(both) == 2
     assert len(found.times_s) == len(found.content) == 0
-    full, _ = observe(ref(), dance, SETTINGS, Watcher())
-    at_start = full.box_xyxy[0]
-    assert found.box_xyxy[0] == pytest.approx(at_start, abs=1e-6)
+    at = np.isin(full.sample_times_s[full.box_sample], both)
+    assert np.array_equal(found.box_xyxy, full.box_xyxy[at])  # to the bit: these are the same pictures
+    assert prescreen(ref(), dance, settings, Watcher(), share=0.16) is not None
+    assert prescreen(ref(), dance, settings, Watcher(), share=2 / 12) is None
+    assert prescreen(ref(), dance, SETTINGS, Watcher()) is None
+
+
+def test_what_the_prescreen_rejects_is_rejected_by_the_full_pass(tmp_path):
+    """With a key frame at every sample, nobody in nearly all of them is enough."""
+    for seen in (0, 5, 54, 60):
+        frames = [scene(n) if n < seen else np.full((108, 192, 3), 90, np.uint8) for n in range(COUNT)]
+        path = encode(tmp_path / f"{seen}.mp4", frames, "-c:v", "libx264", "-pix_fmt", "yuv420p", "-g", "5", "-bf", "0")
+        found = prescreen(ref(), path, SETTINGS, Watcher(), DEFAULT.prescreen_share)
+        full, _ = observe(ref(), path, SETTINGS, Watcher())
+        assert found is not None
+        for policy, enough in ((DEFAULT, 54), (PAPER, 60)):
+            single = next(result for result in judge(found, policy).criteria if result.criterion == "single")
+            assert (single.outcome == "fail") is (seen < enough)
+            assert single.outcome == "unknown" or judge(full, policy).decision == "reject"
 
 
 def test_few_key_frames_say_nothing(video, dance):
