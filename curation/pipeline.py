@@ -131,6 +131,12 @@ def download(settings: Settings, batch: Batch, progress: Progress | None = None)
             gate.failed(clips[0], error)
             log.failed(clips, error, began)
             continue
+        except UsageError:
+            raise
+        except Exception as error:  # whatever a file does to a library, the other clips go on
+            internal = StageError(FailureCode.INTERNAL, f"fetching ended with {type(error).__name__}")
+            log.failed(clips, internal, began)
+            continue
         gate.succeeded(clips[0])
         name = state.name_of(video.path)
         state.store.put(name)

@@ -80,12 +80,16 @@ def refuse_cut(path: Path, container: Any, stream: Any, samples: int) -> None:
         listed = sum(entry.size > 0 for entry in stream.index_entries)
         if samples < listed:
             raise StageError(FailureCode.CORRUPT, f"the data of {samples} of {listed} frames is in the file")
-        return
     size = path.stat().st_size
     if name == "avi" and (end := _riff_end(path)) > size:
         raise StageError(FailureCode.CORRUPT, f"{size} of {end} bytes are in the file")
-    if name == "matroska,webm" and (place := _matroska_break(path)) is not None:
-        raise StageError(FailureCode.CORRUPT, f"the file breaks off or is damaged at byte {place} of {size}")
+    walk = {"matroska,webm": _matroska_break, "avi": _avi_break, "flv": _flv_break}.get(name)
+    walk = _fragments_break if name.startswith("mov") else walk
+    if walk is not None:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            place = walk(data)
+        if place is not None:
+            raise StageError(FailureCode.CORRUPT, f"the file breaks off or is damaged at byte {place} of {size}")
 
 
 def _riff_end(path: Path) -> int:
@@ -96,36 +100,80 @@ def _riff_end(path: Path) -> int:
     return size + 8 if head[8:] == b"AVI " and size < _RIFF_UNKNOWN else 0
 
 
-def _matroska_break(path: Path) -> int | None:
+def _matroska_break(data: mmap.mmap) -> int | None:
     """Where the elements of a file no longer follow one upon the other up to its end; None where all do.
 
     A demuxer passes over what it cannot read and says nothing. An element is an id, a size, and its data (RFC 8794);
     of those inside others, only the ones of clusters are looked at.
     """
-    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        place, end = 0, len(data)
-        live = False  # written without knowing its size: it may end anywhere
-        while place < end:
-            name_length = 9 - data[place].bit_length()
-            head = data[place : place + name_length + 8]
-            size_length = 9 - head[name_length].bit_length() if len(head) > name_length else 9
-            begin = place + name_length + size_length
-            if begin > end and live:
-                return None
-            if name_length > 4 or size_length > 8 or begin > end:
-                return place
-            size = int.from_bytes(head[name_length:][:size_length], "big") & ~(1 << 7 * size_length)
-            known = size != (1 << 7 * size_length) - 1
-            name = head[:name_length]
-            if name == _SEGMENT:
-                live = not known
-            if not known and name not in (_SEGMENT, _CLUSTER):
-                return place
-            if known and begin + size > end:
-                return None if live else place
-            if name == _SEGMENT and known:
-                end = begin + size  # what follows is no part of the film
-            place = begin if name in (_SEGMENT, _CLUSTER) else begin + size
+    place, end = 0, len(data)
+    live = False  # written without knowing its size: it may end anywhere
+    while place < end:
+        name_length = 9 - data[place].bit_length()
+        head = data[place : place + name_length + 8]
+        size_length = 9 - head[name_length].bit_length() if len(head) > name_length else 9
+        begin = place + name_length + size_length
+        if begin > end and live:
+            return None
+        if name_length > 4 or size_length > 8 or begin > end:
+            return place
+        size = int.from_bytes(head[name_length:][:size_length], "big") & ~(1 << 7 * size_length)
+        known = size != (1 << 7 * size_length) - 1
+        name = head[:name_length]
+        if name == _SEGMENT:
+            live = not known
+        if not known and name not in (_SEGMENT, _CLUSTER):
+            return place
+        if known and begin + size > end:
+            return None if live else place
+        if name == _SEGMENT and known:
+            end = begin + size  # what follows is no part of the film
+        place = begin if name in (_SEGMENT, _CLUSTER) else begin + size
+    return None
+
+
+def _fragments_break(data: mmap.mmap) -> int | None:
+    """The same for the outermost boxes of a fragmented MP4; one with a sample table needs no other evidence."""
+    place, fragmented = 0, False
+    while place + 8 <= len(data):
+        size, kind = int.from_bytes(data[place : place + 4], "big"), data[place + 4 : place + 8]
+        if size == 1:
+            size = int.from_bytes(data[place + 8 : place + 16], "big")
+        elif size == 0 and kind == b"mdat":  # up to the end
+            return None
+        if size < 8 or not kind.isascii() or b"\0" in kind or place + size > len(data):
+            return place if fragmented else None
+        fragmented = fragmented or kind == b"moof"
+        place += size
+    return None
+
+
+def _avi_break(data: mmap.mmap) -> int | None:
+    """The same for the chunks with the data of an AVI file that says how long it is."""
+    end = int.from_bytes(data[4:8], "little") + 8
+    if end - 8 >= _RIFF_UNKNOWN or end == 8:
+        return None
+    place, inside = 12, 0  # up to where the list of data chunks goes
+    while place + 8 <= min(end, len(data)):
+        kind, size = data[place : place + 4], int.from_bytes(data[place + 4 : place + 8], "little")
+        if b"\0" in kind or place + 8 + size > len(data):
+            return place if place < inside else None
+        if kind == b"LIST" and data[place + 8 : place + 12] in (b"movi", b"rec "):
+            inside = max(inside, place + 8 + size)
+            place += 12
+        else:
+            place += 8 + size + size % 2
+    return None
+
+
+def _flv_break(data: mmap.mmap) -> int | None:
+    """The same for the tags of an FLV file."""
+    place = int.from_bytes(data[5:9], "big") + 4
+    while place + 11 <= len(data):
+        length = 11 + int.from_bytes(data[place + 1 : place + 4], "big")
+        if data[place] & 0x1F not in (8, 9, 18) or place + length > len(data):
+            return place
+        place += length + 4
     return None
 
 
@@ -184,17 +232,19 @@ def strip(index: VideoIndex, source_format: str, target: Path) -> Path:
 
 def _scrub(source: Path, stream: int, written: Path) -> bool:
     import av
+    from av.error import FFmpegError
 
     from curation.ingest.scrub import scrub
+    from curation.observe.packets import all_packets
 
-    with av.open(str(source), options=READ_ONLY, metadata_errors="ignore") as container:
-        for _ in container.demux(container.streams[stream]):  # fragments are known only when they are read
-            pass
-        track = container.streams[stream].id
-        samples = [(entry.pos, entry.size) for entry in container.streams[stream].index_entries]
     try:
+        with av.open(str(source), options=READ_ONLY, metadata_errors="ignore") as container:
+            for _ in all_packets(container, container.streams[stream]):  # fragments are known only when they are read
+                pass
+            track = container.streams[stream].id
+            samples = [(entry.pos, entry.size) for entry in container.streams[stream].index_entries]
         scrub(source, track, samples, written)
-    except ValueError:
+    except (ValueError, FFmpegError):
         return False
     return True
 

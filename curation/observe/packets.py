@@ -54,10 +54,10 @@ class Demuxer:
     def since(self, places: NDArray[np.int64] | None) -> Iterator[tuple[int, Any]]:
         """The same after a seek: `places` are the positions of all packets, by which the first one is known."""
         number = None if places is not None else 0
-        for packet in self._container.demux(self._stream):
+        for packet in all_packets(self._container, self._stream):
             if not packet.size and packet.dts is None and packet.pts is None:
                 yield -1, packet
-                continue
+                return
             if not packet.size:
                 self.held += packet.duration or 0
                 continue
@@ -86,6 +86,24 @@ class Demuxer:
         if self._shift:
             packet.dts = dts
             packet.pts = None if packet.pts is None else packet.pts + self._shift
+
+
+def all_packets(container: Any, *streams: Any) -> Iterator[Any]:
+    """The packets of these streams, or of all; at the end an empty one of each, which makes its decoder finish.
+
+    A stream that shows up only later in the file makes PyAV fail at the end: the empty packets are then made here.
+    """
+    left = {stream.index: stream for stream in streams}
+    try:
+        for packet in container.demux(*streams):
+            if not packet.size and packet.dts is None and packet.pts is None:
+                left.pop(packet.stream_index, None)
+            yield packet
+    except IndexError:
+        for stream in left.values():
+            packet = av.Packet()
+            packet.stream = stream
+            yield packet
 
 
 def packet_of(frame: Any) -> int:
@@ -150,7 +168,7 @@ def _lengths(reopen: Callable[[], Any], streams: set[int]) -> tuple[dict[int, in
     frames, seconds = dict.fromkeys(streams, 0), dict.fromkeys(streams, 0.0)
     first: dict[int, float] = {}
     with reopen() as container:
-        for packet in container.demux():
+        for packet in all_packets(container):
             number = packet.stream_index
             if number in streams and packet.size:
                 frames[number] += 1

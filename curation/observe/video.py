@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 import av
 import cv2
 import numpy as np
+from av.codec.context import Flags as CodecFlags
 from av.container import Flags
 from av.error import FFmpegError
 from av.sidedata.sidedata import Type as SideData
@@ -179,6 +180,7 @@ def _open(path: Path) -> Any:
 
 
 def _single_threaded(stream: Any) -> Any:
+    stream.codec_context.flags |= CodecFlags.unaligned.value  # a cropped picture begins where it says, as for ffmpeg
     # One process per core: threads inside a decoder cost the same processor time and only blur the accounting.
     stream.codec_context.thread_count = 1
     stream.codec_context.thread_type = "NONE"
@@ -242,7 +244,7 @@ def _index(path: Path, container: Any, by_decoding: bool) -> VideoIndex:
     if packets.untimed and not by_decoding:
         return _read_index(path, by_decoding=True)
     base = Fraction(stream.time_base)
-    shown, stamps = _decoded(seen, demuxer, stream) if by_decoding else _shown_packets(packets)
+    shown, stamps = _decoded(seen, demuxer, stream) if by_decoding else _shown_packets(packets, name)
     if not len(stamps):
         raise StageError(FailureCode.CORRUPT, "the video stream shows no frame")
     numbers = np.full(len(packets.stamps), -1, np.int64)
@@ -305,12 +307,14 @@ def _displayed(stream: Any, rotation: int) -> tuple[int, int]:
     return (height, width) if rotation % 180 else (width, height)
 
 
-def _shown_packets(packets: Packets) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _shown_packets(packets: Packets, container_name: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Packets that show a frame, in the order of their times, and these times."""
     stamps, key = np.asarray(packets.stamps, np.int64), np.asarray(packets.key)
-    entry = int(np.argmax(key))  # what a stream cut anywhere has before its first key frame is never shown
-    shows = np.asarray(packets.shows) & ~np.asarray(packets.discard) & (stamps >= stamps[entry])
-    shows[:entry] = False
+    shows = np.asarray(packets.shows) & ~np.asarray(packets.discard)
+    if not container_name.startswith("mov"):  # where an edit list says what is shown
+        entry = int(np.argmax(key))  # what a stream cut anywhere has before its first key frame is never shown
+        shows &= stamps >= stamps[entry]
+        shows[:entry] = False
     shown = np.flatnonzero(shows)
     shown = shown[np.argsort(stamps[shown], kind="stable")]
     return shown, stamps[shown]
@@ -325,8 +329,9 @@ def _decoded(seen: _Seen, demuxer: Demuxer, stream: Any) -> tuple[NDArray[np.int
     if demuxer.restarted and None in seen.stamps:
         raise StageError(FailureCode.CORRUPT, _LOST_CLOCK)
     step = round(1 / ((stream.average_rate or 25) * stream.time_base))
-    stamps: list[int] = []
-    for stamp in seen.stamps:
+    early = next((n for n, stamp in enumerate(seen.stamps) if stamp is not None), 0)
+    stamps = [(seen.stamps[early] or 0) - (early - n) * step for n in range(early)]
+    for stamp in seen.stamps[early:]:
         stamps.append(stamp if stamp is not None else stamps[-1] + step if stamps else 0)
     return np.asarray(seen.shown, np.int64), np.sort(np.asarray(stamps, np.int64))
 
@@ -408,8 +413,10 @@ def _frames_from(index: VideoIndex, first: int, last: int) -> Iterator[tuple[int
                     break
                 yield number, frame
                 expected += 1
-                if expected == last:
+                if expected == last < len(index.times_s):
                     return
+            if expected == last:  # and no frame came after the last one of all
+                return
     raise _missing(index, expected)
 
 
@@ -589,7 +596,7 @@ def _by_decord(index: VideoIndex, wanted: list[int], width: int, height: int) ->
     """None where decord's idea of the file differs from PyAV's.
 
     decord ignores edit lists, rotates by itself, cannot open AV1, converts 10 bits differently, and loses count after
-    a seek into open groups of pictures. For all else its own frame times tell whether it agrees.
+    a seek into open groups of pictures. For all else its own frame times, and its pixels at both ends, must agree.
     """
     if not index.plain:
         return None
@@ -604,6 +611,8 @@ def _by_decord(index: VideoIndex, wanted: list[int], width: int, height: int) ->
         starts = reader.get_frame_timestamp(range(len(reader)))[:, 0].astype(np.float64)
         if not np.allclose(starts - starts[0], index.times_s, atol=2 * TIME_TOLERANCE_S):
             return None
-        return {number: resize(reader[number].asnumpy(), index, width, height) for number in wanted}
+        found = {number: resize(reader[number].asnumpy(), index, width, height) for number in wanted}
     except decord.DECORDError:
         return None
+    ends = sorted({wanted[0], wanted[-1]})
+    return found if all(np.array_equal(found[n], _by_pyav(index, [n], width, height)[n]) for n in ends) else None

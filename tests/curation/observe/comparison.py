@@ -260,7 +260,7 @@ def _random_access(index: VideoIndex, stored: dict[int, RGB], rng: random.Random
 
 
 def _key_frames(index: VideoIndex, stored: dict[int, RGB]) -> Findings:
-    found = [(number, to_rgb(frame)) for number, frame in decode_key_frames(index, 0, len(stored), limit=9)]
+    found = [(number, to_rgb(frame)) for number, frame in decode_key_frames(index, np.flatnonzero(index.key), limit=9)]
     if not found:
         yield "key frames", "none"
     yield from _same([(f"frame {number}", rgb, stored[number]) for number, rgb in found], "key frames")
