@@ -97,6 +97,7 @@ class BorderRule(_Part):
 
     margin: float = Field(ge=0, lt=0.5)
     inside_bars: bool
+    copies: Literal["refuse", "keep"]
     tolerance: float = _Share
 
 
@@ -508,11 +509,12 @@ def _height(policy: Policy, people: _Subjects) -> CriterionResult:
 
 def _border(observations: Observations, policy: Policy, people: _Subjects) -> CriterionResult:
     rule = policy.border
+    refused = rule.copies == "refuse" and observations.surround == "copy"
+    reasons = ["the picture lies within a blurred copy of itself, which this policy refuses"] if refused else []
     if not people.seen:
-        return _result("border", ["no person to measure"], "unknown")
+        return _result("border", reasons or ["no person to measure"], "fail" if refused else "unknown")
     touching = _touching(observations, people, observations.active if rule.inside_bars else _WHOLE, rule.margin)
     share = float(touching.any(1).mean())
-    reasons = []
     if share > rule.tolerance:
         reasons.append(f"within {rule.margin:.1%} of the border in {share:.0%} of the samples")
         sides = ("left", "top", "right", "bottom")

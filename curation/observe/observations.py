@@ -19,7 +19,8 @@ from curation.files import atomic_path
 from curation.ingest.failures import UsageError
 from curation.observe.hdr import Transfer
 
-OBSERVATION_VERSION = 2
+Surround = Literal["none", "bars", "copy"]
+OBSERVATION_VERSION = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,8 @@ class Observations:
     frames, and no shot measures (n = 0).
     width, height: the picture as displayed. start_s, end_s: the clip's span in the video; end_s is exclusive.
     transfer: sdr, or the pq or hlg that any of its frames is coded in; what is measured is SDR in any case.
-    active: x1, y1, x2, y2 of the picture inside letterbox bars, fractions of the whole.
+    surround: "bars" of one colour around the picture, or a blurred "copy" of itself, or "none".
+    active: x1, y1, x2, y2 of the picture inside these, fractions of the whole.
     times_s: (n,) presentation times. content, luma, contrast, gap, person_gap, dissolve: (n,) as in ShotMeasures.
     sample_times_s: (s,) presentation times of the samples.
     box_sample: (k,) index of the sample; box_xyxy: (k, 4) fractions of the picture; box_class: (k,) class names;
@@ -45,6 +47,7 @@ class Observations:
     transfer: Transfer
     start_s: float
     end_s: float
+    surround: Surround
     active: tuple[float, float, float, float]
     times_s: NDArray[np.float64]
     content: NDArray[np.float32]
@@ -77,6 +80,7 @@ SCHEMA = pa.schema(
         ("transfer", pa.string()),
         ("start_s", pa.float64()),
         ("end_s", pa.float64()),
+        ("surround", pa.string()),
         ("active", pa.list_(pa.float64(), 4)),
         ("times_s", _F64),
         ("content", _F32),

@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 
 from curation.manifest import ClipRef
 from curation.observe.hdr import OPERATOR, Transfer, transfer_of
-from curation.observe.observations import Observations
+from curation.observe.observations import Observations, Surround
 from curation.observe.people import Detections, Detector, PeopleTracker, load_detector
 from curation.observe.sampling import SAMPLER, sample_indices
 from curation.observe.shots import THUMB_LONG_SIDE, ShotMeasures, ShotMeter
+from curation.observe.surround import SurroundFinder
 from curation.observe.video import (
     VideoIndex,
     decode,
@@ -32,6 +33,7 @@ from curation.records import Frames
 from curation.settings import ObserveSettings
 
 JPEG_QUALITY = 95
+_WHOLE = (0.0, 0.0, 1.0, 1.0)
 _BAR_NOISE = 12  # grey levels that compression adds to a uniform bar
 
 
@@ -59,7 +61,7 @@ def _observe(
     gaps = np.diff(index.times_s[first:last])
     meter = ShotMeter(float(np.median(gaps)) if len(gaps) else 1 / 25)
     tracker = PeopleTracker(detector.person)
-    bars = _BarFinder()
+    bars, copies = _BarFinder(), SurroundFinder()
     found: list[Detections] = []
     tracks: list[NDArray[np.int32]] = []
     jpeg: list[bytes] = []
@@ -79,6 +81,7 @@ def _observe(
                 tracks.append(tracker(result, index.width, index.height))
                 person = _largest_person(result, detector.person, person)
                 bars.add(small)
+                copies.add(small)
             meter.add(small, None if person is None else person.tolist())
         images.clear()
         waiting.clear()
@@ -97,8 +100,12 @@ def _observe(
             progress(number - first + 1, last - first)
     flush()
     times = index.times_s[samples]
+    active = bars.active()
+    surround: Surround = "none" if active == _WHOLE else "bars"
+    if surround == "none" and (inner := copies.inner()) is not None:
+        active, surround = inner, "copy"
     observations = _assemble(
-        ref, index, "full", transfer, first, last, times, found, tracks, meter.finish(), bars.active(), settings,
+        ref, index, "full", transfer, first, last, times, found, tracks, meter.finish(), surround, active, settings,
         detector,
     )  # fmt: skip
     stretch = grid_stretch(index, width, height)
@@ -130,7 +137,7 @@ def prescreen(
     none = ShotMeasures(*(np.zeros(0, np.float32) for _ in ShotMeasures._fields))
     return _assemble(
         ref, index, "keyframes", transfer, first, last, index.times_s[numbers], found, tracks, none,
-        (0.0, 0.0, 1.0, 1.0), settings, detector,
+        "none", _WHOLE, settings, detector,
     )  # fmt: skip
 
 
@@ -169,7 +176,7 @@ def detector_for(settings: ObserveSettings, weights: str) -> Detector:
 def _assemble(
     ref: ClipRef, index: VideoIndex, kind: Any, transfer: Transfer, first: int, last: int, times: NDArray[np.float64],
     found: list[Detections], tracks: list[NDArray[np.int32]], shots: ShotMeasures,
-    active: tuple[float, float, float, float], settings: ObserveSettings, detector: Detector,
+    surround: Surround, active: tuple[float, float, float, float], settings: ObserveSettings, detector: Detector,
 ) -> Observations:  # fmt: skip
     counts = [len(result.klass) for result in found]
     end = index.end_s if ref.end_s is None or last == len(index.times_s) else float(index.times_s[last])
@@ -181,6 +188,7 @@ def _assemble(
         transfer=transfer,
         start_s=float(index.times_s[first]),
         end_s=end,
+        surround=surround,
         active=active,
         times_s=index.times_s[first:last] if kind == "full" else np.zeros(0),
         **shots._asdict(),
@@ -239,7 +247,7 @@ class _BarFinder:
     def active(self) -> tuple[float, float, float, float]:
         """x1, y1, x2, y2 of the picture inside the bars, fractions of the whole."""
         if self._low is None or self._high is None:
-            return 0.0, 0.0, 1.0, 1.0
+            return _WHOLE
         low, high = self._low.astype(np.int16), self._high.astype(np.int16)
         top, bottom = _bars(low, high)
         left, right = _bars(low.swapaxes(0, 1), high.swapaxes(0, 1))

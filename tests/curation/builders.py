@@ -30,6 +30,7 @@ def observations(boxes: list[list[Box]] | None = None, *, fps: float = 30.0, sec
         transfer="sdr",
         start_s=0.0,
         end_s=seconds,
+        surround="none",
         active=(0.0, 0.0, 1.0, 1.0),
         times_s=times,
         content=np.full(count, 4.0, np.float32),

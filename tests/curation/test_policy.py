@@ -247,6 +247,22 @@ def test_letterbox_bars_hide_a_truncation_from_the_paper_only():
     assert judged(inside, PAPER, active=bars).decision == "accept"
 
 
+def test_a_copy_of_the_picture_around_it_is_refused_or_kept_and_never_hides_a_truncation():
+    values = DEFAULT.model_dump()
+    values["border"]["copies"] = "keep"
+    keep = Policy.model_validate(values)
+    inside = {"surround": "copy", "active": (0.25, 0.0, 0.75, 1.0)}
+    for boxes in ([[DANCER]] * 18, [[]] * 18):
+        verdict = judged(boxes, **inside)
+        (border,) = (result for result in verdict.criteria if result.criterion == "border")
+        assert border.outcome == "fail" and "copy of itself, which this policy refuses" in border.reasons[0]
+    assert judged([[DANCER]] * 18, **inside).first_reason == "border"
+    assert judged([[DANCER]] * 18, keep, **inside).decision == "accept"
+    assert judged([[person(0.25, 0.1, 0.6, 0.9)]] * 18, keep, **inside).first_reason == "border"
+    assert judged([[DANCER]] * 18, PAPER, **inside).decision == "accept"
+    assert judged([[DANCER]] * 18, surround="bars", active=inside["active"]).decision == "accept"
+
+
 def test_things_overlap_or_are_a_second_label_for_the_dancer():
     ball = thing("sports ball", 0.6, 0.4, 0.8, 0.45, 0.88)
     assert judged([[DANCER, ball]] * 18).first_reason == "overlap"

@@ -35,6 +35,7 @@ def observations(draw) -> Observations:
         transfer=draw(st.sampled_from(["sdr", "pq", "hlg"])),
         start_s=draw(FINITE),
         end_s=draw(FINITE),
+        surround=draw(st.sampled_from(["none", "bars", "copy"])),
         active=draw(st.tuples(FINITE, FINITE, FINITE, FINITE)),
         times_s=draw(arrays(np.float64, frames, elements=FINITE)),
         content=f32(frames),
@@ -57,8 +58,9 @@ def observations(draw) -> Observations:
 def example() -> Observations:
     none = np.zeros(0, np.float32)
     return Observations(
-        "0" * 16, "full", 4, 3, "sdr", 0.0, 1.0, (0.0, 0.0, 1.0, 1.0), np.zeros(0), none, none, none, none, none, none,
-        np.zeros(0), np.zeros(0, np.int32), np.zeros((0, 4), np.float32), (), none, np.zeros(0, np.int32), {},
+        "0" * 16, "full", 4, 3, "sdr", 0.0, 1.0, "none", (0.0, 0.0, 1.0, 1.0), np.zeros(0), none, none, none, none,
+        none, none, np.zeros(0), np.zeros(0, np.int32), np.zeros((0, 4), np.float32), (), none, np.zeros(0, np.int32),
+        {},
     )  # fmt: skip
 
 

@@ -138,6 +138,7 @@ def test_the_active_picture_is_what_the_bars_leave(tmp_path, rows, columns):
     observations, _ = observe(ref(), path, SETTINGS, Watcher())
     expected = columns / width, rows / height, 1 - columns / width, 1 - rows / height
     assert observations.active == pytest.approx(expected, abs=0.01)
+    assert observations.surround == ("none" if observations.active == (0.0, 0.0, 1.0, 1.0) else "bars")
 
 
 def test_a_dark_backdrop_is_no_bar(tmp_path):
@@ -148,6 +149,24 @@ def test_a_dark_backdrop_is_no_bar(tmp_path):
         frames.append(image)
     path = encode(tmp_path / "dark.mp4", frames, "-c:v", "libx264", "-pix_fmt", "yuv420p")
     assert observe(ref(), path, SETTINGS, Watcher())[0].active == (0.0, 0.0, 1.0, 1.0)
+
+
+def test_a_person_cut_off_is_cut_off_within_a_blurred_copy_too(tmp_path):
+    """A portrait picture through whose right border the dancer reaches, re-posted in landscape."""
+    frames = []
+    for number in range(COUNT):
+        inner = scene(number)[:, 50 : 50 + 60]
+        back = cv2.GaussianBlur(cv2.resize(inner, (192, 346))[119:227], (0, 0), 6)
+        back[:, 66:126] = inner
+        frames.append(back)
+    path = encode(tmp_path / "reposted.mp4", frames, "-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", "18")
+    measured = observe(ref(), path, SETTINGS, Watcher())[0]
+    assert measured.surround == "copy"
+    assert measured.active == pytest.approx((66 / 192, 0, 126 / 192, 1), abs=2 / 192)
+    border = next(result for result in judge(measured, DEFAULT).criteria if result.criterion == "border")
+    assert border.outcome == "fail" and "copy of itself" in border.reasons[0]
+    plain = encode(tmp_path / "plain.mp4", [scene(n) for n in range(COUNT)], "-c:v", "libx264", "-pix_fmt", "yuv420p")
+    assert observe(ref(), plain, SETTINGS, Watcher())[0].surround == "none"
 
 
 def test_the_prescreen_sees_key_frames_only_that_the_full_pass_samples_too(dance):
