@@ -15,6 +15,7 @@ from made_clips import SECRETS
 from curation.ffmpeg import ffmpeg_exe
 from curation.ingest.container import container_format, strip
 from curation.ingest.failures import FailureCode, StageError, UsageError
+from curation.ingest.scrub import scrub
 from curation.observe.video import index_video
 
 KINDS = [
@@ -108,9 +109,22 @@ def test_a_file_that_no_muxer_writes_again_is_blanked_in_place(clips, tmp_path):
     assert copy.times_s == pytest.approx(index.times_s)
     bytes_left = clean.read_bytes()
     assert [secret for secret in SECRETS if secret.encode() in bytes_left] == []
+    grown = b"".join([new, b"\x00\x00\x00\x10skip12345678", b"tail"])  # a box of nobody's, and no box
+    source.write_bytes(grown)
+    assert b"12345678" not in (again := stripped(source, tmp_path).read_bytes()) and b"tail" not in again
     with av.open(str(clean)) as container:
         assert [stream.type for stream in container.streams] == ["video"]
         assert not container.chapters()
+
+
+@pytest.mark.parametrize("box", [b"mvhd", b"tkhd", b"hdlr", b"stsd"])
+def test_a_box_that_is_too_short_is_no_reason_to_write_over_its_neighbours(clips, tmp_path, box):
+    data = bytearray((clips / "base.mp4").read_bytes())
+    place = data.index(box)
+    data[place - 4 : place] = (8).to_bytes(4, "big")
+    (tmp_path / "short.mp4").write_bytes(data)
+    with pytest.raises(ValueError, match="ends at"):
+        scrub(tmp_path / "short.mp4", 1, [], tmp_path / "written.mp4")
 
 
 def test_the_picture_is_copied_and_not_a_preview_before_it(clips, tmp_path):

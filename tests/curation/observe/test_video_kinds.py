@@ -6,6 +6,7 @@ import itertools
 from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from hypothesis import given
@@ -15,7 +16,7 @@ from numbered import encode, ffmpeg, number_of, picture, shown_by_ffmpeg
 from curation.ingest.container import container_format, strip
 from curation.ingest.failures import FailureCode, StageError
 from curation.observe.packets import _vp9_frames, steady_rate
-from curation.observe.video import VideoIndex, decode, index_video, resize, to_rgb, verify, with_index
+from curation.observe.video import VideoIndex, decode, frames_at, index_video, resize, to_rgb, verify, with_index
 
 H264 = ("-c:v", "libx264", "-preset", "ultrafast", "-pix_fmt", "yuv420p", "-g", "12", "-bf", "2")
 
@@ -270,3 +271,46 @@ def test_a_constant_rate_is_known_through_the_rounding_to_milliseconds(rate, cou
     other = stamps.copy()
     other[count // 2] += 3
     assert steady_rate(other, Fraction(1, 1000), (rate,)) != rate
+
+
+def test_a_stream_that_shows_up_late_ends_nothing(tmp_path):
+    """Sound begins after what was looked at when the file was opened: PyAV alone fails at the end of such a file."""
+    path = tmp_path / "late.flv"
+    ffmpeg("-f", "lavfi", "-i", "testsrc2=s=640x360:r=30:d=1,noise=alls=90:allf=t", *H264, "-crf", "4", path)
+    assert path.stat().st_size > 6e6  # libavformat looks at five million bytes
+    sound = bytes([0xAF, 1, *range(16)])
+    head = bytes([8]) + len(sound).to_bytes(3, "big") + bytes([0, 3, 0xE8, 0, 0, 0, 0])
+    path.write_bytes(path.read_bytes() + head + sound + (len(head) + len(sound)).to_bytes(4, "big"))
+    with av.open(str(path)) as container, pytest.raises(IndexError):
+        for _ in container.demux(container.streams.video[0]):
+            pass
+    assert len(index_video(path).times_s) == 30
+    assert len(shown(path)[1]) == 30
+
+
+@pytest.mark.parametrize("name", ["hole.mp4", "hole.avi", "hole.flv"])
+def test_a_hole_that_demuxers_pass_over_is_found(tmp_path, name):
+    path = tmp_path / name
+    fragmented = ("-movflags", "frag_keyframe+empty_moov") if name.endswith("mp4") else ()
+    encode(path, frames(60), *H264[:-4], "-g", "10", "-bf", "0", *fragmented)
+    data = bytearray(path.read_bytes())
+    assert len(index_video(path).times_s) == 60
+    start = data.index(b"moof", len(data) // 2) - 4 if fragmented else len(data) // 2
+    data[start:-40] = bytes(len(data) - 40 - start)
+    path.write_bytes(data)
+    with pytest.raises(StageError, match=r"damaged at byte|cannot be decoded") as caught:
+        index_video(path)
+    assert caught.value.code is FailureCode.CORRUPT
+
+
+def test_a_cropped_picture_begins_where_the_stream_says(tmp_path):
+    path = tmp_path / "cropped.mp4"
+    crop = "h264_metadata=crop_left=20:crop_top=10:crop_right=4:crop_bottom=8"
+    encode(path, [picture(n, 320, 256) for n in range(12)], *H264, "-bsf:v", crop)
+    index, pictures_ = shown(path)
+    reference = shown_by_ffmpeg(path)
+    assert (index.height, index.width) == reference.frames.shape[1:3]
+    by_time = frames_at(index, index.times_s.tolist(), index.width, index.height)
+    for mine, sought, theirs in zip(pictures_, by_time, reference.frames, strict=True):
+        assert np.abs(mine.astype(int) - theirs).mean() < 1.5
+        assert np.array_equal(mine, sought)
