@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +22,7 @@ def test_a_demonstration_that_is_stopped_stops_the_service_it_started(tmp_path: 
     place.home.mkdir()
     environment = os.environ | {"PREFECT_HOME": str(place.home), "PREFECT_API_URL": place.api_url}
     command = [sys.executable, "-m", "flows.demo", str(tmp_path / "demo")]
+    token = "not started"
     with (tmp_path / "said").open("wb") as said:
         demonstration = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=said, stderr=said)
     try:
