@@ -113,7 +113,7 @@ def test_a_killed_worker_s_share_goes_to_the_other_and_the_result_is_the_same(
                 worker.wait(timeout=10)
 
     undisturbed = settings.model_copy(update={"out": tmp_path / "alone", "catalog_url": None, "storage": None,
-                                              "download": lab.settings.download})  # fmt: skip
+                                              "download": lab.settings.download, "workers": 1})  # fmt: skip
     expected = pipeline.run(undisturbed, refs)
     found = pipeline.funnel(lab.settings, refs)
     assert found.table() == expected.table() and found.sharded == expected.sharded > 0

@@ -180,6 +180,17 @@ def test_a_killed_worker_is_put_right_by_the_next_start(service, hanging):
     assert last_run(service).id == again and last_run(service).state_name == "Completed"
 
 
+def test_a_killed_flow_does_not_hold_up_the_next_one(service, hanging):
+    files, settings = hanging
+    (flow,) = psutil.Process(service.record["worker"]).children()
+    flow.kill()
+    wait_until(lambda: active_runs(service) == [], "the killed run to be noticed")
+    files.script("/bars.mp4", [])
+    again = make_run(service, settings)
+    wait_until(lambda: last_run(service).id == again and last_run(service).state.is_final(), "the next run to end")
+    assert last_run(service).state_name == "Completed"
+
+
 def test_a_killed_server_is_put_right_by_the_next_start_and_stop_leaves_nothing(service, hanging):
     from prefect.client.schemas.objects import StateType
 
@@ -221,17 +232,6 @@ def test_nothing_runs_before_the_first_start(tmp_path):
     environment = {"PREFECT_HOME": str(tmp_path), "PREFECT_API_URL": f"http://127.0.0.1:{free_port()}/api"}
     status = command("python", "-m", "flows.service", "status", **environment)
     assert (status.returncode, status.stdout) == (1, "server: not running\nworker: not running\n")
-
-
-def test_a_killed_flow_does_not_hold_up_the_next_one(service, hanging):
-    files, settings = hanging
-    (flow,) = psutil.Process(service.record["worker"]).children()
-    flow.kill()
-    wait_until(lambda: active_runs(service) == [], "the killed run to be noticed")
-    files.script("/bars.mp4", [])
-    again = make_run(service, settings)
-    wait_until(lambda: last_run(service).id == again and last_run(service).state.is_final(), "the next run to end")
-    assert last_run(service).state_name == "Completed"
 
 
 @pytest.mark.slow
