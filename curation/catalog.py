@@ -38,6 +38,7 @@ from curation.tables import (
     attempts,
     clips,
     forgotten,
+    index_versions,
     observations,
     outputs,
     provenance,
@@ -109,15 +110,11 @@ class ObservationFile:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """Where a clip's frames lie: `shard` relative to the work folder, row groups [first, first + count)."""
+    """A clip that is in the data set of this provenance, with so many frames. Where it lies, its index tells."""
 
     clip_id: str
     provenance_hash: str
-    shard: str
-    row_group_first: int
-    row_group_count: int
     frames: int
-    sha256: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,20 +133,25 @@ class ClipHistory:
 class Forgotten:
     """What to do on disk after videos were forgotten; all paths are relative to the work folder.
 
-    files: to delete. shards: to rewrite without `clip_ids`. scrubbed: False if a busy reader kept the deleted bytes in
-    the database file; forgetting again (anything, also the same) scrubs again.
+    files: to delete. clip_ids: to take out of every data set and whatever else was derived from them. scrubbed: False
+    if a busy reader kept the deleted bytes in the database file; forgetting again (anything, also the same) scrubs
+    again.
     """
 
     video_keys: tuple[str, ...]
     clip_ids: tuple[str, ...]
     files: tuple[str, ...]
-    shards: tuple[str, ...]
     scrubbed: bool
 
 
 def forgotten_digest(platform: str, video_id: str) -> str:
-    """All that is remembered of a forgotten video: SHA-256 of platform, newline, video id."""
+    """What is remembered of a forgotten video: SHA-256 of platform, newline, video id."""
     return hashlib.sha256(f"{platform}\n{video_id}".encode()).hexdigest()
+
+
+def forgotten_clip_digest(clip_id: str) -> str:
+    """What is remembered of each of its clips that the catalog held: SHA-256 of "clip", newline, clip id."""
+    return hashlib.sha256(f"clip\n{clip_id}".encode()).hexdigest()
 
 
 class Catalog(Leases, Turns):
@@ -290,11 +292,28 @@ class Catalog(Leases, Turns):
         return self._record(_last(rows, "clip_id", "policy_hash"), write) | outdated
 
     def record_outputs(self, written: Iterable[Output]) -> frozenset[str]:
-        """Note where clips lie in finished shards; once per clip and provenance, a later record replaces."""
+        """Note clips that are in finished shards; once per clip and provenance, a later record replaces."""
         now = time.time()
-        rows = [asdict(output) | {"shard": _relative(output.shard), "written_at": now} for output in written]
+        rows = [asdict(output) | {"written_at": now} for output in written]
         rows = _last(rows, "clip_id", "provenance_hash")
         return self._record(rows, lambda connection, held: self._database.upsert(connection, outputs, held))
+
+    def drop_outputs(self, of: Iterable[ClipRef | str], provenance_hash: str) -> None:
+        """Note that these clips are not in the shards of this provenance."""
+        for chunk in chunks(sorted(set(_ids(of)))):
+            with self._database.transaction(write=True) as connection:
+                here = outputs.c.clip_id.in_(chunk) & (outputs.c.provenance_hash == provenance_hash)
+                connection.execute(sa.delete(outputs).where(here))
+
+    def next_index_version(self, name: str, newest: int) -> int:
+        """A number over `newest` for a version of this data set's index; never given twice."""
+        last = index_versions.c.version
+        insert = self._database.insert(index_versions).values(name=name, version=newest + 1)
+        counted = insert.on_conflict_do_update(
+            index_elements=["name"], set_={"version": sa.case((last > newest, last), else_=newest) + 1}
+        )
+        with self._database.transaction(write=True) as connection:
+            return int(connection.scalars(counted.returning(last)).one())
 
     def put_provenance(self, value: Mapping[str, Any]) -> str:
         """Keep a JSON object of tools, models and parameters; returns its `sha256_json`.
@@ -386,6 +405,18 @@ class Catalog(Leases, Turns):
         found = self._rows(outputs, outputs.c.clip_id, _ids(of), outputs.c.provenance_hash == provenance_hash)
         return {row.clip_id: _output(row) for row in found}
 
+    def clips_of_dataset(self, provenance_hash: str) -> frozenset[str]:
+        """The ids of all clips that are in shards of this provenance."""
+        asked = sa.select(outputs.c.clip_id).where(outputs.c.provenance_hash == provenance_hash)
+        with self._database.transaction() as connection:
+            return frozenset(connection.scalars(asked))
+
+    def forgotten_clips(self, of: Iterable[ClipRef | str]) -> frozenset[str]:
+        """Those of these clips that were forgotten while the catalog held them."""
+        digests = {forgotten_clip_digest(clip_id): clip_id for clip_id in _ids(of)}
+        gone = self._rows(forgotten, forgotten.c.digest, digests)
+        return frozenset(digests[row.digest] for row in gone)
+
     def provenance(self, digest: str) -> dict[str, Any] | None:
         """The object kept under this hash."""
         with self._database.transaction() as connection:
@@ -435,15 +466,14 @@ class Catalog(Leases, Turns):
     def forget(self, targets: Iterable[ClipRef | str]) -> Forgotten:
         """Delete every trace of the videos named by ClipRef, video key or clip id, and refuse them from now on.
 
-        All clips of a video go with it. Only `forgotten_digest` stays, also of a ClipRef that was never registered; of
-        a key or id that the catalog does not hold nothing can be remembered. The database file is rewritten, so that no
-        deleted byte stays in it; backups are not reached.
+        All clips of a video go with it. Only `forgotten_digest` stays, also of a ClipRef that was never registered, and
+        `forgotten_clip_digest`; of a key or id that the catalog does not hold nothing can be remembered. The database
+        file is rewritten, so that no deleted byte stays in it; backups are not reached.
         """
         asked = list(targets)
         named = {(target.platform, target.video_id) for target in asked if isinstance(target, ClipRef)}
         clip_ids: list[str] = []
         files: set[str] = set()
-        shards: set[str] = set()
         with self._database.transaction(write=True) as connection:
             self._lock_forgotten(connection, "ROW EXCLUSIVE")
             for chunk in chunks(sorted({target for target in asked if isinstance(target, str)})):
@@ -458,19 +488,20 @@ class Catalog(Leases, Turns):
             for chunk in chunks(video_keys):
                 of_video = clips.c.video_key.in_(chunk)
                 going = sa.select(clips.c.clip_id).where(of_video).order_by(clips.c.clip_id)
-                clip_ids.extend(connection.scalars(going.with_for_update()))
+                found_ids = list(connection.scalars(going.with_for_update()))
+                clip_ids.extend(found_ids)
+                stones = [{"digest": forgotten_clip_digest(clip_id), "forgotten_at": now} for clip_id in found_ids]
+                self._database.upsert(connection, forgotten, stones, update=())
                 of_clip = sa.select(clips.c.clip_id).where(of_video)
                 files.update(connection.scalars(sa.select(videos.c.path).where(videos.c.video_key.in_(chunk))))
                 measured = sa.select(observations.c.path).where(observations.c.clip_id.in_(of_clip))
                 files.update(connection.scalars(measured))
-                shards.update(connection.scalars(sa.select(outputs.c.shard).where(outputs.c.clip_id.in_(of_clip))))
                 connection.execute(sa.delete(videos).where(videos.c.video_key.in_(chunk)))
                 connection.execute(sa.delete(clips).where(of_video))  # everything of a clip goes with it
         return Forgotten(
             video_keys=tuple(video_keys),
             clip_ids=tuple(sorted(clip_ids)),
             files=tuple(sorted(files)),
-            shards=tuple(sorted(shards)),
             scrubbed=self._database.scrub(),
         )
 

@@ -276,6 +276,27 @@ def pull(
     console.print(f"{len(shards)} shards in {folder}", soft_wrap=True, markup=False)
 
 
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A folder of shards on this disk.")],
+    repair: Annotated[bool, typer.Option(help="First make the index anew from the shard files.")] = False,
+    decode: Annotated[bool, typer.Option(help="Decode every frame too.")] = True,
+) -> None:
+    """Check a folder of shards: every file against the index and its hash, and every frame."""
+    from curation.shards.reader import verify as check
+    from curation.shards.schema import ShardError
+    from curation.shards.writer import rebuild_index
+
+    try:
+        if repair:
+            rebuild_index(folder)
+        shards = check(folder, decode=decode)
+    except ShardError as error:
+        raise UsageError(str(error)) from error
+    clips = sum(len(shard.clips) for shard in shards)
+    console.print(f"{_many(clips, 'clip', 'clips')} in {_many(len(shards), 'shard', 'shards')}: all is well")
+
+
 def _existing(out: Path, catalog_url: str | None) -> Settings:
     if catalog_url is None and not (out / "catalog.sqlite").is_file():
         raise UsageError(f"There is no catalog in {out}; give the --out of a run.")

@@ -22,7 +22,7 @@ from sqlalchemy.pool import NullPool
 from curation.ingest.failures import UsageError
 from curation.tables import metadata
 
-SCHEMA = "0002"  # the newest migration; lets an up-to-date database open without loading alembic
+SCHEMA = "0003"  # the newest migration; lets an up-to-date database open without loading alembic
 LOCK_TIMEOUT_S = 60.0
 _MIGRATION_LOCK = 0x756E6973  # PostgreSQL advisory lock: "unis"
 _CHUNK = 500  # ids per statement and records per transaction: far below every database's limit on parameters

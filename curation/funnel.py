@@ -20,7 +20,7 @@ class FunnelCounts:
     """How many clips got how far.
 
     failed: (stage, code) -> clips whose last try of that stage failed. rejected_by, unknown_by: first reason -> clips.
-    shards: the files that hold the sharded clips. datasets: provenance hash -> sharded clips.
+    datasets: provenance hash -> sharded clips.
     """
 
     clips: int
@@ -33,7 +33,6 @@ class FunnelCounts:
     failed: dict[tuple[str, str], int]
     rejected_by: dict[str, int]
     unknown_by: dict[str, int]
-    shards: tuple[str, ...]
     datasets: dict[str, int]
 
 
@@ -46,7 +45,7 @@ class Tally:
         self._total: Counter[str] = Counter()
         self._decisions: Counter[tuple[Any, ...]] = Counter()
         self._failed: Counter[tuple[Any, ...]] = Counter()
-        self._shards: Counter[tuple[Any, ...]] = Counter()
+        self._datasets: Counter[tuple[Any, ...]] = Counter()
 
     def add(self, connection: sa.Connection, subset: Sequence[str] | None) -> None:
         """Count these clips, none of which was counted before; None is all clips."""
@@ -62,10 +61,10 @@ class Tally:
             "observed": sa.select(count).select_from(observations).where(*_within(observations, subset)),
         }.items():
             self._total[name] += int(connection.scalar(question) or 0)
-        shards = _grouped(connection, subset, outputs, ["provenance_hash", "shard"], *self._dataset)
-        self._shards += shards
-        if len({dataset for dataset, _ in shards}) < 2:  # each clip is in a data set once
-            self._total["sharded"] += sum(shards.values())
+        datasets = _grouped(connection, subset, outputs, ["provenance_hash"], *self._dataset)
+        self._datasets += datasets
+        if len(datasets) < 2:  # each clip is in a data set once
+            self._total["sharded"] += sum(datasets.values())
         else:
             each = sa.select(sa.func.count(outputs.c.clip_id.distinct())).where(*_within(outputs, subset))
             self._total["sharded"] += connection.scalar(each) or 0
@@ -74,9 +73,6 @@ class Tally:
 
     def counts(self) -> FunnelCounts:
         """What was counted."""
-        datasets: Counter[str] = Counter()
-        for (dataset, _), number in self._shards.items():
-            datasets[dataset] += number
         reasons: dict[str, dict[str, int]] = {"accept": {}, "reject": {}, "unknown": {}}
         for (decision, reason), number in self._decisions.items():
             reasons[decision][reason or ""] = number
@@ -91,8 +87,7 @@ class Tally:
             failed={(stage, code): number for (stage, code), number in self._failed.items()},
             rejected_by=reasons["reject"],
             unknown_by=reasons["unknown"],
-            shards=tuple(sorted({shard for _, shard in self._shards})),
-            datasets=dict(datasets),
+            datasets={dataset: number for (dataset,), number in self._datasets.items()},
         )
 
 

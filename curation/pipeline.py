@@ -30,7 +30,6 @@ from curation.policy import Policy, find_policy, load_policy, subject_boxes
 from curation.policy import judge as judge_observations
 from curation.records import ClipSample
 from curation.settings import Settings
-from curation.shards.index import INDEX_NAME
 from curation.state import FOLDERS, State, forget_cached, frames_name, observation_name, state_of
 from curation.storage import Store
 from curation.workers import spread
@@ -267,20 +266,18 @@ def teach(settings: Settings, batch: Batch, progress: Progress | None = None) ->
         refs = {ref.clip_id: ref for ref in todo}
         staging = settings.out / "staging" / batch.batch_id
         folder = staging if state.store.shared else state.store.path(state.shards)
-        shards = write_shards(samples(), folder, max_bytes=settings.shard_mb * 2**20)
+        gone = state.catalog.forgotten_clips
+        shards = write_shards(samples(), folder, max_bytes=settings.shard_mb * 2**20, gone=gone)
         if state.store.shared:
             state.add_shards(staging, shards)
             shutil.rmtree(staging, ignore_errors=True)
-        written = [(shard, clip) for shard in shards for clip in shard.clips if clip.clip_id in refs]
-        left_out = state.catalog.record_outputs(
-            Output(clip.clip_id, digest, shard.file, clip.row_group, clip.row_groups, clip.frames, shard.sha256)
-            for shard, clip in written
-        )
+        written = [clip for shard in shards for clip in shard.clips if clip.clip_id in refs]
+        left_out = state.catalog.record_outputs(Output(clip.clip_id, digest, clip.frames) for clip in written)
         if left_out:  # forgotten meanwhile: nothing of them may stay
             from curation.shards.writer import drop_clips
 
             drop_clips(state.place(), left_out)
-        for _, clip in written:
+        for clip in written:
             log.done([refs[clip.clip_id]], began[clip.clip_id])
         state.store.drop([frames_name(ref) for ref in todo])
     state.release(batch)
@@ -306,7 +303,7 @@ def funnel(settings: Settings, refs: Sequence[ClipRef] | None) -> Funnel:
         failed=failed,
         rejected_by=counts.rejected_by,
         sharded=counts.sharded,
-        shards=counts.shards,
+        shards=state.shards_with(refs),
         folder=f"{settings.place}/{state.shards}",
         postponed={block.service.partition("-")[0]: block.until for block in state.catalog.blocks()},
     )
@@ -390,7 +387,8 @@ def shared_work(settings: Settings, batches: Sequence[Batch]) -> Iterator[Queue[
     """
     state = state_of(settings)
     with Claims(state.catalog, settings.out, settings.lease_s) as claims:
-        trusting = state.store.shared and INDEX_NAME in state.store.sizes(state.shards)  # or it is another storage
+        index = state.heal()
+        trusting = state.store.shared and index.version > 0  # or it is another storage
         yield Queue(claims, batches, state.finished, trusting=trusting)
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 from curation.batches import Batch
-from curation.catalog import Catalog, ObservationFile
+from curation.catalog import Catalog, ObservationFile, Output
 from curation.claims import Claims
 from curation.files import sha256_file, sha256_json
 from curation.ingest.failures import FailureCode, UsageError
@@ -22,7 +22,7 @@ from curation.policy import Policy, describe, load_policy
 from curation.policy import judge as judge_observations
 from curation.records import VideoFile
 from curation.settings import Settings
-from curation.shards.index import Place, ShardEntry
+from curation.shards.index import Index, Place, ShardEntry, newest_index
 from curation.storage import Store
 
 # Permanent for a video, but not for a run with other settings, and cheap to find again: these never block a clip.
@@ -75,7 +75,8 @@ class State:
             return Place(self.store.path(self.shards))
         from curation.shards.remote import RemotePlace
 
-        return RemotePlace(self.store, self.shards, self._index_turn)
+        number = partial(self.catalog.next_index_version, self.shards)
+        return RemotePlace(self.store, self.shards, self._index_turn, number)
 
     def add_shards(self, staging: Path, entries: Sequence[ShardEntry]) -> None:
         """Send shards of a shared run from the folder they were written to; the index last."""
@@ -83,7 +84,33 @@ class State:
 
         place = self.place()
         assert isinstance(place, RemotePlace)
-        add_shards(place, staging, entries)
+        add_shards(place, staging, entries, self.catalog.forgotten_clips)
+
+    def heal(self) -> Index:
+        """Make index, shard files and catalog of the data set agree, and return the index.
+
+        The files decide which clips there are; the catalog decides which of them may not be there.
+        """
+        from curation.shards.index import heal
+        from curation.shards.writer import drop_clips, rewrite
+
+        noted = self.catalog.clips_of_dataset(self.dataset_hash)  # before the index: what is noted later is in it
+        index = heal(self.place(), rewrite, self.catalog.forgotten_clips)
+        here = frozenset(index.table["clip_id"].to_pylist())
+        self.catalog.drop_outputs(noted - here, self.dataset_hash)
+        if unnoted := here - noted:
+            if gone := self.catalog.forgotten_clips(unnoted):
+                drop_clips(self.place(), gone)
+            digest = self.catalog.put_provenance(self.dataset)
+            found = index.rows("clip_id", unnoted - gone).entries()
+            self.catalog.record_outputs(Output(c.clip_id, digest, c.frames) for shard in found for c in shard.clips)
+        return index
+
+    def shards_with(self, refs: Iterable[ClipRef] | None) -> tuple[str, ...]:
+        """The files of the data set that hold any of these clips, or all files, by name."""
+        index = newest_index(self.place())
+        found = index if refs is None else index.rows("clip_id", {ref.clip_id for ref in refs})
+        return tuple(sorted(found.sizes()))
 
     @contextmanager
     def _index_turn(self) -> Iterator[None]:
@@ -203,13 +230,9 @@ class State:
         files = self.catalog.observations(accepted)
         accepted = [r for r in accepted if r.clip_id in files and self._measured_as_asked(files[r.clip_id])]
         written = self.catalog.outputs(accepted, self.dataset_hash)
-        sound = self._sound_shards({output.shard for output in written.values()})
+        held = written.keys() if self.store.shared else self._in_sound_shards(written)  # what is sent is compared
         blocked = self.given_up(accepted, ("teach",))
-        return [
-            ref
-            for ref in accepted
-            if ref.clip_id not in blocked and not (ref.clip_id in written and written[ref.clip_id].shard in sound)
-        ]
+        return [ref for ref in accepted if ref.clip_id not in blocked and ref.clip_id not in held]
 
     def finished(self, batch: Batch) -> bool:
         """Whether the catalog says that nothing is left to do for any clip of the batch; looks at no file."""
@@ -228,26 +251,12 @@ class State:
         left = [ref for ref in batch.refs if not done(ref)]
         return not left or len(self.given_up(left, ("download", "observe", "teach"))) == len(left)
 
-    def _sound_shards(self, names: set[str]) -> set[str]:
-        """Shards that are there with a readable end; a cut one is taken away, so that its clips are written again."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        if not names:
-            return set()
-        if self.store.shared:  # what was sent there was compared with what was written
-            return names & self.store.sizes(self.shards).keys()
-        sound = set()
-        folder = self.store.path(self.shards)
-        for name in names:
-            try:
-                pq.read_metadata(folder / name)
-                sound.add(name)
-            except FileNotFoundError:
-                continue
-            except (OSError, pa.ArrowInvalid):
-                (folder / name).rename(folder / f"{name}.damaged")
-        return sound
+    def _in_sound_shards(self, clip_ids: Iterable[str]) -> frozenset[str]:
+        """Clips whose shard is there with a readable end; a cut one is put aside, so that they are written again."""
+        place = self.place()
+        rows = newest_index(place).rows("clip_id", clip_ids)
+        sound = place.put_aside_damaged(rows.sizes())
+        return frozenset(rows.rows("file", sound).table["clip_id"].to_pylist())
 
     def given_up(self, refs: Sequence[ClipRef], stages: Sequence[str]) -> frozenset[str]:
         """Clips whose last try failed for good in one of these stages, unless the user asked to try again."""

@@ -108,6 +108,27 @@ class Store:
                 f"The storage {self._scheme} has no such bucket or folder; make it, and run again."
             ) from error
 
+    def create(self, name: str) -> bool:
+        """`put`, but False, with nothing sent, where there is such a file already.
+
+        Only S3 does both in one step; elsewhere two who ask at once may both get True.
+        """
+        if "s3" not in self._protocols:
+            if self._remote_size(name) is not None:
+                return False
+            self.put(name)
+            return True
+
+        def send() -> bool:
+            try:
+                self._fs.put_file(str(self.path(name)), self._at(name), mode="create")
+            except FileExistsError:
+                return False
+            self._compare(self.path(name), self._at(name))
+            return True
+
+        return self._try(send)
+
     def put_all(self, names: Sequence[str]) -> None:
         """`put` for several files, many at once."""
         self._spread(self.put, names)

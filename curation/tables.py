@@ -119,13 +119,9 @@ outputs = sa.Table(
     metadata,
     _of_clip(),
     _of_provenance(primary=True),
-    sa.Column("shard", sa.Text, nullable=False),
-    sa.Column("row_group_first", sa.Integer, nullable=False),
-    sa.Column("row_group_count", sa.Integer, nullable=False),
     sa.Column("frames", sa.Integer, nullable=False),
-    sa.Column("sha256", _HASH, nullable=False),
     sa.Column("written_at", sa.Double, nullable=False),
-    sa.Index("ix_outputs_shard", "provenance_hash", "shard"),
+    sa.Index("ix_outputs_dataset", "provenance_hash", "clip_id"),
 )
 
 provenance = sa.Table(
@@ -140,6 +136,13 @@ forgotten = sa.Table(
     metadata,
     sa.Column("digest", _HASH, primary_key=True),
     sa.Column("forgotten_at", sa.Double, nullable=False),
+)
+
+index_versions = sa.Table(  # the last number given to a version of a data set's index
+    "index_versions",
+    metadata,
+    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("version", sa.BigInteger, nullable=False),
 )
 
 leases = sa.Table(

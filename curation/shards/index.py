@@ -1,30 +1,41 @@
 """Which clip lies in which file: the only place of the package that opens, locks, renames or deletes files.
 
-The shard files are the truth. index.parquet is a summary of them that saves reading every footer and holds the hashes;
-it is written last, and whatever a crash left between a shard and the index is found and put right by the next `commit`.
-A clip exists once in a folder: where two files hold it, the one written last keeps it.
+The shard files are the truth, and a file is never changed: what loses clips is written anew under another name. An
+index is a summary that saves reading every footer and holds the hashes. Each change creates the next version of it
+under `.index/`, with a name that must not exist yet; the change happens at that moment. A writer that is not the first,
+or finds a higher version, has worked from an old index: it reads again and starts over. So a writer that was stopped
+for hours and wakes when its lock has gone to others undoes nothing. Readers take the highest version; index.parquet is
+a copy of it for other tools, replaced last.
 
-Writers in several processes take turns by a lock on the folder. One lock beside one index is less to go wrong than an
-index part per shard: removal, replacement and clean-up need the whole picture at once anyway.
+Whatever a crash left, on either side of the new version, is found and put right by the next `commit`. A clip exists
+once in a folder: where two files hold it, the one written last keeps it.
 """
 
 from __future__ import annotations
 
+import errno
+import json
 import os
+import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from curation.files import atomic_path, sha256_file
+from curation.files import atomic_path, fsync, sha256_file
 from curation.shards.schema import SCHEMA_VERSION, VERSION_KEY, ShardError, check_schema
 
 INDEX_NAME = "index.parquet"
-REBUILD = "rebuild the index with curation.shards.writer.rebuild_index"
+VERSIONS = ".index"  # the folder of the index's versions; other tools pass by names that begin with a dot
+REBUILD = "rebuild the index with: curation verify --repair"
+_VERSION = re.compile(r"(\d{8})\.parquet")
+_RETIRED_KEY = b"unish:retired"
 _COLUMNS = pa.schema(  # those of ClipEntry in its order, then those of its shard
     [
         ("clip_id", pa.string()),
@@ -72,38 +83,121 @@ def open_shard(path: Path) -> pq.ParquetFile:
     try:
         shard = pq.ParquetFile(path, memory_map=True)
     except FileNotFoundError as error:
-        raise ShardError(f"{path} is missing; restore it, or {REBUILD}.") from error
+        raise _lacking(path) from error
     except (pa.ArrowInvalid, OSError) as error:
         raise ShardError(f"{path} is not a readable Parquet file; restore it, or move it out of the folder.") from error
     check_schema(shard.schema_arrow, shard.metadata.metadata or {}, str(path))
     return shard
 
 
+def _lacking(path: Path) -> ShardError:
+    return ShardError(f"{path} is missing; if it was replaced, open the folder anew; or restore it, or {REBUILD}.")
+
+
 def check_file(folder: Path, shard: ShardEntry) -> None:
     """Raise ShardError unless the file is there and as large as the index says."""
     path = folder / shard.file
     if not path.exists():
-        raise ShardError(f"{path} is missing; restore it, or {REBUILD}.")
+        raise _lacking(path)
     if path.stat().st_size != shard.size_bytes:
         raise ShardError(f"{path} is not the file its index describes; open the folder anew, or {REBUILD}.")
 
 
 def read_index(folder: Path) -> tuple[ShardEntry, ...]:
     """All shards of a folder, by file name. Raises ShardError if the index is missing or not one."""
-    path = folder / INDEX_NAME
-    try:
-        table = pq.read_table(path)
-    except FileNotFoundError as error:
-        raise ShardError(f"{path} is missing; name a folder of shards, or {REBUILD}.") from error
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ShardError(f"{path} is not a readable index; {REBUILD}.") from error
-    if table.schema.names != _COLUMNS.names or (table.schema.metadata or {}).get(VERSION_KEY) != b"%d" % SCHEMA_VERSION:
-        raise ShardError(f"{path} is not an index of schema version {SCHEMA_VERSION}; {REBUILD}.")
-    clips: dict[tuple[str, str, int], list[ClipEntry]] = {}
-    for *row, sha256, size_bytes in zip(*(column.to_pylist() for column in table.columns), strict=True):
-        clip = ClipEntry(*row)
-        clips.setdefault((clip.file, sha256, size_bytes), []).append(clip)
-    return tuple(ShardEntry(*shard, tuple(entries)) for shard, entries in sorted(clips.items()))
+    return Place(folder).index().entries()
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """One version of an index: a row for each clip, and the names of files that it no longer counts."""
+
+    version: int
+    table: pa.Table
+    retired: frozenset[str] = frozenset()
+
+    @staticmethod
+    def newest(versions: Callable[[], list[int]], fetch: Callable[[str], Path]) -> Index:
+        """The highest version that can be read, else what is in index.parquet. Raises ShardError if there is neither.
+
+        fetch: gives the path of a file by its name in the folder; of nothing if there is none.
+        """
+        while True:
+            numbers = sorted(versions(), reverse=True)
+            fault: ShardError | None = None
+            for number in numbers:
+                try:
+                    return Index.read(fetch(version_name(number)), number)
+                except FileNotFoundError:
+                    break  # a writer went on, and dropped what was listed
+                except ShardError as error:
+                    fault = fault or error
+            else:
+                path = fetch(INDEX_NAME)
+                try:
+                    return Index.read(path, numbers[0] if numbers else 0)
+                except FileNotFoundError as error:
+                    raise fault or ShardError(f"{path} is missing; name a folder of shards, or {REBUILD}.") from error
+
+    @staticmethod
+    def read(path: Path, version: int) -> Index:
+        """The index in this file. Raises FileNotFoundError, or ShardError if it is not one."""
+        try:
+            table = pq.read_table(path)
+        except FileNotFoundError:
+            raise
+        except (pa.ArrowInvalid, OSError) as error:
+            raise ShardError(f"{path} is not a readable index; {REBUILD}.") from error
+        metadata = table.schema.metadata or {}
+        if table.schema.names != _COLUMNS.names or metadata.get(VERSION_KEY) != b"%d" % SCHEMA_VERSION:
+            raise ShardError(f"{path} is not an index of schema version {SCHEMA_VERSION}; {REBUILD}.")
+        return Index(version, table.cast(_COLUMNS), frozenset(json.loads(metadata.get(_RETIRED_KEY, b"[]"))))
+
+    def entries(self) -> tuple[ShardEntry, ...]:
+        """All shards, by file name."""
+        clips: dict[tuple[str, str, int], list[ClipEntry]] = {}
+        for *row, sha256, size_bytes in zip(*(column.to_pylist() for column in self.table.columns), strict=True):
+            clip = ClipEntry(*row)
+            clips.setdefault((clip.file, sha256, size_bytes), []).append(clip)
+        return tuple(ShardEntry(*shard, tuple(entries)) for shard, entries in sorted(clips.items()))
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file that it names."""
+        files = self.table.select(["file", "size_bytes"]).group_by("file").aggregate([("size_bytes", "max")])
+        return dict(zip(files["file"].to_pylist(), files["size_bytes_max"].to_pylist(), strict=True))
+
+    def rows(self, column: str, values: Iterable[str], *, others: bool = False) -> Index:
+        """Only the clips whose `column` is, or with `others` is not, one of these values."""
+        found = pc.is_in(self.table[column], pa.array(sorted(values), pa.string()))
+        return replace(self, table=self.table.filter(pc.invert(found) if others else found))
+
+    def with_entries(self, entries: Iterable[ShardEntry]) -> Index:
+        """With these shards too, in order of their names."""
+        rows = [
+            (*(getattr(clip, name) for name in ClipEntry.__slots__), entry.sha256, entry.size_bytes)
+            for entry in entries
+            for clip in entry.clips
+        ]
+        columns = list(zip(*rows, strict=True)) or [()] * len(_COLUMNS)
+        new = pa.table([pa.array(c, f.type) for c, f in zip(columns, _COLUMNS, strict=True)], schema=_COLUMNS)
+        both = pa.concat_tables([self.table, new])
+        return replace(self, table=both.sort_by([("file", "ascending"), ("row_group", "ascending")]))
+
+    def write(self, path: Path) -> None:
+        """Write it to a file."""
+        retired = json.dumps(sorted(self.retired)).encode()
+        metadata = {VERSION_KEY: str(SCHEMA_VERSION).encode(), _RETIRED_KEY: retired}
+        pq.write_table(self.table.replace_schema_metadata(metadata), path, compression="zstd")
+
+
+def index_versions(names: Iterable[str]) -> list[int]:
+    """The versions among the files of the folder VERSIONS."""
+    return [int(match[1]) for name in names if (match := _VERSION.fullmatch(name))]
+
+
+def version_name(number: int) -> str:
+    """The name of a version below the folder of shards."""
+    return f"{VERSIONS}/{number:08d}.parquet"
 
 
 def scan_shard(path: Path, name: str | None = None) -> ShardEntry:
@@ -162,22 +256,75 @@ def publish(staging: Path, name: str) -> None:
 
 
 class Place:
-    """A folder of shards on this disk, for `commit`: its files, and the lock that lets writers take turns."""
+    """A folder of shards on this disk, for `commit`: its files, its versions, and a lock to take turns.
+
+    The lock saves work that would be done twice. Nothing rests on it: a stopped process may lose it and wake up.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Hold the folder for oneself, and clean up what killed writers left."""
+        """Take turns with other writers, and clean up what killed ones left."""
         with locked(self.folder):
             _sweep(self.folder)
             yield
 
     def files(self) -> dict[str, int]:
         """Bytes of every shard, the one written last at the end."""
-        paths = sorted(shard_paths(self.folder), key=lambda path: (path.stat().st_mtime_ns, path.name))
-        return {path.name: path.stat().st_size for path in paths}
+        found = []
+        for path in shard_paths(self.folder):
+            with suppress(FileNotFoundError):  # another writer may delete beside us
+                status = path.stat()
+                found.append((status.st_mtime_ns, path.name, status.st_size))
+        return {name: size for _, name, size in sorted(found)}
+
+    def index(self) -> Index:
+        """The newest index. Raises ShardError if there is none that can be read."""
+        return Index.newest(self.versions, self.fetch)
+
+    def put_aside_damaged(self, names: Iterable[str]) -> frozenset[str]:
+        """Rename those of these files that have no readable end, so that nobody reads them; returns the sound ones."""
+        sound = set()
+        for name in names:
+            try:
+                pq.read_metadata(self.folder / name)
+                sound.add(name)
+            except FileNotFoundError:
+                continue
+            except (OSError, pa.ArrowInvalid):
+                (self.folder / name).rename(self.folder / f"{name}.damaged")
+        return frozenset(sound)
+
+    def versions(self) -> list[int]:
+        """The numbers of the index's versions."""
+        return index_versions(path.name for path in (self.folder / VERSIONS).glob("*"))
+
+    def next_version(self, newest: int) -> int:
+        """A number for a version after the newest."""
+        return newest + 1
+
+    def create(self, index: Index) -> bool:
+        """Write a version of the index whose name must not exist yet; False if it does."""
+        target = self.folder / version_name(index.version)
+        target.parent.mkdir(exist_ok=True)
+        with staged(self.folder) as path:
+            index.write(path)
+            path.chmod(0o644)
+            fsync(path)
+            try:
+                _link(path, target)
+            except FileExistsError:
+                return False
+        fsync(target.parent)
+        return True
+
+    def publish(self, index: Index) -> None:
+        """Make index.parquet the same as this version."""
+        with staged(self.folder) as path:
+            index.write(path)
+            publish(path, INDEX_NAME)
 
     def fetch(self, name: str) -> Path:
         """A file, to be read here."""
@@ -186,65 +333,159 @@ class Place:
     def send(self, name: str) -> None:
         """Make public a file that was written here."""
 
-    def delete(self, name: str) -> None:
-        """Take a file away."""
-        (self.folder / name).unlink()
+    def delete(self, names: Iterable[str]) -> None:
+        """Take files away; what is not there is no error."""
+        for name in names:
+            (self.folder / name).unlink(missing_ok=True)
+
+    def published(self) -> bool:
+        """Whether index.parquet is the newest version."""
+        newest = max(self.versions(), default=0)
+        if not newest:  # a copy of a data set has nothing but index.parquet
+            return True
+        try:
+            return (self.folder / version_name(newest)).read_bytes() == (self.folder / INDEX_NAME).read_bytes()
+        except FileNotFoundError:
+            return False
+
+
+@dataclass(slots=True)
+class _Change:
+    """A new version of an index, and what is to be done with files once it counts, or if it does not."""
+
+    base: int
+    needless: bool
+    index: Index
+    found: frozenset[str]
+    written: set[str] = field(default_factory=set)
+    doomed: set[str] = field(default_factory=set)
+
+
+Rewrite = Callable[[Path, frozenset[str]], ShardEntry]
+Gone = Callable[[frozenset[str]], frozenset[str]]  # clip ids -> those of them that were forgotten
+
+
+def nobody(_: frozenset[str]) -> frozenset[str]:
+    """For folders without a catalog: none was forgotten."""
+    return frozenset()
 
 
 def commit(
     place: Place,
-    rewrite: Callable[[Path, frozenset[str]], ShardEntry],
+    rewrite: Rewrite,
     *,
     fresh: Iterable[ShardEntry] = (),
     remove: frozenset[str] = frozenset(),
+    gone: Gone = nobody,
     trust_index: bool = True,
 ) -> frozenset[str]:
-    """Bring files and index into agreement, the index last, and return which clips of `remove` were there.
+    """Bring files and index into agreement, and return which clips of `remove` were there.
 
     fresh: shards just written; their clips replace those of the same id in other files.
-    rewrite: replaces a file by one with only the given clips; called for files that lose some of theirs.
+    rewrite: writes a file with only the given clips of another one beside that; called for files that lose some.
+    gone: which of these clips were forgotten; asked of clips that no index names yet, which are then left out.
     trust_index: False reads every file anew instead of believing the index where sizes agree.
     """
+    fresh = list(fresh)
     with place.alone():
-        written = {entry.file: entry for entry in fresh}
-        known: dict[str, ShardEntry] = {}
-        if trust_index:
-            with suppress(ShardError):  # a missing or damaged index is only a slower start
-                known = {entry.file: entry for entry in read_index(place.fetch(INDEX_NAME).parent)}
-        entries = [
-            entry if (entry := written.get(name) or known.get(name)) and entry.size_bytes == size
-            # unknown, or replaced since
-            else scan_shard(place.fetch(name))
-            for name, size in place.files().items()
-        ]  # fmt: skip
-        entries.sort(key=lambda entry: entry.file in written)  # fresh ones beat all, then those written last
-        owner = {clip.clip_id: entry.file for entry in entries for clip in entry.clips}
-        kept = []
-        for entry in entries:
-            held = {clip.clip_id for clip in entry.clips}
-            keep = frozenset(clip_id for clip_id in held - remove if owner[clip_id] == entry.file)
-            if keep == held:
-                kept.append(entry)
-            elif keep:
-                kept.append(rewrite(place.fetch(entry.file), keep))
-                place.send(entry.file)
-            else:
-                place.delete(entry.file)
-        _write_index(place.folder, kept)
-        place.send(INDEX_NAME)
-        return remove & owner.keys()
+        while True:
+            change = _plan(place, rewrite, fresh, remove, gone, trust_index)
+            number = change.index.version
+            if change.needless and place.published():
+                return change.found
+            created = place.create(change.index)
+            if created and [version for version in place.versions() if version > change.base] == [number]:
+                break
+            # Another version was made meanwhile. Of two writers that look after they wrote, one sees the other.
+            place.delete([version_name(number)] if created else [])
+            place.delete(change.written - newest_index(place).sizes().keys())
+        place.delete(change.doomed - newest_index(place).sizes().keys())  # others may have written one of them again
+        if max(place.versions()) == number:
+            place.publish(change.index)
+        # at once: an old version names clips that may have to go
+        place.delete(version_name(old) for old in place.versions() if old < number)
+        return change.found
 
 
-def _write_index(folder: Path, entries: Iterable[ShardEntry]) -> None:
-    rows = [
-        (*(getattr(clip, name) for name in ClipEntry.__slots__), entry.sha256, entry.size_bytes)
-        for entry in sorted(entries, key=lambda entry: entry.file)
-        for clip in entry.clips
+def heal(place: Place, rewrite: Rewrite, gone: Gone) -> Index:
+    """The newest index, made to agree with the files if it does not; reads no more than names and sizes if it does."""
+    index, files = newest_index(place), place.files()
+    named = index.sizes()
+    place.put_aside_damaged(name for name, size in files.items() if named.get(name) != size)
+    if named != place.files() or not place.published():
+        commit(place, rewrite, gone=gone)
+        index = newest_index(place)
+    return index
+
+
+def _plan(
+    place: Place,
+    rewrite: Rewrite,
+    fresh: list[ShardEntry],
+    remove: frozenset[str],
+    gone: Gone,
+    trust_index: bool,
+) -> _Change:
+    """The next version, with its shards already written."""
+    newest = newest_index(place)
+    files = place.files()
+    written = {entry.file: entry for entry in fresh if entry.file in files}
+    retired = (newest.retired & files.keys()) - written.keys()
+    named = newest.sizes() if trust_index else {}
+    believed = {name for name, size in named.items() if files.get(name) == size} - written.keys() - retired
+    known = newest.rows("file", believed)
+    new = [
+        written.get(name) or scan_shard(place.fetch(name), name)
+        for name in files
+        if name not in believed and name not in retired
     ]
-    columns = list(zip(*rows, strict=True)) or [()] * len(_COLUMNS)
-    table = pa.table([pa.array(c, f.type) for c, f in zip(columns, _COLUMNS, strict=True)], schema=_COLUMNS)
-    with atomic_path(folder / INDEX_NAME) as beside:
-        pq.write_table(table, beside, compression="zstd")
+    ids = frozenset(clip.clip_id for entry in new for clip in entry.clips)
+    remove |= gone(ids) if ids else frozenset()
+    # the files of the index whose clips are written anew, or go
+    touched = {entry.file: entry for entry in known.rows("file", known.rows("clip_id", ids | remove).sizes()).entries()}
+    order = {name: number for number, name in enumerate(files)}
+    # fresh ones beat all, then those written last
+    entries = sorted([*touched.values(), *new], key=lambda entry: (entry.file in written, order[entry.file]))
+    owner = {clip.clip_id: entry.file for entry in entries for clip in entry.clips}
+    kept, made, doomed = [], set(), set(retired)
+    for entry in entries:
+        held = {clip.clip_id for clip in entry.clips}
+        keep = frozenset(clip_id for clip_id in held - remove if owner[clip_id] == entry.file)
+        if keep == held:
+            kept.append(entry)
+            continue
+        doomed.add(entry.file)
+        if keep:
+            kept.append(rewrite(place.fetch(entry.file), keep))
+            place.send(kept[-1].file)
+            made.add(kept[-1].file)
+    doomed -= {entry.file for entry in kept}
+    index = known.rows("file", touched, others=True).with_entries(kept)
+    needless = newest.version > 0 and not doomed | newest.retired and index.table.equals(newest.table)
+    if not needless:
+        index = replace(index, version=place.next_version(newest.version), retired=frozenset(doomed))
+    return _Change(newest.version, needless, index, remove & owner.keys(), made, doomed)
+
+
+def newest_index(place: Place) -> Index:
+    """The newest index of a folder; an empty one where it is missing or damaged."""
+    try:
+        return place.index()
+    except ShardError:
+        return Index(max(place.versions(), default=0), _COLUMNS.empty_table())
+
+
+def _link(path: Path, target: Path) -> None:
+    """Give a finished file a second name that must not exist yet. Raises FileExistsError if it does."""
+    try:
+        os.link(path, target)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
+            raise
+        with target.open("xb") as copy, path.open("rb") as whole:  # a disk without links; a torn copy is passed over
+            shutil.copyfileobj(whole, copy)
+            copy.flush()
+            os.fsync(copy.fileno())
 
 
 def _sweep(folder: Path) -> None:

@@ -22,8 +22,10 @@ from numpy.typing import NDArray
 from curation.files import sha256_json
 from curation.shards.codec import DepthRange, decode_codes, decode_depth, decode_jpeg, unpack_mask
 from curation.shards.index import (
+    INDEX_NAME,
     REBUILD,
     ClipEntry,
+    Place,
     ShardEntry,
     check_file,
     open_shard,
@@ -80,14 +82,12 @@ class ShardReader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.shards: tuple[ShardEntry, ...] = read_index(folder)
+        self.shards = _sound_index(folder)
         self.clips: Mapping[str, ClipEntry] = MappingProxyType(
             {clip.clip_id: clip for shard in self.shards for clip in shard.clips}
         )
         self._files = {shard.file: shard for shard in self.shards}
         self._open = lru_cache(maxsize=_MAX_OPEN)(_open)
-        for shard in self.shards:
-            check_file(folder, shard)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ShardReader, (self.folder,)
@@ -149,6 +149,21 @@ class ShardReader:
         return self._open(self.folder, self._files[clip.file])
 
 
+def _sound_index(folder: Path) -> tuple[ShardEntry, ...]:
+    """The shards of the newest index, all of which are there. Raises ShardError if one is not."""
+    shards = read_index(folder)
+    while True:
+        try:
+            for shard in shards:
+                check_file(folder, shard)
+            return shards
+        except ShardError:
+            newer = read_index(folder)  # a writer may have replaced a file since
+            if newer == shards:
+                raise
+            shards = newer
+
+
 def verify(folder: Path, *, decode: bool = True) -> tuple[ShardEntry, ...]:
     """Check every file of a folder against its index and hash and, with `decode`, every frame; returns the shards.
 
@@ -156,7 +171,8 @@ def verify(folder: Path, *, decode: bool = True) -> tuple[ShardEntry, ...]:
     """
     shards = read_index(folder)
     known = {shard.file for shard in shards}
-    problems = [f"{path} is not in the index; {REBUILD}." for path in shard_paths(folder) if path.name not in known]
+    problems = [] if Place(folder).published() else [f"{folder / INDEX_NAME} is not the newest index; {REBUILD}."]
+    problems += [f"{path} is not in the index; {REBUILD}." for path in shard_paths(folder) if path.name not in known]
     for shard in shards:
         path = folder / shard.file
         try:

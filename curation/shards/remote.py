@@ -2,30 +2,56 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import TypeVar
 
-from curation.files import sha256_file
-from curation.shards.index import INDEX_NAME, Place, ShardEntry, commit, read_index
+from curation.files import atomic_path, sha256_file
+from curation.shards.index import (
+    INDEX_NAME,
+    VERSIONS,
+    Gone,
+    Index,
+    Place,
+    ShardEntry,
+    commit,
+    index_versions,
+    nobody,
+    read_index,
+    version_name,
+)
 from curation.shards.schema import ShardError
 from curation.shards.writer import rewrite
 from curation.storage import Store
 
+T = TypeVar("T")
+
 
 class RemotePlace(Place):
-    """A folder of a shared Store. `turn` gives a lock that all machines know, for as long as it is open."""
+    """A folder of a shared Store. `turn` gives a lock that all machines know, for as long as it is open.
 
-    def __init__(self, store: Store, name: str, turn: Callable[[], AbstractContextManager[None]]) -> None:
+    number: gives a number over that of the newest version, and never the same one twice; by the catalog, because not
+    every storage can create a file only if it does not exist.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        name: str,
+        turn: Callable[[], AbstractContextManager[None]],
+        number: Callable[[int], int],
+    ) -> None:
         super().__init__(store.path(name))
-        self._store, self._name, self._turn = store, name, turn
+        self._store, self._name, self._turn, self._number = store, name, turn, number
         self._sizes: dict[str, int] = {}
         self._brought: set[str] = set()
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Hold the folder among all machines."""
+        """Take turns with writers of all machines."""
         with self._turn():
             try:
                 yield
@@ -39,31 +65,91 @@ class RemotePlace(Place):
         self._sizes = self._store.sizes(self._name)
         return {name: self._sizes[name] for name in sorted(self._sizes) if name.startswith("shard-")}
 
+    def put_aside_damaged(self, names: Iterable[str]) -> frozenset[str]:
+        """Nothing: what is there was compared with what was sent."""
+        return frozenset(names)
+
+    def index(self) -> Index:
+        """The newest index. Raises ShardError if there is none that can be read."""
+        return fetch_index(self._store, f"{self._name}/")
+
+    def versions(self) -> list[int]:
+        """The numbers of the index's versions."""
+        return index_versions(self._store.sizes(f"{self._name}/{VERSIONS}"))
+
+    def next_version(self, newest: int) -> int:
+        """A number for a version after the newest, given to nobody else."""
+        return self._number(newest)
+
+    def create(self, index: Index) -> bool:
+        """Send a version of the index that does not exist yet; False if it does."""
+        return self._send_index(index, version_name(index.version), self._store.create)
+
+    def publish(self, index: Index) -> None:
+        """Make index.parquet the same as this version."""
+        self._send_index(index, INDEX_NAME, self._store.put)
+
+    def published(self) -> bool:
+        """Whether index.parquet is the newest version."""
+        with tempfile.TemporaryDirectory(prefix=".index.", dir=self._store.root) as beside:
+            scratch = Store(Path(beside), self._store.url)
+            names = (version_name(max(self.versions(), default=0)), INDEX_NAME)
+            if names[0] == version_name(0):
+                return True
+            version, copy = (scratch.get(f"{self._name}/{name}") for name in names)
+            return version is not None and copy is not None and version.read_bytes() == copy.read_bytes()
+
+    def _send_index(self, index: Index, file: str, send: Callable[[str], T]) -> T:
+        name = f"{self._name}/{file}"
+        with atomic_path(self._store.path(name)) as path:
+            index.write(path)
+        try:
+            return send(name)
+        finally:
+            self._store.path(name).unlink(missing_ok=True)
+
     def fetch(self, name: str) -> Path:
         """A file, brought here; the path of nothing if there is none."""
-        if name == INDEX_NAME:  # an earlier copy says nothing about now
-            (self.folder / name).unlink(missing_ok=True)
         self._brought.add(name)
         return self._store.get(f"{self._name}/{name}", self._sizes.get(name)) or self.folder / name
 
     def send(self, name: str) -> None:
         """Send what was written here."""
+        self._brought.add(name)
         self._store.put(f"{self._name}/{name}")
 
-    def delete(self, name: str) -> None:
-        """Take a file away, here and there."""
-        self._store.drop([f"{self._name}/{name}"])
+    def delete(self, names: Iterable[str]) -> None:
+        """Take files away, here and there; what is not there is no error."""
+        self._store.drop([f"{self._name}/{name}" for name in names])
 
 
-def add_shards(place: RemotePlace, staging: Path, entries: Iterable[ShardEntry]) -> None:
-    """Send shards that were written to `staging`, then the index."""
+def add_shards(place: RemotePlace, staging: Path, entries: Iterable[ShardEntry], gone: Gone = nobody) -> None:
+    """Send shards that were written to `staging`, then the index. gone: as for `commit`."""
     entries = list(entries)
     place.folder.mkdir(parents=True, exist_ok=True)
     for entry in entries:
         (staging / entry.file).replace(place.folder / entry.file)
         place.send(entry.file)
         (place.folder / entry.file).unlink()  # what is there decides from now on: others may rewrite it
-    commit(place, rewrite, fresh=entries)
+    commit(place, rewrite, fresh=entries, gone=gone)
+
+
+def fetch_index(store: Store, folder: str, missing: str = "There is no index.") -> Index:
+    """The newest index of a folder (a name that ends with "/", or "") of a Store; leaves no copy on this disk.
+
+    Raises ShardError if there is none that can be read, with these words if there is none at all.
+    """
+    store.root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".index.", dir=store.root) as beside:
+        scratch = Store(Path(beside), store.url)
+
+        def fetch(name: str) -> Path:
+            path = scratch.get(folder + name)
+            if path is None and name == INDEX_NAME:
+                raise ShardError(missing)
+            return path or scratch.path(folder + name)
+
+        return Index.newest(lambda: index_versions(store.sizes(folder + VERSIONS)), fetch)
 
 
 def pull(source: str, folder: Path, progress: Callable[[int, int], None] | None = None) -> tuple[ShardEntry, ...]:
@@ -84,23 +170,20 @@ def pull(source: str, folder: Path, progress: Callable[[int, int], None] | None 
         raise ShardError(f"{folder} is a file; name a folder.") from error
     except ShardError:
         earlier = set()
-    with tempfile.TemporaryDirectory(prefix=".pull.", dir=folder) as beside:
-        fetched = Store(Path(beside), source).get(INDEX_NAME)
-        if fetched is None:
-            raise ShardError(f"There is no data set at {source}; give the folder of shards that a run prints.")
-        shards = read_index(Path(beside))
-        (folder / INDEX_NAME).unlink(missing_ok=True)  # a reader must not find it before all of its files
-        for done, shard in enumerate(shards, 1):
-            path = store.get(shard.file, shard.size_bytes)
-            if path is None or sha256_file(path) != shard.sha256:
-                if path is not None:
-                    path.unlink()
-                raise ShardError(
-                    f"{shard.file} is not the file its index describes; run again when no run writes to it."
-                )
-            if progress is not None:
-                progress(done, len(shards))
-        for name in earlier - {shard.file for shard in shards}:  # taken out of the data set since an earlier copy
-            (folder / name).unlink(missing_ok=True)
-        fetched.replace(folder / INDEX_NAME)
+    index = fetch_index(store, "", f"There is no data set at {source}; give the folder of shards that a run prints.")
+    shards = index.entries()
+    (folder / INDEX_NAME).unlink(missing_ok=True)  # a reader must not find it before all of its files
+    shutil.rmtree(folder / VERSIONS, ignore_errors=True)
+    for done, shard in enumerate(shards, 1):
+        path = store.get(shard.file, shard.size_bytes)
+        if path is None or sha256_file(path) != shard.sha256:
+            if path is not None:
+                path.unlink()
+            raise ShardError(f"{shard.file} is not the file its index describes; run again when no run writes to it.")
+        if progress is not None:
+            progress(done, len(shards))
+    for name in earlier - {shard.file for shard in shards}:  # taken out of the data set since an earlier copy
+        (folder / name).unlink(missing_ok=True)
+    with atomic_path(folder / INDEX_NAME) as path:
+        index.write(path)
     return shards

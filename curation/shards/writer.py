@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from curation.files import sha256_json
 from curation.records import ClipSample
 from curation.shards.codec import decode_jpeg, depth_range, encode_depth, pack_mask, usable
-from curation.shards.index import Place, ShardEntry, commit, open_shard, publish, scan_shard, staged
+from curation.shards.index import Gone, Place, ShardEntry, commit, nobody, open_shard, publish, scan_shard, staged
 from curation.shards.schema import (
     PROVENANCE_KEY,
     ROWS_PER_GROUP,
@@ -35,17 +35,20 @@ _COLUMN_BYTES = 256
 _SCHEMA_BYTES = 2**14
 
 
-def write_shards(samples: Iterable[ClipSample], folder: Path, *, max_bytes: int) -> list[ShardEntry]:
+def write_shards(
+    samples: Iterable[ClipSample], folder: Path, *, max_bytes: int, gone: Gone = nobody
+) -> list[ShardEntry]:
     """Write clips, in the order given, into as many shards as needed, then the index. Holds one clip in memory.
 
     A shard is closed before it would exceed `max_bytes`; only a clip that alone is larger gets a larger file.
-    Clips that the folder already holds are replaced. Raises ShardError for a sample that contradicts itself; shards
+    Clips that the folder already holds are replaced. gone: which of these clips were forgotten, asked when all are
+    written; none of them stays. Raises ShardError for a sample that contradicts itself; shards
     that were complete by then stay, and the next call adds them to the index.
     """
-    return write_tables(map(encode_clip, samples), folder, max_bytes=max_bytes)
+    return write_tables(map(encode_clip, samples), folder, max_bytes=max_bytes, gone=gone)
 
 
-def write_tables(clips: Iterable[pa.Table], folder: Path, *, max_bytes: int) -> list[ShardEntry]:
+def write_tables(clips: Iterable[pa.Table], folder: Path, *, max_bytes: int, gone: Gone = nobody) -> list[ShardEntry]:
     """As write_shards, for clips already encoded by encode_clip, to which columns may have been added or filled in."""
     entries: list[ShardEntry] = []
     tables = _checked(clips)
@@ -57,13 +60,13 @@ def write_tables(clips: Iterable[pa.Table], folder: Path, *, max_bytes: int) -> 
                 shard.add(table)
             entries.append(shard.publish())
     if entries:
-        update_index(folder, entries)
+        update_index(folder, entries, gone)
     return entries
 
 
-def update_index(folder: Path, entries: Iterable[ShardEntry]) -> None:
+def update_index(folder: Path, entries: Iterable[ShardEntry], gone: Gone = nobody) -> None:
     """Add shards to the folder's index, with any complete shard a crash kept out of it. Safe to repeat."""
-    commit(Place(folder), rewrite, fresh=entries)
+    commit(Place(folder), rewrite, fresh=entries, gone=gone)
 
 
 def rebuild_index(folder: Path) -> None:
@@ -72,10 +75,10 @@ def rebuild_index(folder: Path) -> None:
 
 
 def remove_clips(folder: Path, clip_ids: Iterable[str]) -> frozenset[str]:
-    """Take clips out of the folder for good; returns those that were there. Each file is replaced atomically.
+    """Take clips out of the folder for good; returns those that were there.
 
-    A file keeps its name, so that there is no moment with two copies of what stays; an emptied file is deleted.
-    Open readers hold the old bytes until they close. After a crash, call it again.
+    What else their files hold is written to new files, and the old ones are deleted. Open readers hold the old bytes
+    until they close. After a crash, call it again.
     """
     return drop_clips(Place(folder), clip_ids)
 
@@ -191,11 +194,11 @@ class _Shard:
         provenance = len(_provenance_json(self._provenance)) + len(table.schema.metadata[PROVENANCE_KEY])
         return self._sink.tell() + table.nbytes + provenance + footer
 
-    def publish(self, name: str | None = None) -> ShardEntry:
-        """Finish the file and give it its final name, by default one made from its clips and their provenance."""
+    def publish(self) -> ShardEntry:
+        """Finish the file and give it its final name, made from its clips and their provenance."""
         self._writer.add_key_value_metadata({PROVENANCE_KEY.decode(): _provenance_json(self._provenance)})
         self.close()
-        name = name or f"shard-{sha256_json([SCHEMA_VERSION, self._clips])[:16]}.parquet"
+        name = f"shard-{sha256_json([SCHEMA_VERSION, self._clips])[:16]}.parquet"
         entry = scan_shard(self._path, name)
         publish(self._path, name)
         return entry
@@ -232,7 +235,7 @@ def _options(schema: pa.Schema) -> dict[str, Any]:
 
 
 def rewrite(path: Path, keep: frozenset[str]) -> ShardEntry:
-    """Replace a shard by one of the same name that holds only the clips in `keep`."""
+    """Write a shard beside this one that holds only the clips in `keep`."""
     source = open_shard(path)
     metadata = source.metadata.metadata
     with _open(path.parent, source.schema_arrow) as shard:
@@ -240,4 +243,4 @@ def rewrite(path: Path, keep: frozenset[str]) -> ShardEntry:
             if clip.clip_id in keep:
                 groups = range(clip.row_group, clip.row_group + clip.row_groups)
                 shard.add(source.read_row_groups(groups, use_threads=False).replace_schema_metadata(metadata))
-        return shard.publish(path.name)
+        return shard.publish()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from curation.catalog import Catalog
 from curation.shards.index import ShardEntry
 from curation.shards.reader import verify
 from curation.shards.remote import RemotePlace, add_shards, pull
@@ -20,7 +22,9 @@ class Worker:
 
     def __init__(self, folder: Path, url: str, make_clip) -> None:
         self.folder, self.make_clip = folder, make_clip
-        self.place = RemotePlace(Store(folder, url), "set", nullcontext)
+        catalog = Catalog(f"sqlite:///{folder.parent / 'catalog.sqlite'}")
+        number = partial(catalog.next_index_version, "set")
+        self.place = RemotePlace(Store(folder, url), "set", nullcontext, number)
 
     def write(self, *clips: str) -> list[ShardEntry]:
         samples = [self.make_clip(ord(clip), clip_id=clip) for clip in clips]

@@ -18,7 +18,7 @@ import pytest
 from curation.files import sha256_file
 from curation.records import ClipSample
 from curation.shards import index, writer
-from curation.shards.index import INDEX_NAME, read_index, scan_shard, shard_paths
+from curation.shards.index import INDEX_NAME, VERSIONS, read_index, scan_shard, shard_paths
 from curation.shards.reader import ShardReader, verify
 from curation.shards.schema import FIELDS, ShardError
 from curation.shards.writer import encode_clip, rebuild_index, remove_clips, update_index, write_shards, write_tables
@@ -34,7 +34,7 @@ def clips_in(folder: Path) -> set[str]:
 
 
 def hidden(folder: Path) -> list[Path]:
-    return [path for path in folder.iterdir() if path.name.startswith(".") and path.name != ".lock"]
+    return [path for path in folder.iterdir() if path.name.startswith(".") and path.name not in (".lock", VERSIONS)]
 
 
 def test_a_clip_is_a_row_group_and_a_long_one_several(make_clip, tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_a_crash_before_the_old_copy_went_leaves_the_new_one(
     write_shards([make_clip(0), make_clip(1)], tmp_path, max_bytes=PLENTY)
     newer = make_clip(0, provenance={"teacher": "newer"})
     with monkeypatch.context() as patch:
-        patch.setattr(writer, "update_index", lambda *_: None)
+        patch.setattr(writer, "update_index", lambda *_, **__: None)
         (entry,) = write_shards([newer], tmp_path, max_bytes=PLENTY)
     later = (tmp_path / entry.file).stat().st_mtime_ns + 10**9
     os.utime(tmp_path / entry.file, ns=(later, later))
@@ -221,16 +221,15 @@ def test_removal_leaves_no_trace_and_touches_nothing_else(make_clip, tmp_path: P
     write_shards([make_clip(0), gone, make_clip(2, frames=190)], tmp_path, max_bytes=PLENTY)
     (other,) = write_shards([make_clip(3)], tmp_path, max_bytes=PLENTY)
     kept = {seed: ShardReader(tmp_path).frames(make_clip(seed).clip_id).depth_m for seed in (0, 2, 3)}
-    names = {path.name for path in shard_paths(tmp_path)}
 
     assert remove_clips(tmp_path, [gone.clip_id, "f" * 16]) == {gone.clip_id}
 
-    for path in tmp_path.iterdir():
+    for path in filter(Path.is_file, tmp_path.rglob("*")):
         data = path.read_bytes()
         for trace in (gone.clip_id.encode(), b"only of the removed", *gone.frames.jpeg):
             assert trace not in data
-    assert {path.name for path in shard_paths(tmp_path)} == names
-    assert other in verify(tmp_path)
+    assert gone.clip_id not in pq.read_table(tmp_path / VERSIONS)["clip_id"].to_pylist()
+    assert len(shard_paths(tmp_path)) == 2 and other in verify(tmp_path)
     reader = ShardReader(tmp_path)
     assert set(reader.clips) == {make_clip(seed).clip_id for seed in kept}
     assert all(np.array_equal(reader.frames(make_clip(seed).clip_id).depth_m, kept[seed]) for seed in kept)
@@ -244,32 +243,38 @@ def test_removing_the_last_clip_removes_the_file(make_clip, tmp_path: Path) -> N
     assert not ShardReader(tmp_path).clips
 
 
+@pytest.mark.parametrize("step", ["send", "create", "delete", "publish"])
 def test_a_removal_cut_short_is_finished_by_calling_it_again(
-    make_clip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_clip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     def crash(*_: object) -> None:
         raise KeyboardInterrupt
 
     write_shards([make_clip(0), make_clip(1)], tmp_path, max_bytes=PLENTY)
     with monkeypatch.context() as patch:
-        patch.setattr(index, "_write_index", crash)
+        patch.setattr(index.Place, step, crash)
         with pytest.raises(KeyboardInterrupt):
             remove_clips(tmp_path, [make_clip(0).clip_id])
-    assert clips_in(tmp_path) == {make_clip(1).clip_id}
-    with pytest.raises(ShardError, match="is not the file its index describes"):
-        ShardReader(tmp_path)
+    assert make_clip(1).clip_id in ShardReader(tmp_path).clips, "a reader finds a whole folder at any moment"
     remove_clips(tmp_path, [make_clip(0).clip_id])
-    assert set(ShardReader(tmp_path).clips) == {make_clip(1).clip_id}
+    assert set(ShardReader(tmp_path).clips) == clips_in(tmp_path) == {make_clip(1).clip_id}
+    assert len(shard_paths(tmp_path)) == 1
     verify(tmp_path)
 
 
 def test_a_damaged_index_only_costs_time(make_clip, tmp_path: Path) -> None:
     write_shards([make_clip(0)], tmp_path, max_bytes=PLENTY)
+    newest = max((tmp_path / VERSIONS).iterdir())
     (tmp_path / INDEX_NAME).write_bytes(b"not Parquet")
+    assert len(ShardReader(tmp_path).clips) == 1, "index.parquet is only a copy"
+    with pytest.raises(ShardError, match="is not the newest index; rebuild the index"):
+        verify(tmp_path)
+    newest.write_bytes(b"neither")
     with pytest.raises(ShardError, match="rebuild the index"):
         ShardReader(tmp_path)
     write_shards([make_clip(1)], tmp_path, max_bytes=PLENTY)
     assert len(ShardReader(tmp_path).clips) == 2
+    verify(tmp_path)
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
