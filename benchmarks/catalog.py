@@ -117,8 +117,7 @@ def rows(numbers: range, provenance: str, chance: random.Random) -> dict[str, li
             decision, reason, criteria = chance.choice(judged)
             made["verdicts"].append((id_, policy_hash, "default", decision, reason, criteria, SHA, 1e9))
         if number % 20 < 3:
-            shard = f"shards/default-{provenance[:8]}/shard-{number // 2000:06d}.parquet"
-            made["outputs"].append((id_, provenance, shard, number % 2000, 1, 60, SHA, 1e9))
+            made["outputs"].append((id_, provenance, 60, 1e9))
     return made
 
 

@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -70,8 +71,8 @@ def verdict(of: ClipRef, decision: Decision = "accept", reason: str = "one_perso
     return Verdict(of.clip_id, "paper", policy, decision, criteria)
 
 
-def output(of: ClipRef, provenance: str, shard: str = "shards/shard-1.parquet") -> Output:
-    return Output(of.clip_id, provenance, shard, 3, 2, 60, SHA)
+def output(of: ClipRef, provenance: str, frames: int = 60) -> Output:
+    return Output(of.clip_id, provenance, frames)
 
 
 # ------------------------------------------------------------------------------------------------------- databases
@@ -190,7 +191,15 @@ def test_recording_again_changes_nothing_but_history(catalog: Catalog) -> None:
         catalog.record_outputs([output(clip, digest) for clip in refs] * 2)
         snapshots.append(catalog.funnel(None, POLICY))
     assert snapshots[0] == snapshots[1]
-    assert snapshots[0] == FunnelCounts(3, 3, 3, 3, 0, 0, 3, {}, {}, {}, ("shards/shard-1.parquet",), {digest: 3})
+    assert snapshots[0] == FunnelCounts(3, 3, 3, 3, 0, 0, 3, {}, {}, {}, {digest: 3})
+
+
+def test_no_number_of_an_index_is_given_twice(catalog: Catalog) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        given = list(pool.map(lambda _: catalog.next_index_version("shards/a", 3), range(24)))
+    assert sorted(given) == list(range(4, 28))
+    assert catalog.next_index_version("shards/a", 90) == 91, "a number that the storage has counts, too"
+    assert catalog.next_index_version("shards/b", 0) == 1
 
 
 def test_a_changed_split_is_taken_over(catalog: Catalog) -> None:
@@ -225,8 +234,7 @@ def test_records_of_unknown_clips_are_left_out_and_named(catalog: Catalog) -> No
     assert catalog.record_verdicts(map(verdict, both), {clip.clip_id: SHA for clip in both}) == missing
     assert catalog.record_outputs([output(clip, digest) for clip in both]) == missing
     assert not catalog.record_video(ref(2).video_key, video_file(), "videos/k/video.mp4")
-    shards = ("shards/shard-1.parquet",)
-    assert catalog.funnel(None, POLICY) == FunnelCounts(1, 0, 1, 1, 0, 0, 1, {}, {}, {}, shards, {digest: 1})
+    assert catalog.funnel(None, POLICY) == FunnelCounts(1, 0, 1, 1, 0, 0, 1, {}, {}, {}, {digest: 1})
 
 
 def test_failures_are_the_last_tries_that_failed(catalog: Catalog) -> None:
@@ -269,7 +277,7 @@ def test_the_funnel_counts_by_decision_and_first_reason(catalog: Catalog) -> Non
         verdict(refs[0], "reject", "overlap", OTHER_POLICY),
     ]
     catalog.record_verdicts(judged, {clip.clip_id: SHA for clip in refs})
-    catalog.record_outputs([output(refs[0], one, "shards/1.parquet"), output(refs[0], two, "shards/2.parquet")])
+    catalog.record_outputs([output(refs[0], one), output(refs[0], two)])
     whole = FunnelCounts(
         clips=8,
         downloaded=6,
@@ -281,13 +289,12 @@ def test_the_funnel_counts_by_decision_and_first_reason(catalog: Catalog) -> Non
         failed={},
         rejected_by={"one_person": 2, "height": 1},
         unknown_by={"height": 1},
-        shards=("shards/1.parquet", "shards/2.parquet"),
         datasets={one: 1, two: 1},
     )
     assert catalog.funnel(None, POLICY) == catalog.funnel(refs + refs, POLICY) == whole
-    assert catalog.funnel(refs, POLICY, two) == replace(whole, shards=("shards/2.parquet",), datasets={two: 1})
+    assert catalog.funnel(refs, POLICY, two) == replace(whole, datasets={two: 1})
     assert catalog.funnel(None, OTHER_POLICY).rejected_by == {"overlap": 1}
-    assert catalog.funnel([], POLICY) == FunnelCounts(0, 0, 0, 0, 0, 0, 0, {}, {}, {}, (), {})
+    assert catalog.funnel([], POLICY) == FunnelCounts(0, 0, 0, 0, 0, 0, 0, {}, {}, {}, {})
     assert catalog.funnel([refs[1], refs[6]], POLICY).downloaded == 1
 
 
@@ -342,8 +349,6 @@ def test_only_paths_below_the_work_folder_are_kept(catalog: Catalog, path: str) 
         catalog.record_video(ref(1).video_key, video_file(), path)
     with pytest.raises(ValueError, match="relative"):
         catalog.record_observations([replace(observation(ref(1), digest), path=path)])
-    with pytest.raises(ValueError, match="relative"):
-        catalog.record_outputs([output(ref(1), digest, path)])
 
 
 @pytest.mark.parametrize("place", ["/home/me/yolo.pt", "C:\\me\\yolo.pt", "https://example.org/yolo.pt"])
@@ -364,8 +369,8 @@ def test_forgetting_removes_all_of_a_video_and_nothing_else(catalog: Catalog) ->
     assert answer.clip_ids == tuple(sorted(clip.clip_id for clip in gone))
     expected = {f"videos/{gone[0].video_key}/video.mp4"} | {f"observations/{clip.clip_id}.parquet" for clip in gone}
     assert set(answer.files) == expected
-    assert answer.shards == ("shards/shard-1.parquet",)
     assert answer.scrubbed
+    assert catalog.forgotten_clips([*gone, *kept, ref(1, 2)]) == {clip.clip_id for clip in gone}
     assert catalog.clip(kept[0].clip_id) == before
     assert catalog.funnel(None, POLICY).clips == 1
     assert not catalog.videos([gone[0].video_key])
@@ -379,7 +384,7 @@ def test_forgetting_removes_all_of_a_video_and_nothing_else(catalog: Catalog) ->
     assert catalog.forget([ref(7)]).clip_ids == ()
     assert catalog.register([ref(7, 4)]) == {ref(7, 4).clip_id}
     assert catalog.forget([kept[0].video_key]).clip_ids == (kept[0].clip_id,)
-    assert catalog.funnel(None, POLICY) == FunnelCounts(0, 0, 0, 0, 0, 0, 0, {}, {}, {}, (), {})
+    assert catalog.funnel(None, POLICY) == FunnelCounts(0, 0, 0, 0, 0, 0, 0, {}, {}, {}, {})
 
 
 def fill(catalog: Catalog, refs: list[ClipRef]) -> None:
@@ -937,7 +942,7 @@ def test_every_query_uses_an_index(tmp_path: Path) -> None:
         f"{ids} INSERT INTO verdicts SELECT printf('%016x', i), '{POLICY}', 'p', "
         "CASE i % 4 WHEN 0 THEN 'accept' ELSE 'reject' END, CASE i % 4 WHEN 0 THEN NULL ELSE 'r' || (i % 4) END, "
         "'[]', 's', 0 FROM n",
-        f"{ids} INSERT INTO outputs SELECT printf('%016x', i), '{digest}', 's' || (i / 5000), 0, 1, 60, 's', 0 FROM n "
+        f"{ids} INSERT INTO outputs SELECT printf('%016x', i), '{digest}', 60, 0 FROM n "
         "WHERE i % 4 = 0",
     )
     statements: list[tuple[str, Any]] = []
@@ -952,7 +957,7 @@ def test_every_query_uses_an_index(tmp_path: Path) -> None:
     assert questions <= 8, "the whole catalog is counted by the database, in a handful of questions"
     assert whole.failed == {("download", "geo"): 20_000}
     assert (whole.clips, whole.downloaded, whole.observed, whole.accepted) == (100_000, 80_000, 100_000, 25_000)
-    assert (whole.sharded, len(whole.shards)) == (25_000, 20)
+    assert (whole.sharded, whole.datasets) == (25_000, {digest: 25_000})
     assert whole.rejected_by == {"r1": 25_000, "r2": 25_000, "r3": 25_000}
 
     some = [f"{n:016x}" for n in range(100)]
@@ -1072,11 +1077,17 @@ class CatalogMachine(RuleBasedStateMachine):
         assert left_out == {clip.clip_id for clip in refs} - fresh
         self.verdicts |= {clip.clip_id: verdict(clip, decision) for clip in refs if clip.clip_id in fresh}
 
-    @rule(refs=some, shard=st.sampled_from(["shards/1.parquet", "shards/2.parquet"]))
-    def shard(self, refs: list[ClipRef], shard: str) -> None:
+    @rule(refs=some, frames=st.sampled_from([60, 61]))
+    def shard(self, refs: list[ClipRef], frames: int) -> None:
         known, missing = self.held(refs)
-        assert self.catalog.record_outputs([output(clip, self.digest, shard) for clip in refs]) == missing
-        self.outputs |= {clip.clip_id: shard for clip in known}
+        assert self.catalog.record_outputs([output(clip, self.digest, frames) for clip in refs]) == missing
+        self.outputs |= {clip.clip_id: frames for clip in known}
+
+    @rule(refs=some)
+    def unshard(self, refs: list[ClipRef]) -> None:
+        self.catalog.drop_outputs(refs, self.digest)
+        for clip in refs:
+            self.outputs.pop(clip.clip_id, None)
 
     @rule(clip=st.sampled_from(refs), how=st.sampled_from(["ref", "clip", "video"]))
     def forget(self, clip: ClipRef, how: str) -> None:
@@ -1087,13 +1098,12 @@ class CatalogMachine(RuleBasedStateMachine):
         answer = self.catalog.forget([target])
         ids = {other.clip_id for other in self.refs if other.video_key == clip.video_key} & set(self.clips)
         if not named:
-            assert answer.clip_ids == answer.files == answer.shards == answer.video_keys == ()
+            assert answer.clip_ids == answer.files == answer.video_keys == ()
             return
         assert set(answer.clip_ids) == ids
         files = {f"observations/{id_}.parquet" for id_ in ids & set(self.observed)}
         files |= {f"videos/{key}/v.mp4" for key in self.videos & {clip.video_key}}
         assert set(answer.files) == files
-        assert set(answer.shards) == {self.outputs[id_] for id_ in ids & set(self.outputs)}
         self.gone.add(clip.video_id)
         self.videos.discard(clip.video_key)
         for id_ in ids:
@@ -1108,7 +1118,8 @@ class CatalogMachine(RuleBasedStateMachine):
         assert self.catalog.refs(self.refs) == self.clips
         assert {id_: file.sha256 for id_, file in self.catalog.observations(self.refs).items()} == self.observed
         assert self.catalog.verdicts(self.refs, POLICY) == self.verdicts
-        assert {id_: it.shard for id_, it in self.catalog.outputs(self.refs, self.digest).items()} == self.outputs
+        assert {id_: it.frames for id_, it in self.catalog.outputs(self.refs, self.digest).items()} == self.outputs
+        assert self.catalog.clips_of_dataset(self.digest) == self.outputs.keys()
         failing = {key: code for key, code in self.last.items() if code}
         assert {(it.clip_id, it.stage): it.code for it in self.catalog.failures()} == failing
         decisions = Counter(it.decision for it in self.verdicts.values())
@@ -1125,7 +1136,6 @@ class CatalogMachine(RuleBasedStateMachine):
             failed=dict(Counter((stage, code.value) for (_, stage), code in failing.items() if code)),
             rejected_by={"one_person": decisions["reject"]} if decisions["reject"] else {},
             unknown_by={"one_person": decisions["unknown"]} if decisions["unknown"] else {},
-            shards=tuple(sorted(set(self.outputs.values()))),
             datasets={self.digest: len(self.outputs)} if self.outputs else {},
         )
 
