@@ -41,8 +41,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from curation.catalog import Attempt, Catalog
 from curation.files import sha256_json
-from curation.ingest.failures import FailureCode, UsageError
+from curation.ingest.failures import FailureCode, OutageError, UsageError
 from curation.manifest import ClipRef
+from curation.outages import patience
 from curation.records import CriterionResult, Verdict
 from curation.tables import metadata
 
@@ -224,9 +225,10 @@ def postgres_server(*options: str) -> Iterator[str]:
             deadline = time.monotonic() + 60
             while time.monotonic() < deadline and server.poll() is None:
                 try:
-                    Catalog(url)
+                    with patience(0.1):
+                        Catalog(url)
                     break
-                except UsageError:
+                except OutageError:
                     time.sleep(0.1)
             yield url
         finally:
@@ -336,8 +338,8 @@ def main() -> None:
     if options.only != "sqlite":
         try:
             with postgres_server() as url:
-                with Catalog(url)._database.transaction() as connection:
-                    postgres = connection.exec_driver_sql("SHOW server_version").scalar()
+                database = Catalog(url)._database
+                postgres = database.run(lambda c: c.exec_driver_sql("SHOW server_version").scalar())
                 run("postgresql", url)
         except UsageError as error:
             print(f"PostgreSQL is left out: {error}")

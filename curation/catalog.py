@@ -19,7 +19,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal
 
@@ -48,6 +48,7 @@ from curation.tables import (
 from curation.turns import Turns
 
 Kind = Literal["full", "keyframes"]
+_TRY = ("clip_id", "stage", "worker", "started_at", "seconds", "code")  # what no two tries have in common
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,22 +176,24 @@ class Catalog(Leases, Turns):
         refused: set[str] = set()
         unique = {ref.clip_id: ref for ref in refs}
         for chunk in chunks(sorted(unique)):
-            digests = {id_: forgotten_digest(unique[id_].platform, unique[id_].video_id) for id_ in chunk}
-            with self._database.transaction(write=True) as connection:
-                self._lock_forgotten(connection, "SHARE")
-                self._database.alone(connection, "clips of a video")
-                asked = forgotten.c.digest.in_(sorted(set(digests.values())))
-                gone = set(connection.scalars(sa.select(forgotten.c.digest).where(asked)))
-                refused |= {id_ for id_ in chunk if digests[id_] in gone}
-                now = time.time()
-                rows = [
-                    asdict(unique[id_]) | {"clip_id": id_, "video_key": unique[id_].video_key, "added_at": now}
-                    for id_ in chunk
-                    if id_ not in refused
-                ]
-                self._database.upsert(connection, clips, rows, update=("split",))
-                self._count_clips(connection, {row["video_key"] for row in rows})
+            refused |= self._database.run(partial(self._register, [unique[id_] for id_ in chunk]), write=True)
         return frozenset(refused)
+
+    def _register(self, refs: Sequence[ClipRef], connection: sa.Connection) -> set[str]:
+        digests = {ref.clip_id: forgotten_digest(ref.platform, ref.video_id) for ref in refs}
+        self._lock_forgotten(connection, "SHARE")
+        self._database.alone(connection, "clips of a video")
+        asked = forgotten.c.digest.in_(sorted(set(digests.values())))
+        gone = set(connection.scalars(sa.select(forgotten.c.digest).where(asked)))
+        now = time.time()
+        rows = [
+            asdict(ref) | {"clip_id": ref.clip_id, "video_key": ref.video_key, "added_at": now}
+            for ref in refs
+            if digests[ref.clip_id] not in gone
+        ]
+        self._database.upsert(connection, clips, rows, update=("split",))
+        self._count_clips(connection, {row["video_key"] for row in rows})
+        return {id_ for id_, digest in digests.items() if digest in gone}
 
     def record_video(self, video_key: str, file: VideoFile, path: str | PurePosixPath) -> bool:
         """Note a verified download, `path` relative to the work folder; False if no clip of that video is held."""
@@ -207,20 +210,23 @@ class Catalog(Leases, Turns):
             "downloaded_at": time.time(),
             "present": True,
         }
-        with self._database.transaction(write=True) as connection:
+
+        def work(connection: sa.Connection) -> bool:
             self._database.alone(connection, "clips of a video", shared=True)
             held = connection.execute(_keep(sa.select(clips.c.clip_id).where(clips.c.video_key == video_key).limit(1)))
             if held.first() is None:
                 return False
             self._database.upsert(connection, videos, [row])
             self._count_clips(connection, {video_key})
-        return True
+            return True
+
+        return self._database.run(work, write=True)
 
     def record_evicted(self, video_keys: Iterable[str]) -> None:
         """Note that the files of these videos were deleted to make room."""
         for chunk in chunks(sorted(set(video_keys))):
-            with self._database.transaction(write=True) as connection:
-                connection.execute(sa.update(videos).where(videos.c.video_key.in_(chunk)).values(present=False))
+            gone = sa.update(videos).where(videos.c.video_key.in_(chunk)).values(present=False)
+            self._database.run(partial(_execute, gone), write=True)
 
     def record_attempt(self, attempt: Attempt) -> frozenset[str]:
         """Add one try to the history; see `record_attempts`."""
@@ -228,8 +234,14 @@ class Catalog(Leases, Turns):
 
     def record_attempts(self, tries: Iterable[Attempt]) -> frozenset[str]:
         """Add tries to the history, in order. Recording the same try twice makes two."""
+        written: set[tuple[Any, ...]] = set()  # by an earlier call of `write`, of whose commit nothing is known
 
         def write(connection: sa.Connection, rows: list[dict[str, Any]]) -> None:
+            if _try_key(rows[0]) in written:  # all rows of a transaction are there, or none is
+                same = [attempts.c[name].is_not_distinct_from(rows[0][name]) for name in _TRY]
+                if connection.scalar(sa.select(sa.func.count()).where(*same)):
+                    return
+            written.update(map(_try_key, rows))
             last = {(row["stage"], row["clip_id"]): row for row in rows}
             for stage in {stage for stage, _ in last}:
                 tried = attempts.c.clip_id.in_([clip_id for other, clip_id in last if other == stage])
@@ -271,6 +283,7 @@ class Catalog(Leases, Turns):
             asked = sa.select(observations.c.clip_id, observations.c.sha256).where(of_rows)
             held = connection.execute(_keep(asked.order_by(observations.c.clip_id)))
             current = {row.clip_id: row.sha256 for row in held}
+            outdated.difference_update(row["clip_id"] for row in rows)
             fresh = [row for row in rows if row["observation_sha256"] == current.get(row["clip_id"])]
             outdated.update({row["clip_id"] for row in rows} - {row["clip_id"] for row in fresh})
             self._database.upsert(connection, verdicts, fresh)
@@ -301,9 +314,8 @@ class Catalog(Leases, Turns):
     def drop_outputs(self, of: Iterable[ClipRef | str], provenance_hash: str) -> None:
         """Note that these clips are not in the shards of this provenance."""
         for chunk in chunks(sorted(set(_ids(of)))):
-            with self._database.transaction(write=True) as connection:
-                here = outputs.c.clip_id.in_(chunk) & (outputs.c.provenance_hash == provenance_hash)
-                connection.execute(sa.delete(outputs).where(here))
+            here = outputs.c.clip_id.in_(chunk) & (outputs.c.provenance_hash == provenance_hash)
+            self._database.run(partial(sa.Connection.execute, statement=sa.delete(outputs).where(here)), write=True)
 
     def next_index_version(self, name: str, newest: int) -> int:
         """A number over `newest` for a version of this data set's index; never given twice."""
@@ -312,8 +324,7 @@ class Catalog(Leases, Turns):
         counted = insert.on_conflict_do_update(
             index_elements=["name"], set_={"version": sa.case((last > newest, last), else_=newest) + 1}
         )
-        with self._database.transaction(write=True) as connection:
-            return int(connection.scalars(counted.returning(last)).one())
+        return self._database.run(lambda connection: int(connection.scalars(counted.returning(last)).one()), write=True)
 
     def put_provenance(self, value: Mapping[str, Any]) -> str:
         """Keep a JSON object of tools, models and parameters; returns its `sha256_json`.
@@ -322,8 +333,8 @@ class Catalog(Leases, Turns):
         """
         _refuse_places(value)
         digest = sha256_json(value)
-        with self._database.transaction(write=True) as connection:
-            self._database.upsert(connection, provenance, [{"hash": digest, "value": value}], update=())
+        rows = [{"hash": digest, "value": value}]
+        self._database.run(lambda connection: self._database.upsert(connection, provenance, rows, ()), write=True)
         return digest
 
     # what a run asks
@@ -359,24 +370,21 @@ class Catalog(Leases, Turns):
         )
         wanted = sa.exists().where(clips.c.video_key == videos.c.video_key, ~finished)
         asked = sa.select(videos).where(PRESENT, ~wanted).order_by(videos.c.downloaded_at, videos.c.video_key)
-        with self._database.transaction() as connection:
-            return [_video(row) for row in connection.execute(asked.limit(limit))]
+        return [_video(row) for row in self._all([asked.limit(limit)])]
 
     def present_bytes(self) -> int:
         """How much the videos that are here take up."""
-        with self._database.transaction() as connection:
-            return int(connection.scalar(sa.select(sa.func.sum(videos.c.size_bytes)).where(PRESENT)) or 0)
+        asked = sa.select(sa.func.sum(videos.c.size_bytes)).where(PRESENT)
+        return int(self._database.run(lambda connection: connection.scalar(asked)) or 0)
 
     def failures(self, of: Iterable[ClipRef | str] | None = None, *, code: FailureCode | None = None) -> list[Attempt]:
         """For each clip and stage whose last try failed, that try; of all clips or these, of any code or one."""
         conditions = [UNRESOLVED, *([] if code is None else [attempts.c.code == code.value])]
-        found: list[Attempt] = []
-        with self._database.transaction() as connection:
-            for subset in _subsets(of):
-                of_subset = [] if subset is None else [attempts.c.clip_id.in_(subset)]
-                asked = sa.select(attempts).where(*conditions, *of_subset)
-                found.extend(_attempt(row) for row in connection.execute(asked))
-        return sorted(found, key=lambda attempt: (attempt.clip_id, attempt.stage))
+        asked = [
+            sa.select(attempts).where(*conditions, *([] if subset is None else [attempts.c.clip_id.in_(subset)]))
+            for subset in _subsets(of)
+        ]
+        return sorted(map(_attempt, self._all(asked)), key=lambda attempt: (attempt.clip_id, attempt.stage))
 
     def observations(self, of: Iterable[ClipRef | str]) -> dict[str, ObservationFile]:
         """The measurements of these clips, by id."""
@@ -388,8 +396,7 @@ class Catalog(Leases, Turns):
         after = ""
         while True:
             asked = sa.select(observations).where(observations.c.clip_id > after).order_by(observations.c.clip_id)
-            with self._database.transaction() as connection:
-                rows = [ObservationFile(**row._mapping) for row in connection.execute(asked.limit(page))]
+            rows = [ObservationFile(**row._mapping) for row in self._all([asked.limit(page)])]
             if not rows:
                 return
             yield rows
@@ -408,8 +415,7 @@ class Catalog(Leases, Turns):
     def clips_of_dataset(self, provenance_hash: str) -> frozenset[str]:
         """The ids of all clips that are in shards of this provenance."""
         asked = sa.select(outputs.c.clip_id).where(outputs.c.provenance_hash == provenance_hash)
-        with self._database.transaction() as connection:
-            return frozenset(connection.scalars(asked))
+        return self._database.run(lambda connection: frozenset(connection.scalars(asked)))
 
     def forgotten_clips(self, of: Iterable[ClipRef | str]) -> frozenset[str]:
         """Those of these clips that were forgotten while the catalog held them."""
@@ -419,24 +425,29 @@ class Catalog(Leases, Turns):
 
     def provenance(self, digest: str) -> dict[str, Any] | None:
         """The object kept under this hash."""
-        with self._database.transaction() as connection:
-            return connection.scalar(sa.select(provenance.c.value).where(provenance.c.hash == digest))
+        asked = sa.select(provenance.c.value).where(provenance.c.hash == digest)
+        return self._database.run(lambda connection: connection.scalar(asked))
 
     def funnel(
         self, of: Iterable[ClipRef | str] | None, policy_hash: str, provenance_hash: str | None = None
     ) -> FunnelCounts:
         """How far all clips, or these, got under a policy; shards of one provenance, or of any."""
-        tally = Tally(policy_hash, provenance_hash)
-        with self._database.transaction() as connection:
-            for subset in _subsets(of):
+        subsets = list(_subsets(of))
+
+        def work(connection: sa.Connection) -> FunnelCounts:
+            tally = Tally(policy_hash, provenance_hash)
+            for subset in subsets:
                 tally.add(connection, subset)
-        return tally.counts()
+            return tally.counts()
+
+        return self._database.run(work)
 
     def clip(self, prefix: str) -> ClipHistory:
         """Everything about the clip whose id starts with `prefix`; UsageError where that is no clip or several."""
         if not re.fullmatch("[0-9a-f]{1,16}", prefix):
             raise UsageError(f"{prefix!r} is not a clip id; give its 16 hexadecimal digits, or the first few of them.")
-        with self._database.transaction() as connection:
+
+        def work(connection: sa.Connection) -> ClipHistory:
             starts = (clips.c.clip_id >= prefix) & (clips.c.clip_id < prefix + "g")
             found = connection.execute(sa.select(clips).where(starts).order_by(clips.c.clip_id).limit(4)).all()
             if not found:
@@ -461,6 +472,8 @@ class Catalog(Leases, Turns):
                 outputs=tuple(map(_output, rows(outputs, "written_at"))),
             )
 
+        return self._database.run(work)
+
     # what must go
 
     def forget(self, targets: Iterable[ClipRef | str]) -> Forgotten:
@@ -472,9 +485,12 @@ class Catalog(Leases, Turns):
         """
         asked = list(targets)
         named = {(target.platform, target.video_id) for target in asked if isinstance(target, ClipRef)}
-        clip_ids: list[str] = []
+        clip_ids: set[str] = set()
         files: set[str] = set()
-        with self._database.transaction(write=True) as connection:
+        video_keys: set[str] = set()
+
+        def work(connection: sa.Connection) -> None:
+            # called again after a commit that was not answered, it finds nothing: what it found before must stay
             self._lock_forgotten(connection, "ROW EXCLUSIVE")
             for chunk in chunks(sorted({target for target in asked if isinstance(target, str)})):
                 either = clips.c.clip_id.in_(chunk) | clips.c.video_key.in_(chunk)
@@ -484,12 +500,12 @@ class Catalog(Leases, Turns):
             digests = sorted(forgotten_digest(*name) for name in named)
             stones = [{"digest": digest, "forgotten_at": now} for digest in digests]
             self._database.upsert(connection, forgotten, stones, update=())
-            video_keys = sorted(ClipRef(*name).video_key for name in named)
-            for chunk in chunks(video_keys):
+            video_keys.update(ClipRef(*name).video_key for name in named)
+            for chunk in chunks(sorted(video_keys)):
                 of_video = clips.c.video_key.in_(chunk)
                 going = sa.select(clips.c.clip_id).where(of_video).order_by(clips.c.clip_id)
                 found_ids = list(connection.scalars(going.with_for_update()))
-                clip_ids.extend(found_ids)
+                clip_ids.update(found_ids)
                 stones = [{"digest": forgotten_clip_digest(clip_id), "forgotten_at": now} for clip_id in found_ids]
                 self._database.upsert(connection, forgotten, stones, update=())
                 of_clip = sa.select(clips.c.clip_id).where(of_video)
@@ -498,8 +514,10 @@ class Catalog(Leases, Turns):
                 files.update(connection.scalars(measured))
                 connection.execute(sa.delete(videos).where(videos.c.video_key.in_(chunk)))
                 connection.execute(sa.delete(clips).where(of_video))  # everything of a clip goes with it
+
+        self._database.run(work, write=True)
         return Forgotten(
-            video_keys=tuple(video_keys),
+            video_keys=tuple(sorted(video_keys)),
             clip_ids=tuple(sorted(clip_ids)),
             files=tuple(sorted(files)),
             scrubbed=self._database.scrub(),
@@ -510,11 +528,15 @@ class Catalog(Leases, Turns):
     def _rows(
         self, table: sa.Table, column: sa.Column[str], keys: Iterable[str], *conditions: sa.ColumnElement[bool]
     ) -> list[sa.Row[Any]]:
-        found: list[sa.Row[Any]] = []
-        with self._database.transaction() as connection:
-            for chunk in chunks(sorted(set(keys))):
-                found.extend(connection.execute(sa.select(table).where(column.in_(chunk), *conditions)))
-        return found
+        return self._all(
+            [sa.select(table).where(column.in_(chunk), *conditions) for chunk in chunks(sorted(set(keys)))]
+        )
+
+    def _all(self, asked: Sequence[sa.Select[Any]]) -> list[sa.Row[Any]]:
+        """The rows of several questions, asked in one transaction."""
+        return self._database.run(
+            lambda connection: [row for question in asked for row in connection.execute(question)]
+        )
 
     def _record(
         self, rows: Iterable[dict[str, Any]], write: Callable[[sa.Connection, list[dict[str, Any]]], object]
@@ -526,14 +548,21 @@ class Catalog(Leases, Turns):
         """
         left_out: set[str] = set()
         for chunk in chunks(sorted(rows, key=lambda row: row["clip_id"])):
-            ids = {row["clip_id"] for row in chunk}
-            asked = sa.select(clips.c.clip_id).where(clips.c.clip_id.in_(sorted(ids))).order_by(clips.c.clip_id)
-            with self._database.transaction(write=True) as connection:
-                held = set(connection.scalars(asked.with_for_update(key_share=True)))
-                left_out |= ids - held
-                if held:
-                    write(connection, [row for row in chunk if row["clip_id"] in held])
+            left_out |= self._database.run(partial(self._record_chunk, chunk, write), write=True)
         return frozenset(left_out)
+
+    def _record_chunk(
+        self,
+        rows: Sequence[dict[str, Any]],
+        write: Callable[[sa.Connection, list[dict[str, Any]]], object],
+        connection: sa.Connection,
+    ) -> set[str]:
+        ids = {row["clip_id"] for row in rows}
+        asked = sa.select(clips.c.clip_id).where(clips.c.clip_id.in_(sorted(ids))).order_by(clips.c.clip_id)
+        held = set(connection.scalars(asked.with_for_update(key_share=True)))
+        if held:
+            write(connection, [row for row in rows if row["clip_id"] in held])
+        return ids - held
 
     def _count_clips(self, connection: sa.Connection, video_keys: set[str]) -> None:
         """Keep the number of clips beside each downloaded video, where all of them are counted fast."""
@@ -545,6 +574,14 @@ class Catalog(Leases, Turns):
         """Keep registering and forgetting apart; in SQLite writers are alone anyway."""
         if not self._database.is_sqlite:
             connection.exec_driver_sql(f"LOCK TABLE forgotten IN {mode} MODE")
+
+
+def _execute(statement: sa.Update, connection: sa.Connection) -> None:
+    connection.execute(statement)
+
+
+def _try_key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in _TRY)
 
 
 def _keep(statement: sa.Select[Any]) -> sa.Select[Any]:

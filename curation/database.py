@@ -1,30 +1,42 @@
 """Opens the catalog's database, SQLite or PostgreSQL, and hides what differs between the two.
 
 Any number of processes write at once: every transaction is short, writers queue, and no connection outlives its
-transaction, so none is ever carried over a fork. Never knows what the tables mean.
+transaction, so none is ever carried over a fork. A database that is away for a moment is waited for, and the whole
+transaction done again. Never knows what the tables mean.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import ArgumentError, DatabaseError, NoSuchModuleError, OperationalError
+from sqlalchemy.exc import ArgumentError, DatabaseError, DBAPIError, NoSuchModuleError, OperationalError
 from sqlalchemy.pool import NullPool
 
-from curation.ingest.failures import UsageError
+from curation.ingest.failures import OutageError, UsageError
+from curation.outages import wait_for
 from curation.tables import metadata
 
 SCHEMA = "0003"  # the newest migration; lets an up-to-date database open without loading alembic
 LOCK_TIMEOUT_S = 60.0
 _MIGRATION_LOCK = 0x756E6973  # PostgreSQL advisory lock: "unis"
+_NAME = "The catalog's database"
+# A server that is gone without a word is noticed within a minute or so, and not after the hours that TCP allows.
+_NOTICE = {
+    "connect_timeout": 10,
+    "keepalives_idle": 30,
+    "keepalives_interval": 10,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 60_000,
+}
 _CHUNK = 500  # ids per statement and records per transaction: far below every database's limit on parameters
 
 T = TypeVar("T")
@@ -33,32 +45,55 @@ T = TypeVar("T")
 class Database:
     """The database at an SQLAlchemy URL, `sqlite:///file` or `postgresql://...`; made or migrated when opened.
 
-    Raises UsageError where it cannot be opened or written, or is of a newer version. Safe to carry over a fork.
+    Raises UsageError where it cannot be opened or written, or is of a newer version, and OutageError where it is away
+    for longer than it is waited for. Safe to carry over a fork.
     """
 
     def __init__(self, url: str) -> None:
         self._engine = _engine(url)
         self.is_sqlite = self._engine.dialect.name == "sqlite"
+        self._opened = False
         try:
             if self.is_sqlite:
-                self._use_wal()
-            self._migrate()
+                wait_for(_NAME, self._use_wal, self._away)
+            self.run(self._migrate, write=True)
         except DatabaseError as error:
-            raise _usage_error(error) from error
+            raise _refusal(error) from None
+        self._opened = True
+
+    def run(self, work: Callable[[sa.Connection], T], *, write: bool = False) -> T:
+        """What `work` makes of a transaction on a connection of its own; a writer waits for its turn before it reads.
+
+        If the database goes away, at any point, `work` is called again when it is back. So it may change nothing but
+        the database, and must bear being called again after a commit of which only the answer was lost.
+        """
+
+        def once() -> T:
+            with self._transaction(write) as connection:
+                return work(connection)
+
+        try:
+            return wait_for(_NAME, once, self._away)
+        except DatabaseError as error:
+            if type(error) in (OperationalError, DatabaseError) or _state(error) == _NOT_ALLOWED:
+                raise _refusal(error) from None  # the driver's own text names host and user
+            raise  # the others are defects of this program
 
     @contextmanager
-    def transaction(self, *, write: bool = False) -> Iterator[sa.Connection]:
-        """One transaction on a connection of its own; a writer waits for its turn before it reads."""
-        try:
-            with self._engine.connect() as connection:
-                if self.is_sqlite:
-                    connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
-                yield connection
-                connection.commit()
-        except DatabaseError as error:
-            if type(error) in (OperationalError, DatabaseError):  # the others are defects of this program
-                raise _usage_error(error) from error
-            raise
+    def _transaction(self, write: bool) -> Iterator[sa.Connection]:
+        with self._engine.connect() as connection:
+            if self.is_sqlite:
+                connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+            yield connection
+            connection.commit()
+
+    def _away(self, error: BaseException) -> str | None:
+        """Why the database is away, if this error says that it is and may be back soon."""
+        if not isinstance(error, DBAPIError):
+            return None
+        if isinstance(error.orig, sqlite3.Error):
+            return _sqlite_away(error.orig, self._opened)
+        return _postgresql_away(error, self._opened)
 
     def now(self, connection: sa.Connection) -> float:
         """Unix time by the one clock that all processes share: the server's, or for SQLite this machine's."""
@@ -130,18 +165,17 @@ class Database:
                     raise
             time.sleep(0.02)
 
-    def _migrate(self) -> None:
+    def _migrate(self, connection: sa.Connection) -> None:
         """Bring the schema to `SCHEMA`, one process at a time, all or nothing."""
-        with self.transaction(write=True) as connection:
-            if not self.is_sqlite:
-                connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_MIGRATION_LOCK})")
-            version = None
-            if sa.inspect(connection).has_table("alembic_version"):
-                version = connection.scalar(sa.text("SELECT version_num FROM alembic_version"))
-            if version != SCHEMA:
-                _upgrade(connection, version)
-            # changes nothing, but fails at once, and not after hours of work, where writing is not allowed
-            connection.exec_driver_sql("UPDATE alembic_version SET version_num = version_num WHERE 1 = 0")
+        if not self.is_sqlite:
+            connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_MIGRATION_LOCK})")
+        version = None
+        if sa.inspect(connection).has_table("alembic_version"):
+            version = connection.scalar(sa.text("SELECT version_num FROM alembic_version"))
+        if version != SCHEMA:
+            _upgrade(connection, version)
+        # changes nothing, but fails at once, and not after hours of work, where writing is not allowed
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = version_num WHERE 1 = 0")
 
 
 def chunks(items: Sequence[T]) -> Iterator[Sequence[T]]:
@@ -164,6 +198,8 @@ def _engine(url: str) -> sa.Engine:
                 Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
         elif parsed.get_backend_name() != "postgresql":
             raise UsageError("The catalog is kept in SQLite or PostgreSQL; give a sqlite:/// or postgresql:// URL.")
+        else:
+            arguments = {name: value for name, value in _NOTICE.items() if name not in parsed.query}
         engine = sa.create_engine(
             parsed, poolclass=NullPool, connect_args=arguments, hide_parameters=True, json_serializer=_json
         )
@@ -205,20 +241,90 @@ def _upgrade(connection: sa.Connection, version: str | None) -> None:
     command.upgrade(config, "head")
 
 
-def _usage_error(error: DatabaseError) -> UsageError:
-    said = str(error.orig).strip().partition("\n")[0]
+def _sqlite_away(error: sqlite3.Error, opened: bool) -> str | None:
+    code = (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF
+    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL):
+        return "another process has held it for too long; if it stays so, end that one"
+    if code == sqlite3.SQLITE_IOERR:
+        return "its disk does not answer"
+    if code == sqlite3.SQLITE_CANTOPEN and opened:
+        return "its file cannot be opened now"
+    return None
+
+
+# By SQLSTATE, or its class of two characters. Others are not for waiting: a wrong password stays wrong.
+_PASSING = {
+    "08": "the connection broke",
+    "57P01": "it shuts down",
+    "57P02": "it crashed",
+    "57P03": "it is starting up or shutting down",
+    "57P05": "it closed a connection that was idle",
+    "25P03": "it closed a transaction that stood still",
+    "53200": "it is out of memory",
+    "53300": "it has too many connections",
+    "58": "its disk does not answer",
+    "40": "two transactions were in each other's way",
+}
+# What libpq and the server say before there is a connection: then there is no SQLSTATE, only a text.
+_SAID = {
+    "refused": "it refuses connections",
+    "starting up": "it is starting up",
+    "shutting down": "it shuts down",
+    "recovery mode": "it recovers from a crash",
+    "accepting connections": "it accepts no connections",
+    "too many": "it has too many connections",
+    "connection slots": "it has too many connections",
+    "timeout": "it does not answer in time",
+    "timed out": "it does not answer in time",
+}
+_NO_SUCH_HOST = "failed to resolve host"
+_SET_UP = ("password", "authentication", "does not exist", "pg_hba", "support ssl", "certificate", "permission denied")
+_READ_ONLY, _NOT_ALLOWED = "25006", "42501"
+
+
+def _state(error: DBAPIError) -> str | None:
+    return getattr(error.orig, "sqlstate", None)
+
+
+def _postgresql_away(error: DBAPIError, opened: bool) -> str | None:
+    state, said = _state(error), str(error.orig).lower()
+    if state is not None:
+        if state == _READ_ONLY and opened:
+            return "it may only be read now"  # another server takes over
+        return _PASSING.get(state) or _PASSING.get(state[:2])
+    if not isinstance(error, OperationalError) and not error.connection_invalidated:
+        return None
+    if _NO_SUCH_HOST in said:  # names, too, come and go with the servers of a cluster
+        return "its name is not known now" if opened or "temporary" in said else None
+    if any(sign in said for sign in _SET_UP):
+        return None
+    return next((reason for sign, reason in _SAID.items() if sign in said), "the connection broke")
+
+
+def _refusal(error: DatabaseError) -> UsageError | OutageError:
+    """What is wrong, in words of our own: the driver's name the host, the user and the path."""
+    said = str(error.orig).lower()
+    if "is full" in said or "no space left" in said:
+        return OutageError("The catalog's disk is full; free some space and run again: what is done is kept.")
     for sign, advice in (
         ("readonly", "it is read-only; make the file and its folder writable, or choose another --out"),
         ("read-only", "it is read-only; give a user and a server that may write"),
         ("unable to open", "its file cannot be opened; check that the folder exists and is writable"),
-        ("locked", "another process has held it for too long; end that one, or run again later"),
-        ("disk is full", "the disk is full; free some space and run again"),
         ("not a database", "the file is something else; move it away, or choose another --out"),
         ("malformed", "the file is damaged; restore it from a backup, or move it away and run again"),
+        (_NO_SUCH_HOST, "its host is not known; correct the name in the URL"),
+        ("password", "the user or the password is wrong; correct them, in the URL or where libpq looks for them"),
+        ("authentication", "the server does not let this user in; correct the user or the server's rules"),
+        ("pg_hba", "the server does not let this user in from here; correct the server's rules"),
+        ("does not exist", "there is no such database or user; make it, or correct the URL"),
+        ("support ssl", "an encrypted connection cannot be made; correct sslmode or the certificates"),
+        ("certificate", "an encrypted connection cannot be made; correct sslmode or the certificates"),
+        ("permission denied", "this user may not use it; give the user its rights"),
     ):
         if sign in said:
             return UsageError(f"The catalog cannot be used: {advice}.")
-    return UsageError(f"The catalog cannot be used; check the database and run again ({said}).")
+    kind = type(error.orig).__name__ + (f", SQLSTATE {state}" if (state := _state(error)) else "")
+    return UsageError(f"The catalog cannot be used; check the database and run again ({kind}).")
 
 
 def _json(value: Any) -> str:

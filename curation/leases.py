@@ -6,8 +6,9 @@ lapses, and the next one takes it. Never known here: what the names stand for, o
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import sqlalchemy as sa
 
@@ -35,40 +36,50 @@ class Leases:
         """Take those of the names that are free, lapsed, or this owner's already; they are its own for `seconds`."""
         won: set[str] = set()
         for chunk in chunks(sorted(set(names))):
-            with self._database.transaction(write=True) as connection:
-                # one at a time: two who want the same names in another order cannot wait for each other
-                now = self._database.alone(connection, "leases")
-                rows = [{"name": name, "owner": owner, "expires_at": now + seconds} for name in chunk]
-                insert = self._database.insert(leases).values(rows)
-                new = insert.excluded
-                free = (leases.c.owner == new.owner) | (leases.c.expires_at <= now)
-                taken = insert.on_conflict_do_update(
-                    index_elements=["name"], set_={"owner": new.owner, "expires_at": new.expires_at}, where=free
-                )
-                won.update(connection.scalars(taken.returning(leases.c.name)))
-                connection.execute(sa.delete(leases).where(leases.c.expires_at < now - KEPT_S))
+            won |= self._database.run(partial(self._claim, chunk, owner, seconds), write=True)
         return frozenset(won)
 
-    def extend(self, owner: str, seconds: float) -> int:
-        """Hold all that this owner has for `seconds` from now, lapsed or not, but not what others took; how many."""
-        with self._database.transaction(write=True) as connection:
+    def _claim(self, names: Sequence[str], owner: str, seconds: float, connection: sa.Connection) -> set[str]:
+        # one at a time: two who want the same names in another order cannot wait for each other
+        now = self._database.alone(connection, "leases")
+        rows = [{"name": name, "owner": owner, "expires_at": now + seconds} for name in names]
+        insert = self._database.insert(leases).values(rows)
+        new = insert.excluded
+        free = (leases.c.owner == new.owner) | (leases.c.expires_at <= now)
+        taken = insert.on_conflict_do_update(
+            index_elements=["name"], set_={"owner": new.owner, "expires_at": new.expires_at}, where=free
+        )
+        won = set(connection.scalars(taken.returning(leases.c.name)))
+        connection.execute(sa.delete(leases).where(leases.c.expires_at < now - KEPT_S))
+        return won
+
+    def extend(self, owner: str, seconds: float) -> frozenset[str]:
+        """Hold all that this owner has for `seconds` from now, lapsed or not, but not what others took; the names."""
+
+        def work(connection: sa.Connection) -> frozenset[str]:
             until = self._database.alone(connection, "leases") + seconds
-            return connection.execute(
-                sa.update(leases).where(leases.c.owner == owner).values(expires_at=until)
-            ).rowcount
+            mine = sa.update(leases).where(leases.c.owner == owner).values(expires_at=until)
+            return frozenset(connection.scalars(mine.returning(leases.c.name)))
+
+        return self._database.run(work, write=True)
 
     def release(self, owner: str, names: Iterable[str] | None = None) -> None:
         """Give back these, or all, of this owner's leases; what others hold stays theirs."""
         given = [None] if names is None else chunks(sorted(set(names)))
         for chunk in given:
             these = [] if chunk is None else [leases.c.name.in_(chunk)]
-            with self._database.transaction(write=True) as connection:
-                self._database.alone(connection, "leases")
-                connection.execute(sa.delete(leases).where(leases.c.owner == owner, *these))
+            mine = sa.delete(leases).where(leases.c.owner == owner, *these)
+            self._database.run(partial(self._release, mine), write=True)
+
+    def _release(self, mine: sa.Delete, connection: sa.Connection) -> None:
+        self._database.alone(connection, "leases")
+        connection.execute(mine)
 
     def leases(self) -> list[Lease]:
         """All leases by name, also those that lapsed within the last day."""
-        with self._database.transaction() as connection:
+
+        def work(connection: sa.Connection) -> list[Lease]:
             now = self._database.now(connection)
-            rows = connection.execute(sa.select(leases)).all()
-        return sorted((Lease(row.name, row.owner, row.expires_at - now) for row in rows), key=lambda lease: lease.name)
+            return [Lease(row.name, row.owner, row.expires_at - now) for row in connection.execute(sa.select(leases))]
+
+        return sorted(self._database.run(work), key=lambda lease: lease.name)

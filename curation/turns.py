@@ -7,7 +7,7 @@ clock. Never done here: sleeping, or deciding what an answer of the service mean
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import sqlalchemy as sa
@@ -24,7 +24,7 @@ LONGEST_S = 7 * 24 * HOUR_S  # what a service may ask for at most
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """When to go. `until` is the Unix time reserved, `wait_s` how far off it is.
+    """When to go. `until` is the Unix time reserved, by the database's clock, and `wait_s` how far off it is.
 
     With `blocked`, nothing was reserved, and `until` is when asking again makes sense.
     """
@@ -36,12 +36,16 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A service that must be left alone until that Unix time, and what it said."""
+    """A service that must be left alone until that Unix time of the database's clock, and what it said.
+
+    left_s: how long that was off when it was asked; what a worker goes by, whose own clock may be wrong.
+    """
 
     service: str
     session: str
     code: FailureCode
     until: float
+    left_s: float = field(default=0.0, compare=False)
 
 
 class Turns:
@@ -58,8 +62,13 @@ class Turns:
         for what it finds, or 10 minutes. RATE_LIMITED where the wait would be longer than `patience_s`.
         """
         mine = _of(turns, service, session)
-        with self._database.transaction(write=True) as connection:
+        reserved: list[Turn] = []  # by an earlier call of `work`, of whose commit nothing is known
+
+        def work(connection: sa.Connection) -> Turn:
             now = self._database.alone(connection, f"turns\n{service}\n{session}")
+            for turn in reserved:
+                if connection.scalar(sa.select(sa.func.count()).where(mine, turns.c.at == turn.until)):
+                    return replace(turn, wait_s=max(0.0, turn.until - now))
             breaker = self._breaker(connection, service, session)
             if breaker is not None and breaker.until > now:
                 return Turn(breaker.until - now, FailureCode(breaker.code), breaker.until)
@@ -76,7 +85,10 @@ class Turns:
             if breaker is not None:
                 trying = {"until": at + PROBE_S, "probing": True}
                 connection.execute(sa.update(breakers).where(_of(breakers, service, session)).values(trying))
-        return Turn(at - now, None, at)
+            reserved.append(Turn(at - now, None, at))
+            return reserved[-1]
+
+        return self._database.run(work, write=True)
 
     def block(self, service: str, session: str, code: FailureCode, retry_after_s: float | None) -> float:
         """Open the breaker for 15 min, 1 h, 4 h, 12 h by consecutive blocks, or what was asked for, up to a week.
@@ -85,9 +97,13 @@ class Turns:
         Where it is open already, another block counts as the same one, and can only lengthen it. Returns its end.
         """
         asked_s = min(retry_after_s or 0.0, LONGEST_S)
-        with self._database.transaction(write=True) as connection:
+        opened: list[tuple[float, int]] = []  # by an earlier call of `work`, of whose commit nothing is known
+
+        def work(connection: sa.Connection) -> float:
             now = self._database.alone(connection, f"turns\n{service}\n{session}")
             breaker = self._breaker(connection, service, session)
+            if breaker is not None and (breaker.until, breaker.strikes) in opened:
+                return breaker.until
             if breaker is not None and breaker.until > now and not breaker.probing:
                 until = max(breaker.until, now + asked_s)
                 connection.execute(sa.update(breakers).where(_of(breakers, service, session)).values(until=until))
@@ -97,7 +113,10 @@ class Turns:
             until = now + (max(1.0, asked_s) if strikes == 1 and asked_s else max(step_s, asked_s))
             row = {"service": service, "session": session, "code": code.value, "until": until, "strikes": strikes}
             self._database.upsert(connection, breakers, [row | {"probing": False}])
-        return until
+            opened.append((until, strikes))
+            return until
+
+        return self._database.run(work, write=True)
 
     def unblock(self, service: str, session: str, *, anyway: bool = False) -> None:
         """The service answered as it should: the breaker closes, and the next block is a first one again.
@@ -105,21 +124,25 @@ class Turns:
         While it is open nobody asks, so that a success then is one of a request from before: it closes nothing, unless
         a person says so (`anyway`).
         """
-        with self._database.transaction() as connection:  # nearly always there is nothing to write
-            if self._breaker(connection, service, session) is None:
-                return
-        with self._database.transaction(write=True) as connection:
+        if self._database.run(lambda connection: self._breaker(connection, service, session)) is None:
+            return  # nearly always there is nothing to write
+
+        def work(connection: sa.Connection) -> None:
             now = self._database.alone(connection, f"turns\n{service}\n{session}")
             asked = [] if anyway else [sa.or_(breakers.c.probing, breakers.c.until <= now)]
             connection.execute(sa.delete(breakers).where(_of(breakers, service, session), *asked))
 
+        self._database.run(work, write=True)
+
     def blocks(self) -> list[Block]:
         """The services that must be left alone now, also while one worker is trying."""
-        with self._database.transaction() as connection:
+
+        def work(connection: sa.Connection) -> list[Block]:
             now = self._database.now(connection)
             rows = connection.execute(sa.select(breakers).where(breakers.c.until > now)).all()
-        found = [Block(row.service, row.session, FailureCode(row.code), row.until) for row in rows]
-        return sorted(found, key=lambda block: (block.service, block.session))
+            return [Block(row.service, row.session, FailureCode(row.code), row.until, row.until - now) for row in rows]
+
+        return sorted(self._database.run(work), key=lambda block: (block.service, block.session))
 
     def _breaker(self, connection: sa.Connection, service: str, session: str) -> sa.Row[Any] | None:
         return connection.execute(sa.select(breakers).where(_of(breakers, service, session))).first()

@@ -108,3 +108,18 @@ class StageError(Exception):
 
 class UsageError(Exception):
     """The user's input or set-up is wrong; the text is one sentence that says what to do. Shown without a traceback."""
+
+
+class OutageError(Exception):
+    """Something that the run leans on (database, storage, a lock) was away for longer than it is waited for.
+
+    The text is a sentence for the user, shown without a traceback; it names no host, user or path of what was away.
+    Nothing of the set-up need be wrong: what is done is kept, and the same run goes on later.
+    """
+
+
+class LostError(Exception):
+    """What this worker held was taken over by another while it slept or was cut off: it must not go on with it.
+
+    No fault of a clip and none of the user: the work is done by the one who has it now.
+    """

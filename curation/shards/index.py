@@ -36,6 +36,8 @@ VERSIONS = ".index"  # the folder of the index's versions; other tools pass by n
 REBUILD = "rebuild the index with: curation verify --repair"
 _VERSION = re.compile(r"(\d{8})\.parquet")
 _RETIRED_KEY = b"unish:retired"
+_LOCK_TIMEOUT_S = 600.0  # many writers may stand in line
+LOCK_LEASE_S = 30.0  # without a sign of life for so long, a writer that holds the folder is gone around
 _COLUMNS = pa.schema(  # those of ClipEntry in its order, then those of its shard
     [
         ("clip_id", pa.string()),
@@ -221,17 +223,13 @@ def scan_shard(path: Path, name: str | None = None) -> ShardEntry:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock; waits for whoever holds it. A process that dies gives it up."""
-    import fcntl  # POSIX only; reading shards works without it
+    """Hold the folder's lock; waits for whoever holds it. Who dies gives it up; who stands still is gone around."""
+    from curation.locks import hold  # POSIX only; reading shards works without it
 
     if not folder.is_dir():
         raise ShardError(f"{folder} is not a folder of shards; check the path.")
-    with (folder / ".lock").open("wb") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            fcntl.flock(stream, fcntl.LOCK_UN)  # closing alone would leave it to a process forked meanwhile
+    with hold(folder / ".lock", "The folder of shards", timeout_s=_LOCK_TIMEOUT_S, lease_s=LOCK_LEASE_S):
+        yield
 
 
 @contextmanager
@@ -391,7 +389,9 @@ def commit(
         while True:
             change = _plan(place, rewrite, fresh, remove, gone, trust_index)
             number = change.index.version
-            if change.needless and place.published():
+            if change.needless:
+                if not place.published():
+                    place.publish(change.index)
                 return change.found
             created = place.create(change.index)
             if created and [version for version in place.versions() if version > change.base] == [number]:

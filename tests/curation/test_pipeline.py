@@ -89,7 +89,9 @@ def test_the_second_run_does_only_what_is_missing(settings: Settings):
     first = pipeline.run(settings, REFS[:4])
     catalog = Catalog(settings.database)
     tries = {ref.clip_id: catalog.clip(ref.clip_id).attempts for ref in REFS[:4]}
-    before = {path: path.stat().st_mtime_ns for path in settings.out.rglob("[!0]*.parquet") if path.name != "index.parquet"}
+    before = {
+        path: path.stat().st_mtime_ns for path in settings.out.rglob("[!0]*.parquet") if path.name != "index.parquet"
+    }
     again = pipeline.run(settings, REFS)
     assert {ref.clip_id: catalog.clip(ref.clip_id).attempts for ref in REFS[:4]} == tries
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in before.items())

@@ -149,7 +149,7 @@ def test_disagreement_between_index_and_files_is_named(make_clip, tmp_path: Path
 
     path.unlink()
     for check in (ShardReader, verify):
-        with pytest.raises(ShardError, match="is missing; .* restore it, or rebuild the index"):
+        with pytest.raises(ShardError, match=r"is missing; .* restore it, or rebuild the index"):
             check(tmp_path)
 
     (tmp_path / INDEX_NAME).unlink()

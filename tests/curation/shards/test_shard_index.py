@@ -1,0 +1,227 @@
+"""The index under writers that stop, wake late, die, or do not know of each other."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from curation.catalog import Catalog
+from curation.claims import Claims
+from curation.shards import index
+from curation.shards.index import INDEX_NAME, VERSIONS, Place, heal, newest_index, read_index, shard_paths
+from curation.shards.reader import ShardReader, verify
+from curation.shards.remote import RemotePlace, add_shards, fetch_index, pull
+from curation.shards.writer import drop_clips, rebuild_index, remove_clips, rewrite, write_shards
+from curation.storage import Store
+
+PLENTY = 2**30
+
+# A writer that stands still in the middle of a change of the index: after it has read, before it writes.
+STOPPED = """
+import os, pathlib, pickle, signal, sys
+from curation.shards import index
+from curation.shards.writer import write_shards
+folder, samples = pathlib.Path(sys.argv[1]), pickle.load(open(sys.argv[2], "rb"))
+index.LOCK_LEASE_S = 1.0
+plan = index._plan
+def stop(*arguments):
+    change = plan(*arguments)
+    if not (folder / "woke").exists():
+        (folder / "woke").touch()
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return change
+index._plan = stop
+write_shards(samples, folder, max_bytes=2**30)
+"""
+
+
+def clips_of(folder: Path) -> set[str]:
+    return {clip.clip_id for shard in verify(folder) for clip in shard.clips}
+
+
+def test_a_writer_that_was_stopped_is_gone_around_and_undoes_nothing(make_clip, tmp_path: Path, monkeypatch) -> None:
+    folder, samples = tmp_path / "set", tmp_path / "samples"
+    write_shards([make_clip(0), make_clip(1)], folder, max_bytes=PLENTY)
+    samples.write_bytes(pickle.dumps([make_clip(2)]))
+    with subprocess.Popen([sys.executable, "-c", STOPPED, folder, samples]) as writer:
+        try:
+            os.waitid(os.P_PID, writer.pid, os.WSTOPPED | os.WNOWAIT)
+            monkeypatch.setattr(index, "LOCK_LEASE_S", 1.0)
+            for seed in range(3, 9):
+                write_shards([make_clip(seed)], folder, max_bytes=PLENTY)
+            remove_clips(folder, [make_clip(0).clip_id])
+        finally:
+            writer.send_signal(signal.SIGCONT)
+        assert writer.wait(60) == 0
+    assert clips_of(folder) == {make_clip(seed).clip_id for seed in range(1, 9)}
+
+
+class Worker:
+    """A machine with a disk of its own on a shared storage, and the lock that only its catalog knows."""
+
+    def __init__(self, folder: Path, url: str, catalog: Catalog, lease_s: float = 30.0) -> None:
+        self.folder = folder
+
+        def turn():
+            claims = Claims(catalog, folder, lease_s)
+            return _both(claims)
+
+        number = partial(catalog.next_index_version, "set")
+        self.place = RemotePlace(Store(folder, url), "set", turn, number)
+
+    def add(self, *samples) -> None:
+        entries = write_shards(samples, self.folder / "staging", max_bytes=PLENTY)
+        add_shards(self.place, self.folder / "staging", entries)
+
+
+class _both:
+    def __init__(self, claims: Claims) -> None:
+        self._claims = claims
+
+    def __enter__(self) -> None:
+        self._claims.__enter__()
+        self._turn = self._claims.turn("index:set")
+        self._turn.__enter__()
+
+    def __exit__(self, *error) -> None:
+        self._turn.__exit__(*error)
+        self._claims.__exit__(*error)
+
+
+@pytest.mark.parametrize("when", ["before it creates its version", "after it created it"])
+def test_a_worker_whose_lease_lapsed_undoes_nothing(make_clip, tmp_path: Path, monkeypatch, when: str) -> None:
+    url, catalog = f"file://{tmp_path / 'shared'}", Catalog(f"sqlite:///{tmp_path / 'c.sqlite'}")
+    late, other = Worker(tmp_path / "a", url, catalog), Worker(tmp_path / "b", url, catalog)
+    late.add(make_clip(0), make_clip(1))
+    create, asleep = late.place.create, [True]
+
+    def slow(version) -> bool:
+        done = create(version) if when.startswith("after") else None
+        if asleep.pop() if asleep else False:
+            catalog._database.run(lambda connection: connection.exec_driver_sql("DELETE FROM leases"), write=True)
+            for seed in range(2, 7):
+                other.add(make_clip(seed))
+            drop_clips(other.place, [make_clip(0).clip_id])
+        return create(version) if done is None else done
+
+    monkeypatch.setattr(late.place, "create", slow)
+    late.add(make_clip(7))
+    pull(f"{url}/set", tmp_path / "pulled")
+    assert clips_of(tmp_path / "pulled") == {make_clip(seed).clip_id for seed in range(1, 8)}
+    copy = tmp_path / "shared" / "set" / INDEX_NAME
+    assert index.Index.read(copy, 0).table.equals(fetch_index(Store(tmp_path / "c", url), "set/").table)
+    assert len(list((tmp_path / "shared" / "set" / VERSIONS).iterdir())) == 1, "an old version names clips that went"
+
+
+def test_of_two_writers_at_the_same_moment_none_loses_a_clip(make_clip, tmp_path: Path, monkeypatch) -> None:
+    """On a storage that cannot create exclusively, both see each other's version and start over."""
+    url, catalog = f"file://{tmp_path / 'shared'}", Catalog(f"sqlite:///{tmp_path / 'c.sqlite'}")
+    one, other = Worker(tmp_path / "a", url, catalog), Worker(tmp_path / "b", url, catalog)
+    create, first = one.place.create, [True]
+
+    def meanwhile(version) -> bool:
+        made = create(version)
+        if first.pop() if first else False:
+            catalog._database.run(lambda connection: connection.exec_driver_sql("DELETE FROM leases"), write=True)
+            # the other one read before this version was there, and writes after it
+            monkeypatch.setattr(other.place, "index", lambda: index.Index(0, version.table.slice(0, 0)))
+            planned, made_there = index._plan, []
+
+            def plan(*arguments):
+                made_there.append(planned(*arguments))
+                monkeypatch.undo()
+                return made_there[-1]
+
+            monkeypatch.setattr(index, "_plan", plan)
+            other.add(make_clip(2))
+        return made
+
+    one.add(make_clip(0))
+    monkeypatch.setattr(one.place, "create", meanwhile)
+    one.add(make_clip(1))
+    pull(f"{url}/set", tmp_path / "pulled")
+    assert clips_of(tmp_path / "pulled") == {make_clip(seed).clip_id for seed in range(3)}
+
+
+def test_a_disk_without_links_has_versions_too(make_clip, tmp_path: Path, monkeypatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    for seed in range(3):
+        write_shards([make_clip(seed)], tmp_path, max_bytes=PLENTY)
+    assert clips_of(tmp_path) == {make_clip(seed).clip_id for seed in range(3)}
+    place = Place(tmp_path)
+    assert not place.create(newest_index(place)), "its name exists"
+
+
+def test_an_index_that_disagrees_with_the_files_is_healed(make_clip, tmp_path: Path) -> None:
+    write_shards([make_clip(seed) for seed in range(4)], tmp_path, max_bytes=1)
+    place = Place(tmp_path)
+    whole, files = read_index(tmp_path), shard_paths(tmp_path)
+    stamp = max((tmp_path / VERSIONS).iterdir()).stat().st_mtime_ns
+    heal(place, rewrite, index.nobody)
+    assert max((tmp_path / VERSIONS).iterdir()).stat().st_mtime_ns == stamp, "nothing to do, nothing done"
+
+    (tmp_path / INDEX_NAME).unlink()
+    heal(place, rewrite, index.nobody)
+    assert verify(tmp_path) == whole
+    shutil.rmtree(tmp_path / VERSIONS)
+    (tmp_path / INDEX_NAME).unlink()
+    heal(place, rewrite, index.nobody)
+    assert verify(tmp_path) == whole
+    shutil.rmtree(tmp_path / VERSIONS)
+    (tmp_path / INDEX_NAME).unlink()
+    rebuild_index(tmp_path)
+    assert verify(tmp_path) == whole
+
+    files[0].unlink()
+    with files[1].open("r+b") as stream:
+        stream.truncate(100)
+    assert len(heal(place, rewrite, index.nobody).entries()) == 2
+    assert len(verify(tmp_path)) == 2 and files[1].with_name(f"{files[1].name}.damaged").exists()
+
+
+def test_clips_that_were_forgotten_meanwhile_do_not_stay(make_clip, tmp_path: Path) -> None:
+    gone = make_clip(1).clip_id
+    write_shards([make_clip(0), make_clip(1)], tmp_path, max_bytes=PLENTY, gone=lambda ids: ids & {gone})
+    assert clips_of(tmp_path) == {make_clip(0).clip_id}
+    assert len(shard_paths(tmp_path)) == 1
+
+
+def test_what_a_late_writer_left_brings_no_forgotten_clip_back(make_clip, tmp_path: Path) -> None:
+    """It had written a file anew from an old index, and died before it could see that it was late."""
+    write_shards([make_clip(seed) for seed in range(3)], tmp_path, max_bytes=PLENTY)
+    gone = make_clip(0).clip_id
+    remove_clips(tmp_path, [gone])
+    write_shards([make_clip(seed) for seed in range(2)], tmp_path / "late", max_bytes=PLENTY)
+    (left,) = shard_paths(tmp_path / "late")
+    left.rename(tmp_path / left.name)
+    heal(Place(tmp_path), rewrite, lambda ids: ids & {gone})
+    assert clips_of(tmp_path) == {make_clip(1).clip_id, make_clip(2).clip_id}
+
+
+def test_a_reader_that_opens_while_files_are_replaced_finds_a_whole_folder(make_clip, tmp_path: Path) -> None:
+    write_shards([make_clip(seed, frames=2) for seed in range(9)], tmp_path, max_bytes=PLENTY)
+    script = (
+        "import pathlib, sys; from curation.shards.writer import remove_clips\n"
+        "for clip in sys.argv[2:]: remove_clips(pathlib.Path(sys.argv[1]), [clip])"
+    )
+    going = [make_clip(seed).clip_id for seed in range(8)]
+    opened = 0
+    with subprocess.Popen([sys.executable, "-c", script, tmp_path, *going]) as writer:
+        while writer.poll() is None:
+            assert make_clip(8).clip_id in ShardReader(tmp_path).clips
+            opened += 1
+            time.sleep(0.002)
+        assert writer.returncode == 0 and opened > 8
+    assert clips_of(tmp_path) == {make_clip(8).clip_id}
