@@ -194,13 +194,15 @@ def test_a_killed_flow_does_not_hold_up_the_next_one(service, hanging):
 def test_a_killed_server_is_put_right_by_the_next_start_and_stop_leaves_nothing(service, hanging):
     from prefect.client.schemas.objects import StateType
 
-    before = service.record
+    before, string = service.record, service.string
     run = last_run(service)
     os.kill(before["server"], signal.SIGKILL)
+    (service.home / "auth-string").unlink()  # as somebody does whom another has looked over the shoulder
     wait_until(lambda: service.service("status").returncode == 1, "the server to be missed")
     assert service.service("start").returncode == 0
     after = service.record
     assert after["server"] != before["server"] and after["worker"] != before["worker"]
+    assert service.string != string  # and the client below is let in with the new one
     # the flow of before is gone, its run is known and closed
     assert {process.pid for process in service.processes(after["token"])} == {after["server"], after["worker"]}
     assert last_run(service).id == run.id and last_run(service).state_type == StateType.CRASHED
