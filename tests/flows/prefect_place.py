@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import socket
@@ -64,6 +65,12 @@ class Place:
     def string(self) -> str:
         """The authentication string that the service made."""
         return (self.home / "auth-string").read_text().strip()
+
+    def telling(self, folder: Path) -> list[str]:
+        """The files below a folder that have the string's secret part in them, or what goes into a header."""
+        secrets = (self.string.partition(":")[2].encode(), base64.b64encode(self.string.encode()))
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        return [path.name for path in files if any(secret in path.read_bytes() for secret in secrets)]
 
     @contextmanager
     def known(self) -> Iterator[None]:

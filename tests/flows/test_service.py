@@ -102,6 +102,20 @@ def test_the_literal_command_curates_a_manifest(service, clips, detector, tmp_pa
     assert [made[f"curate-{stage}"].data for stage in ("download", "observe", "teach")] == [100.0] * 3
     assert "| 1 |" in made["curate-failures"].data and "corrupt" in made["curate-failures"].data
     assert (out / "catalog.sqlite").is_file()
+    assert service.telling(out) == []
+
+
+def test_no_other_user_sees_a_file_or_the_string(service):
+    paths = [service.home, *service.home.rglob("*")]
+    assert {path.name for path in paths} >= {"auth-string", "prefect.db", "server.log", "worker.log", "service.json"}
+    assert [path.name for path in paths if path.stat().st_mode & 0o077] == []
+    assert service.telling(service.home) == ["auth-string"]
+    lines = [" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]
+    assert [line for line in lines if service.string.partition(":")[2] in line] == []
+    for action in ("start", "status"):
+        said = service.service(action)
+        assert said.returncode == 0 and "auth-string" in said.stdout
+        assert service.string.partition(":")[2] not in said.stdout + said.stderr
 
 
 def test_a_wrong_set_up_fails_with_its_sentence_and_no_traceback(service, tmp_path):
