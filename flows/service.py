@@ -154,13 +154,11 @@ def start(timeout_s: float = 180.0, given_up: threading.Event | None = None) -> 
                 f"The Prefect server that runs asks for another authentication string than {access.VARIABLE} or"
                 f" {service.home / access.FILE} says, or for none; stop it first: python -m flows.service stop"
             )
-        _wait(service, "server", service.healthy, deadline, given_up)
-        if not service.alive("worker"):
+        if not service.alive("worker"):  # it loads what it needs while the server comes up
             _end(service, "worker")
-            with _client(service) as client:
-                _close_stale_runs(client, f"The process that ran it was killed; {_AGAIN}")
             _ready(service).unlink(missing_ok=True)
             service = _spawn(service, "worker", ["flows.service", "serve"])
+        _wait(service, "server", service.healthy, deadline, given_up)
         _wait(service, "worker", lambda: _serving(service), deadline, given_up)
     return service
 
@@ -172,16 +170,16 @@ def running() -> bool:
 
 
 def stop() -> bool:
-    """Stop exactly the processes that `start` started, and theirs; False if there were none."""
+    """Stop exactly the processes that `start` started, and theirs; False if there were none.
+
+    Runs in progress are marked as Crashed by the next start.
+    """
     with _locked():
         service = _load()
         if service is None:
             return False
         found = running()
         _end(service, "worker")
-        if service.admits() and service.alive("server") and service.healthy():  # else the next start closes them
-            with _client(service) as client:
-                _close_stale_runs(client, f"The service was stopped; {_AGAIN}")
         _end(service, "server")
         _record(service.home).unlink(missing_ok=True)
         _ready(service).unlink(missing_ok=True)
@@ -242,13 +240,31 @@ def watch(silence_s: float = 90.0) -> None:
 
 
 def serve() -> None:
-    """Serve the deployments in this process until it is told to stop. `start` runs this in the background."""
+    """Serve the deployments in this process until it is told to stop. `start` runs this in the background.
+
+    If `start` does, it first waits for the server, and puts right what a killed process left there.
+    """
     import asyncio
 
+    service = _load()
+    started = service is not None and _role(psutil.Process(), service.token) == "worker"
+    if not started:
+        access.make_private(_home())
+        os.environ |= credentials(_api_url())
+
+    from prefect.client.orchestration import get_client
     from prefect.runner import Runner
     from prefect.types.entrypoint import EntrypointType
 
     from flows.curate import curate
+
+    if service is not None and started:
+        while not service.healthy():
+            if not service.alive("server"):
+                raise UsageError("The Prefect server ended before anything was served.")
+            time.sleep(POLL_S)
+        with get_client(sync_client=True) as client:
+            _close_stale_runs(client, f"What ran it was stopped or killed; {_AGAIN}")
 
     # one run at a time: a run uses every core of the machine by itself
     runner = Runner(name="unish", limit=1, query_seconds=2, pause_on_shutdown=False)
@@ -409,17 +425,6 @@ def _end(service: Service, role: Role) -> None:
             with suppress(psutil.NoSuchProcess):
                 process.send_signal(stop_signal)
         psutil.wait_procs(left, timeout=timeout_s)
-
-
-@contextmanager
-def _client(service: Service) -> Iterator[SyncPrefectClient]:
-    os.environ |= {"PREFECT_HOME": str(service.home), "PREFECT_API_URL": service.api_url, "DO_NOT_TRACK": "1"}
-    from prefect.client.orchestration import get_client
-    from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
-
-    settings = {PREFECT_API_URL: service.api_url, PREFECT_API_AUTH_STRING: access.auth_string(service.home)}
-    with temporary_settings(settings), get_client(sync_client=True) as client:
-        yield client
 
 
 def _close_stale_runs(client: SyncPrefectClient, message: str) -> None:
