@@ -13,6 +13,7 @@ import os
 import secrets
 import tempfile
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from curation.ingest.failures import UsageError
 
@@ -33,7 +34,7 @@ def make_private(home: Path) -> None:
         raise UsageError(not_yours(home)) from None
     for path in home.iterdir():
         if path.is_file() and not path.is_symlink() and path.stat().st_mode & 0o077:
-            path.chmod(0o600)
+            path.chmod(path.stat().st_mode & 0o700)
 
 
 def not_yours(home: Path) -> str:
@@ -90,8 +91,8 @@ def server_environment(string: str, api_url: str) -> dict[str, str]:
     No cross-site tokens: they protect credentials that a browser sends by itself, and it sends none here. Prefect's own
     pages add the string to each request, and a refusal does not make a browser ask for it and keep it.
     """
-    _, _, port = api_url.removesuffix("/api").rpartition(":")
+    port = f":{number}" if (number := urlsplit(api_url).port) else ""
     return {
         "PREFECT_SERVER_API_AUTH_STRING": string,
-        "PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS": f"http://127.0.0.1:{port},http://localhost:{port}",
+        "PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS": f"http://127.0.0.1{port},http://localhost{port}",
     }

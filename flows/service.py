@@ -95,6 +95,14 @@ class Service:
             return json.load(answer) is True
         return False
 
+    def serves(self) -> bool:
+        """Whether the recorded server itself answers at the address; a program of somebody else must get no string."""
+        port = urlsplit(self.api_url).port or 80
+        with suppress(psutil.Error):
+            ends = psutil.Process(self.server).net_connections("tcp") if self.alive("server") else []
+            return any(end.status == psutil.CONN_LISTEN and end.laddr.port == port for end in ends) and self.healthy()
+        return False
+
     def admits(self) -> bool:
         """Whether the server was started with the authentication string that counts now."""
         with suppress(UsageError):
@@ -158,7 +166,7 @@ def start(timeout_s: float = 180.0, given_up: threading.Event | None = None) -> 
             _end(service, "worker")
             _ready(service).unlink(missing_ok=True)
             service = _spawn(service, "worker", ["flows.service", "serve"])
-        _wait(service, "server", service.healthy, deadline, given_up)
+        _wait(service, "server", service.serves, deadline, given_up)
         _wait(service, "worker", lambda: _serving(service), deadline, given_up)
     return service
 
@@ -195,7 +203,7 @@ def credentials(api_url: str | None) -> dict[str, str]:
         return {}
     with suppress(UsageError):
         service = _load()
-        ours = service is not None and service.api_url == (api_url or "").rstrip("/") and service.alive("server")
+        ours = service is not None and service.api_url == (api_url or "").rstrip("/") and service.serves()
         if service is not None and ours and service.admits():
             return {access.VARIABLE: access.make_auth_string(service.home)}
     return {}
@@ -259,7 +267,7 @@ def serve() -> None:
     from flows.curate import curate
 
     if service is not None and started:
-        while not service.healthy():
+        while not service.serves():
             if not service.alive("server"):
                 raise UsageError("The Prefect server ended before anything was served.")
             time.sleep(POLL_S)

@@ -6,7 +6,9 @@ import base64
 import json
 import logging
 import os
+import subprocess
 import sys
+from dataclasses import replace
 from http.client import HTTPConnection
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -14,6 +16,7 @@ from urllib.parse import urlsplit
 import pytest
 from prefect.plugins import HookContext
 from prefect_place import Place, command
+from servers import serve
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
@@ -150,13 +153,20 @@ def test_the_string_goes_to_our_own_living_server_alone(service: Place, monkeypa
     assert credentials(service.api_url) == {}  # the user's own comes first
 
 
-def test_a_server_that_ended_is_given_no_string(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_whoever_has_taken_the_port_of_a_server_is_given_no_string(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv(access.VARIABLE, raising=False)
     monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
     made = access.fingerprint(access.make_auth_string(tmp_path))
-    api_url = "http://127.0.0.1:4210/api"
-    Service(tmp_path, api_url, "token", server=os.getpid(), fingerprint=made).save()  # no process of that service
-    assert credentials(api_url) == {}
+    (tmp_path / "api").mkdir()
+    (tmp_path / "api" / "health").write_text("true")
+    with serve(tmp_path, {}) as other:  # it says that it is well, as Prefect does
+        service = Service(tmp_path, f"http://{other.host}/api", "token", fingerprint=made)
+        ours = subprocess.Popen(["sleep", "60"], env=os.environ | {"UNISH_SERVICE": "token:server"})
+        for server in (os.getpid(), ours.pid):  # the number of a server that ended; one that lives and has no port yet
+            replace(service, server=server).save()
+            assert service.healthy() and credentials(service.api_url) == {}
+        ours.kill()
+        ours.wait()
 
 
 def test_the_users_own_string_is_the_servers_and_is_written_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
