@@ -139,6 +139,7 @@ def _demonstrate(folder: Path, clips: int, teacher: Literal["small", "oracle"]) 
     from curation.settings import Settings
     from curation.synthetic import teacher as small
     from curation.synthetic.detector import LONG_SIDE, POLICY, WEIGHTS
+    from flows.service import login
 
     folder.mkdir(parents=True, exist_ok=True)
     out = folder / "data"
@@ -212,6 +213,7 @@ def _demonstrate(folder: Path, clips: int, teacher: Literal["small", "oracle"]) 
         f"the shards:          {shards[0].parent if shards else out}",
         f"every reason:        curation inspect CLIP_ID --out {here / 'data'}",
         f"Prefect's pages:     {service.ui_url}   (stop: make stop)",
+        f"                     {login(service)}",
         "once more:           make demo   (the rate-limited clip is fetched, the rest is not touched)",
         "your own videos:     make curate MANIFEST=my.csv OUT=data",
     ):

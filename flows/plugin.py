@@ -8,13 +8,19 @@ allows it.
 
 from __future__ import annotations
 
-import socket
+import os
 import sys
-from collections.abc import Sequence
+from base64 import b64encode
+from collections.abc import Mapping, Sequence
+from http.client import HTTPException
 from pathlib import Path
+from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
+from urllib.request import ProxyHandler, Request, build_opener
 
 from prefect.plugins import HookContext, SetupResult, register_hook
+
+from flows.access import VARIABLE
 
 DEPLOYMENTS = {"curate": "curate/curate"}
 
@@ -29,16 +35,20 @@ FLAGS = {"--watch", "--no-watch", "--prompt", "--no-prompt", "--help"}
 def setup_environment(*, ctx: HookContext) -> SetupResult:
     """Complete the deployment's name in `sys.argv`, have it watched calmly, and switch the client's usage reports off.
 
-    Ends the command with a sentence if it is completed and no server of this machine would take it.
+    Every program in the checkout that uses Prefect gets the authentication string of the server that runs there. Ends
+    the command with a sentence if it is completed and no server of this machine would take it.
     """
+    from flows.service import credentials
+
+    environment = credentials(ctx.api_url)
     if _is_prefect_cli(sys.argv, sys.orig_argv):
         arguments = completed(sys.argv[1:])
         if arguments != sys.argv[1:]:
             sys.argv[1:] = arguments
-            _need_server(ctx.api_url)
+            _need_server(ctx.api_url, os.environ | environment)
         if watched(arguments):
             _watch_calmly()
-    return SetupResult(env={"DO_NOT_TRACK": "1"})
+    return SetupResult(env={"DO_NOT_TRACK": "1"} | environment)
 
 
 def completed(arguments: Sequence[str]) -> list[str]:
@@ -89,11 +99,21 @@ def _is_prefect_cli(argv: Sequence[str], original: Sequence[str]) -> bool:
     return bool(argv) and Path(argv[0]).stem == "prefect"
 
 
-def _need_server(api_url: str | None) -> None:
+def _need_server(api_url: str | None, environment: Mapping[str, str]) -> None:
     address = urlsplit(api_url or "")
     if address.hostname not in ("127.0.0.1", "localhost"):
         return  # another machine's server; Prefect itself says what is wrong with it
+    request = Request(f"{api_url}/admin/version")
+    if string := environment.get(VARIABLE):
+        request.add_header("Authorization", f"Basic {b64encode(string.encode()).decode()}")
     try:
-        socket.create_connection((address.hostname, address.port or 80), timeout=5).close()
-    except OSError:
+        build_opener(ProxyHandler({})).open(request, timeout=5).close()
+    except HTTPError as error:
+        if error.code == 401:
+            sys.exit(
+                f"Error: The Prefect server at {api_url} wants another authentication string; set {VARIABLE} to it."
+            )
+    except URLError:
         sys.exit(f"Error: No Prefect server runs at {api_url}; start it with: python -m flows.service start")
+    except (OSError, HTTPException):
+        return  # it is there but slow; Prefect is more patient

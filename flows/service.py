@@ -3,7 +3,8 @@
     python -m flows.service start | status | stop | watch
 
 The server listens on loopback only; its database, logs and the record of what was started lie in PREFECT_HOME
-(.state of the checkout). Every process started here, and every process they start, carries a token of this
+(.state of the checkout), which nobody else may read, and it takes requests with the authentication string of
+flows.access alone. Every process started here, and every process they start, carries a token of this
 service in its environment; only processes with that token are ever signalled. What survives a killed server, worker or
 machine is put right by the next `start`. This module never runs a flow and never talks to another machine.
 """
@@ -34,8 +35,8 @@ from urllib.parse import urlsplit
 import psutil  # type: ignore[import-untyped]
 import typer
 
-from curation.files import atomic_path
 from curation.ingest.failures import UsageError
+from flows import access
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -57,7 +58,7 @@ class Service:
     """What was started: enough to find it again, and nothing else.
 
     home: absolute PREFECT_HOME; api_url: of the server; token: in the environment of every process of this service;
-    server, worker: process ids, None if not started.
+    server, worker: process ids, None if not started; fingerprint: of the authentication string the server asks for.
     """
 
     home: Path
@@ -65,6 +66,7 @@ class Service:
     token: str
     server: int | None = None
     worker: int | None = None
+    fingerprint: str = ""
 
     @property
     def ui_url(self) -> str:
@@ -93,17 +95,32 @@ class Service:
             return json.load(answer) is True
         return False
 
+    def serves(self) -> bool:
+        """Whether the recorded server itself answers at the address; a program of somebody else must get no string."""
+        port = urlsplit(self.api_url).port or 80
+        with suppress(psutil.Error):
+            ends = psutil.Process(self.server).net_connections("tcp") if self.alive("server") else []
+            return any(end.status == psutil.CONN_LISTEN and end.laddr.port == port for end in ends) and self.healthy()
+        return False
+
+    def admits(self) -> bool:
+        """Whether the server was started with the authentication string that counts now."""
+        with suppress(UsageError):
+            return self.fingerprint == access.fingerprint(access.auth_string(self.home)) != ""
+        return False
+
     def save(self) -> None:
         """Record the service."""
-        with atomic_path(_record(self.home)) as path:
-            path.write_text(json.dumps(asdict(self) | {"home": str(self.home)}))
+        access.write_private(_record(self.home), json.dumps(asdict(self) | {"home": str(self.home)}))
 
     def environment(self, role: Role) -> dict[str, str]:
         """The environment of a process of this service. Nothing in it lets usage figures leave the machine."""
+        string = access.make_auth_string(self.home)
         extra = {
             TOKEN: f"{self.token}:{role}",
             "PREFECT_HOME": str(self.home),
             "PREFECT_API_URL": self.api_url,
+            access.VARIABLE: string,
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
             "PREFECT_SERVER_EPHEMERAL_ENABLED": "false",
             "PREFECT_SERVER_LOGS_STREAM_OUT_ENABLED": "true",  # both, so that --watch shows what a run says
@@ -114,6 +131,7 @@ class Service:
         for name in ("NO_PROXY", "no_proxy"):
             extra[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1", "localhost"]))
         if role == "server":
+            extra |= access.server_environment(string, self.api_url)
             # Prefect looks its collections up on the web and has a local copy; there is no setting. A proxy that
             # refuses every connection keeps the server, which has nothing else to fetch, from leaving the machine.
             extra |= dict.fromkeys(("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy"), "http://127.0.0.1:9")
@@ -130,21 +148,25 @@ def start(timeout_s: float = 180.0, given_up: threading.Event | None = None) -> 
     deadline = time.monotonic() + timeout_s
     with _locked():
         service = _load() or Service(home=_home(), api_url=_api_url(), token=uuid.uuid4().hex)
+        wanted = access.fingerprint(access.make_auth_string(service.home))
         if not service.alive("server"):
             _end(service, "worker")  # a flow whose server vanished cannot report; the catalog keeps what it did
             _end(service, "server")
-            service = replace(service, api_url=_api_url(), server=None, worker=None)
+            service = replace(service, api_url=_api_url(), server=None, worker=None, fingerprint=wanted)
             _refuse_taken_port(service)
             host, port = _address(service.api_url)
             command = ["prefect", "server", "start", "--host", host, "--port", str(port)]
             service = _spawn(service, "server", command)
-        _wait(service, "server", service.healthy, deadline, given_up)
-        if not service.alive("worker"):
+        elif service.fingerprint != wanted:
+            raise UsageError(
+                f"The Prefect server that runs asks for another authentication string than {access.VARIABLE} or"
+                f" {service.home / access.FILE} says, or for none; stop it first: python -m flows.service stop"
+            )
+        if not service.alive("worker"):  # it loads what it needs while the server comes up
             _end(service, "worker")
-            with _client(service) as client:
-                _close_stale_runs(client, f"The process that ran it was killed; {_AGAIN}")
             _ready(service).unlink(missing_ok=True)
             service = _spawn(service, "worker", ["flows.service", "serve"])
+        _wait(service, "server", service.serves, deadline, given_up)
         _wait(service, "worker", lambda: _serving(service), deadline, given_up)
     return service
 
@@ -156,20 +178,35 @@ def running() -> bool:
 
 
 def stop() -> bool:
-    """Stop exactly the processes that `start` started, and theirs; False if there were none."""
+    """Stop exactly the processes that `start` started, and theirs; False if there were none.
+
+    Runs in progress are marked as Crashed by the next start.
+    """
     with _locked():
         service = _load()
         if service is None:
             return False
         found = running()
         _end(service, "worker")
-        if service.alive("server") and service.healthy():
-            with _client(service) as client:
-                _close_stale_runs(client, f"The service was stopped; {_AGAIN}")
         _end(service, "server")
         _record(service.home).unlink(missing_ok=True)
         _ready(service).unlink(missing_ok=True)
     return found
+
+
+def credentials(api_url: str | None) -> dict[str, str]:
+    """The authentication string for a server that `start` brought up and that lives, as an environment.
+
+    Empty for every other server, which must not learn it, and where the environment has a string already.
+    """
+    if os.environ.get(access.VARIABLE):
+        return {}
+    with suppress(UsageError):
+        service = _load()
+        ours = service is not None and service.api_url == (api_url or "").rstrip("/") and service.serves()
+        if service is not None and ours and service.admits():
+            return {access.VARIABLE: access.make_auth_string(service.home)}
+    return {}
 
 
 def watch(silence_s: float = 90.0) -> None:
@@ -177,11 +214,13 @@ def watch(silence_s: float = 90.0) -> None:
 
     For workers of work pools, whose machines may vanish. They must run with PREFECT_FLOWS_HEARTBEAT_FREQUENCY=30.
     """
+    os.environ |= credentials(_api_url())
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.objects import StateType
     from prefect.events.actions import ChangeFlowRunState
     from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
     from prefect.events.schemas.events import ResourceSpecification
+    from prefect.exceptions import PrefectHTTPStatusError
 
     beat, ends = "prefect.flow-run.heartbeat", ("Completed", "Failed", "Cancelled", "Crashed")
     automation = AutomationCore(
@@ -197,27 +236,50 @@ def watch(silence_s: float = 90.0) -> None:
         ),
         actions=[ChangeFlowRunState(state=StateType.CRASHED, message=f"Silent for {silence_s:.0f} s; {_AGAIN}")],
     )
-    with get_client(sync_client=True) as client:
-        for known in client.read_automations_by_name(automation.name):
-            client.delete_automation(known.id)
-        client.create_automation(automation)
+    try:
+        with get_client(sync_client=True) as client:
+            for known in client.read_automations_by_name(automation.name):
+                client.delete_automation(known.id)
+            client.create_automation(automation)
+    except PrefectHTTPStatusError as error:
+        if error.response.status_code == 401:
+            raise UsageError(f"The server wants another authentication string: set {access.VARIABLE}.") from None
+        raise
 
 
 def serve() -> None:
-    """Serve the deployments in this process until it is told to stop. `start` runs this in the background."""
+    """Serve the deployments in this process until it is told to stop. `start` runs this in the background.
+
+    If `start` does, it first waits for the server, and puts right what a killed process left there.
+    """
     import asyncio
 
+    service = _load()
+    started = service is not None and _role(psutil.Process(), service.token) == "worker"
+    if not started:
+        access.make_private(_home())
+        os.environ |= credentials(_api_url())
+
+    from prefect.client.orchestration import get_client
     from prefect.runner import Runner
     from prefect.types.entrypoint import EntrypointType
 
     from flows.curate import curate
+
+    if service is not None and started:
+        while not service.serves():
+            if not service.alive("server"):
+                raise UsageError("The Prefect server ended before anything was served.")
+            time.sleep(POLL_S)
+        with get_client(sync_client=True) as client:
+            _close_stale_runs(client, f"What ran it was stopped or killed; {_AGAIN}")
 
     # one run at a time: a run uses every core of the machine by itself
     runner = Runner(name="unish", limit=1, query_seconds=2, pause_on_shutdown=False)
     # by module, so that Dask and Ray workers, which get the flow with each task, find it under the same name
     deployment = curate.to_deployment("curate", tags=["unish"], entrypoint_type=EntrypointType.MODULE_PATH)
     runner.add_deployment(cast("RunnerDeployment", deployment))
-    (_home() / "worker.ready").write_text(str(os.getpid()))
+    access.write_private(_home() / "worker.ready", str(os.getpid()))
     asyncio.run(runner.start())
 
 
@@ -251,6 +313,8 @@ def _load() -> Service | None:
         values = json.loads(_record(_home()).read_text())
     except FileNotFoundError:
         return None
+    except PermissionError:
+        raise UsageError(access.not_yours(_home())) from None
     return Service(**values | {"home": Path(values["home"])})
 
 
@@ -258,10 +322,15 @@ def _load() -> Service | None:
 def _locked() -> Iterator[None]:
     """One start or stop at a time."""
     home = _home()
-    home.mkdir(parents=True, exist_ok=True)
-    with (home / "service.lock").open("w") as lock:
+    access.make_private(home)
+    with open(home / "service.lock", "w", opener=_private) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def _private(path: str, flags: int) -> int:
+    """Opens a file that nobody else may read."""
+    return os.open(path, flags, 0o600)
 
 
 def _address(api_url: str) -> tuple[str, int]:
@@ -298,7 +367,7 @@ def _spawn(service: Service, role: Role, module: list[str]) -> Service:
     log = _log(service, role)
     with suppress(FileNotFoundError):
         log.replace(log.with_suffix(".log.1"))
-    with log.open("wb") as stream:
+    with open(log, "wb", opener=_private) as stream:
         process = subprocess.Popen(
             [sys.executable, "-m", *module],
             cwd=ROOT,
@@ -307,6 +376,8 @@ def _spawn(service: Service, role: Role, module: list[str]) -> Service:
             stdout=stream,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            # the server writes here alone; the worker's runs write the user's data, with the user's permissions
+            umask=0o077 if role == "server" else -1,
         )
     service = replace(service, server=process.pid) if role == "server" else replace(service, worker=process.pid)
     service.save()
@@ -364,16 +435,6 @@ def _end(service: Service, role: Role) -> None:
         psutil.wait_procs(left, timeout=timeout_s)
 
 
-@contextmanager
-def _client(service: Service) -> Iterator[SyncPrefectClient]:
-    os.environ |= {"PREFECT_HOME": str(service.home), "PREFECT_API_URL": service.api_url, "DO_NOT_TRACK": "1"}
-    from prefect.client.orchestration import get_client
-    from prefect.settings import PREFECT_API_URL, temporary_settings
-
-    with temporary_settings({PREFECT_API_URL: service.api_url}), get_client(sync_client=True) as client:
-        yield client
-
-
 def _close_stale_runs(client: SyncPrefectClient, message: str) -> None:
     """Mark served runs that nothing runs any more as Crashed, with their tasks.
 
@@ -403,6 +464,13 @@ def _close_stale_runs(client: SyncPrefectClient, message: str) -> None:
         client.set_flow_run_state(run.id, Crashed(message=message), force=True)
 
 
+def login(service: Service) -> str:
+    """How a person gets into the pages, in one sentence without the string itself."""
+    path = service.home / access.FILE
+    kept = path.is_file() and path.read_text(encoding="utf-8").strip() == access.auth_string(service.home)
+    return f"Its login asks once for {f'the line in {os.path.relpath(path)}' if kept else f'your {access.VARIABLE}'}"
+
+
 @app.command("start")
 def _start(
     timeout: Annotated[float, typer.Option(help="Seconds to wait until runs are taken.")] = 180.0,
@@ -411,6 +479,7 @@ def _start(
     typer.echo("Starting the Prefect server and the deployments (about 20 seconds) ...")
     service = start(timeout)
     typer.echo(f"Running. UI: {service.ui_url}   logs: {service.home}/server.log, worker.log")
+    typer.echo(login(service))
     if service.api_url != _prefect_table().get("api", {}).get("url"):
         typer.echo(f"Prefect commands need: export PREFECT_API_URL={service.api_url}")
     typer.echo("Next: prefect deployment run curate --watch --param manifest=MANIFEST --param out=OUT")
@@ -430,7 +499,7 @@ def _status() -> None:
     worker = service is not None and service.alive("worker") and _serving(service)
     typer.echo(f"server: {'running' if server else 'not running'}\nworker: {'running' if worker else 'not running'}")
     if service is not None and server:
-        typer.echo(f"UI: {service.ui_url}")
+        typer.echo(f"UI: {service.ui_url}\n{login(service)}")
     raise typer.Exit(0 if server and worker else 1)
 
 

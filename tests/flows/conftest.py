@@ -29,12 +29,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 
 
 @pytest.fixture
-def service(place: Place) -> Place:
+def service(place: Place) -> Iterator[Place]:
     """The service, running."""
     if not place.running():
         started = place.service("start")
         assert started.returncode == 0, started.stderr
-    return place
+    with place.known():
+        yield place
 
 
 @pytest.fixture(scope="session")

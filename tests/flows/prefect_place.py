@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import socket
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
+import pytest
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -29,12 +31,13 @@ def free_port() -> int:
 
 
 def command(*arguments: str | Path, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a command of the checkout's environment in the checkout, as a user would."""
+    """Run a command of the checkout's environment in the checkout, as a user would, who knows no string."""
     program, *rest = map(str, arguments)
+    own = {name: value for name, value in os.environ.items() if name != "PREFECT_API_AUTH_STRING"}
     return subprocess.run(
         [Path(sys.executable).with_name(program), *rest],
         cwd=ROOT,
-        env=os.environ | environment,
+        env=own | environment,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -57,6 +60,26 @@ class Place:
     def record(self) -> dict:
         """What the service wrote down about itself."""
         return json.loads((self.home / "service.json").read_text())
+
+    @property
+    def string(self) -> str:
+        """The authentication string that the service made."""
+        return (self.home / "auth-string").read_text().strip()
+
+    def telling(self, folder: Path) -> list[str]:
+        """The files below a folder that have the string's secret part in them, or what goes into a header."""
+        secrets = (self.string.partition(":")[2].encode(), base64.b64encode(self.string.encode()))
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        return [path.name for path in files if any(secret in path.read_bytes() for secret in secrets)]
+
+    @contextmanager
+    def known(self) -> Iterator[None]:
+        """Prefect in this process, and what it starts, knows the string."""
+        from prefect.settings import PREFECT_API_AUTH_STRING, temporary_settings
+
+        with pytest.MonkeyPatch.context() as patch, temporary_settings({PREFECT_API_AUTH_STRING: self.string}):
+            patch.setenv("PREFECT_API_AUTH_STRING", self.string)
+            yield
 
     def processes(self, token: str) -> list[psutil.Process]:
         """Living processes that the service started, directly or not."""
@@ -82,7 +105,7 @@ class Place:
         """A client of the server."""
         from prefect.client.orchestration import get_client
 
-        with get_client(sync_client=True) as client:
+        with self.known(), get_client(sync_client=True) as client:
             yield client
 
 

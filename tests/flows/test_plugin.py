@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import socket
 import sys
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from hypothesis import given
@@ -103,8 +105,10 @@ def _context(api_url):
 def test_the_command_of_prefect_is_recognised(monkeypatch, argv, original):
     monkeypatch.setattr(sys, "argv", list(argv))
     monkeypatch.setattr(sys, "orig_argv", original)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        result = setup_environment(ctx=_context(f"http://127.0.0.1:{server.getsockname()[1]}/api"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler) as server:  # not Prefect, but it answers
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        result = setup_environment(ctx=_context(f"http://127.0.0.1:{server.server_port}/api"))
+        server.shutdown()
     assert sys.argv == [*argv[:-1], "curate/curate"]
     assert result.env == {"DO_NOT_TRACK": "1"}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import time
 from pathlib import Path
 
@@ -102,6 +101,20 @@ def test_the_literal_command_curates_a_manifest(service, clips, detector, tmp_pa
     assert [made[f"curate-{stage}"].data for stage in ("download", "observe", "teach")] == [100.0] * 3
     assert "| 1 |" in made["curate-failures"].data and "corrupt" in made["curate-failures"].data
     assert (out / "catalog.sqlite").is_file()
+    assert service.telling(out) == []
+
+
+def test_no_other_user_sees_a_file_or_the_string(service):
+    paths = [service.home, *(path for path in service.home.iterdir() if path.is_file())]  # nobody passes the first
+    assert {path.name for path in paths} >= {"auth-string", "prefect.db", "server.log", "worker.log", "service.json"}
+    assert [path.name for path in paths if path.stat().st_mode & 0o077] == []
+    assert service.telling(service.home) == ["auth-string"]
+    lines = [" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]
+    assert [line for line in lines if service.string.partition(":")[2] in line] == []
+    for action in ("start", "status"):
+        said = service.service(action)
+        assert said.returncode == 0 and "auth-string" in said.stdout
+        assert service.string.partition(":")[2] not in said.stdout + said.stderr
 
 
 def test_a_wrong_set_up_fails_with_its_sentence_and_no_traceback(service, tmp_path):
@@ -136,9 +149,22 @@ def test_wrong_parameters_are_refused_before_a_run_is_made(service, settings, se
     assert sentence in refused.value.response.json()["detail"]
 
 
+class Begin:
+    """Makes runs of one manifest, whose only download does not end before `files` is told so."""
+
+    def __init__(self, place: Place, files, settings):
+        self.place, self.files, self.settings = place, files, settings
+
+    def __call__(self):
+        """A new run, in the middle of its download."""
+        before = self.files.hits["/bars.mp4"]
+        run = make_run(self.place, self.settings)
+        wait_until(lambda: self.files.hits["/bars.mp4"] > before, "the download to begin", 120)
+        return run
+
+
 @pytest.fixture
-def hanging(service, clips, detector, tmp_path):
-    """A run in the middle of a download that does not end before the server is told so."""
+def begin(service, clips, detector, tmp_path):
     with serve(clips, {"/bars.mp4": Fault(hang=True)}) as files:
         manifest = write_manifest(tmp_path / "m.csv", [f"http,{files.url('/bars.mp4')},,"])
         settings = {
@@ -148,62 +174,29 @@ def hanging(service, clips, detector, tmp_path):
             "teacher": "none",
             "workers": 1,
         }
-        settings |= {"http_hosts": [files.host], "allow_loopback": True}
-        make_run(service, settings)
-        wait_until(lambda: files.hits["/bars.mp4"] > 0, "the download to begin")
-        yield files, settings
+        yield Begin(service, files, settings | {"http_hosts": [files.host], "allow_loopback": True})
 
 
-def test_a_killed_worker_is_put_right_by_the_next_start(service, hanging):
+def test_a_killed_server_is_put_right_by_the_next_start_and_stop_leaves_nothing(service, begin):
     from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
     from prefect.client.schemas.objects import StateType
 
-    files, settings = hanging
-    before = service.record
-    os.killpg(before["worker"], signal.SIGKILL)  # the serving process and the flow it runs
-    wait_until(lambda: len(service.processes(before["token"])) == 1, "all but the server to be gone")
-    assert [run.state_type for run in active_runs(service)] == [StateType.RUNNING]
-
-    assert service.service("start").returncode == 0
-    after = service.record
-    assert after["server"] == before["server"] and after["worker"] != before["worker"]
-    assert active_runs(service) == []
-    killed = last_run(service)
-    assert killed.state_type == StateType.CRASHED and "run it again" in killed.state.message
-    with service.client() as client:
-        tasks = client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[killed.id])))
-    assert {task.state_type for task in tasks} == {StateType.CRASHED}
-
-    files.script("/bars.mp4", [])
-    again = make_run(service, settings)
-    wait_until(lambda: last_run(service).state.is_final(), "the new run to end")
-    assert last_run(service).id == again and last_run(service).state_name == "Completed"
-
-
-def test_a_killed_flow_does_not_hold_up_the_next_one(service, hanging):
-    files, settings = hanging
-    (flow,) = psutil.Process(service.record["worker"]).children()
-    flow.kill()
-    wait_until(lambda: active_runs(service) == [], "the killed run to be noticed")
-    files.script("/bars.mp4", [])
-    again = make_run(service, settings)
-    wait_until(lambda: last_run(service).id == again and last_run(service).state.is_final(), "the next run to end")
-    assert last_run(service).state_name == "Completed"
-
-
-def test_a_killed_server_is_put_right_by_the_next_start_and_stop_leaves_nothing(service, hanging):
-    from prefect.client.schemas.objects import StateType
-
-    before = service.record
-    run = last_run(service)
+    run, before, string = begin(), service.record, service.string
     os.kill(before["server"], signal.SIGKILL)
+    (service.home / "auth-string").unlink()  # as somebody does whom another has looked over the shoulder
     wait_until(lambda: service.service("status").returncode == 1, "the server to be missed")
     assert service.service("start").returncode == 0
     after = service.record
     assert after["server"] != before["server"] and after["worker"] != before["worker"]
-    # the flow of before is gone, its run is known and closed
+    assert service.string != string  # and the client below is let in with the new one
+    # the flow of before is gone, its run is known and closed, with its tasks
     assert {process.pid for process in service.processes(after["token"])} == {after["server"], after["worker"]}
-    assert last_run(service).id == run.id and last_run(service).state_type == StateType.CRASHED
+    assert active_runs(service) == []
+    with service.client() as client:
+        killed = client.read_flow_run(run)
+        tasks = client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run])))
+    assert killed.state_type == StateType.CRASHED and "run it again" in killed.state.message
+    assert {task.state_type for task in tasks} == {StateType.CRASHED}
 
     stopped = service.service("stop")
     assert (stopped.returncode, stopped.stdout) == (0, "Stopped.\n")
@@ -212,9 +205,37 @@ def test_a_killed_server_is_put_right_by_the_next_start_and_stop_leaves_nothing(
     assert service.service("stop").stdout == "Nothing is running.\n"
 
 
+@pytest.mark.slow
+def test_a_killed_flow_and_a_killed_worker_do_not_hold_up_the_next_run(service, begin):
+    from prefect.client.schemas.objects import StateType
+
+    first, before = begin(), service.record
+    (flow,) = psutil.Process(before["worker"]).children()
+    flow.kill()
+    wait_until(lambda: active_runs(service) == [], "the killed run to be noticed")
+    second = begin()
+
+    os.killpg(before["worker"], signal.SIGKILL)  # the serving process and the flow it runs
+    wait_until(lambda: len(service.processes(before["token"])) == 1, "all but the server to be gone")
+    assert [(run.id, run.state_type) for run in active_runs(service)] == [(second, StateType.RUNNING)]
+    assert service.service("start").returncode == 0
+    after = service.record
+    assert after["server"] == before["server"] and after["worker"] != before["worker"]
+    assert active_runs(service) == []
+    with service.client() as client:
+        ended = [client.read_flow_run(run) for run in (first, second)]
+    assert [run.state_type for run in ended] == [StateType.CRASHED] * 2
+    assert "run it again" in ended[1].state.message
+
+    begin.files.script("/bars.mp4", [])
+    third = make_run(service, begin.settings)
+    wait_until(lambda: last_run(service).state.is_final(), "the new run to end")
+    assert last_run(service).id == third and last_run(service).state_name == "Completed"
+
+
 def test_a_taken_port_is_said_and_nothing_is_left(tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        port = other.getsockname()[1]
+    with serve(tmp_path, {}) as other:
+        port = int(other.host.partition(":")[2])
         environment = {"PREFECT_HOME": str(tmp_path), "PREFECT_API_URL": f"http://127.0.0.1:{port}/api"}
         started = command("python", "-m", "flows.service", "start", **environment)
     assert started.returncode == 1
