@@ -38,7 +38,8 @@ class FailureCode(StrEnum):
     # somebody said no
     REFUSED = "refused"
     FORGOTTEN = "forgotten"
-    # a defect in this program, or a worker that died
+    # a defect in this program, or a worker that died or did not come back
+    TOO_SLOW = "too_slow"
     INTERNAL = "internal"
 
     @property
@@ -60,9 +61,14 @@ _TRANSIENT = frozenset(
         FailureCode.NETWORK,
         FailureCode.TIMEOUT,
         FailureCode.DISK_FULL,
+        FailureCode.TOO_SLOW,
         FailureCode.INTERNAL,
     }
 )
+
+# It may be the machine's bad day, or this very clip; so often in one stage, and it is taken for the clip.
+TRIES = 3
+REPEATED = frozenset({FailureCode.INTERNAL, FailureCode.TOO_SLOW})
 
 _ADVICE = {
     FailureCode.REMOVED: "The video is gone from its platform; drop the row from the manifest.",
@@ -87,7 +93,8 @@ _ADVICE = {
     FailureCode.MISSING_DEPTH: "The depth folder lacks this clip or a part of it; compute it, or take another teacher.",
     FailureCode.REFUSED: "The address or path is not allowed; allow its host or folder explicitly if you trust it.",
     FailureCode.FORGOTTEN: "Removal of this video was requested; drop the row.",
-    FailureCode.INTERNAL: "Unexpected error or a worker that died; run again, and report it with the log if it stays.",
+    FailureCode.TOO_SLOW: "The clip took longer than --clip-timeout-s; raise it, or run on a machine with more to spare.",
+    FailureCode.INTERNAL: "An unexpected error, or a worker that died; run again with --debug-file PATH, and report it.",
 }
 
 
