@@ -22,13 +22,13 @@ from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
+from curation.deadlines import TOO_SLOW
 from curation.ingest.failures import FailureCode, StageError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 DIED = "the process that worked on it died: out of memory, or a crash in a decoder"
-TOO_SLOW = "the work on it was ended after {:.0f} s"
 _LONGEST_S = 1e6  # what a timer can wait for
 
 
@@ -51,8 +51,8 @@ def spread(
 
     limit_s: the seconds after which the process that has the task is killed, the start of a new process included;
     without it a task may take for ever. An exception has the traceback of its process in its notes. Two ends have a
-    StageError for their result: INTERNAL where the process died (out of memory, a crash in a decoder), TOO_SLOW where it
-    was killed. Other tasks never notice.
+    StageError for their result: INTERNAL where the process died (out of memory, a crash in a decoder), TOO_SLOW where
+    it was killed. Other tasks never notice.
     """
     if not tasks:
         return
@@ -142,7 +142,7 @@ class _Child:
             return self._process.is_alive() and not self._pipe.closed
 
     def run(self, function: Callable[[Any], Any], task: Any, limit_s: float | None) -> tuple[Any, BaseException | None]:
-        """(result, None) or (None, exception) of function(task); StageError where the process did not live to answer."""
+        """(result, None) or (None, exception) of function(task); StageError where the process died before its answer."""
         order = pickle.dumps((function, task))
         timer = None if limit_s is None else _Timer(limit_s, self._process.kill)
         try:
