@@ -142,7 +142,7 @@ class _Child:
             return self._process.is_alive() and not self._pipe.closed
 
     def run(self, function: Callable[[Any], Any], task: Any, limit_s: float | None) -> tuple[Any, BaseException | None]:
-        """(result, None) or (None, exception) of function(task); StageError where the process died before its answer."""
+        """(result, None) or (None, exception) of function(task); a StageError where the process died before."""
         order = pickle.dumps((function, task))
         timer = None if limit_s is None else _Timer(limit_s, self._process.kill)
         try:
