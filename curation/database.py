@@ -213,6 +213,7 @@ def _usage_error(error: DatabaseError) -> UsageError:
         ("unable to open", "its file cannot be opened; check that the folder exists and is writable"),
         ("locked", "another process has held it for too long; end that one, or run again later"),
         ("disk is full", "the disk is full; free some space and run again"),
+        ("disk I/O error", "its disk cannot be written, as when it is full; free some space and run again"),
         ("not a database", "the file is something else; move it away, or choose another --out"),
         ("malformed", "the file is damaged; restore it from a backup, or move it away and run again"),
     ):

@@ -17,7 +17,6 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from functools import lru_cache
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import Any, TypeVar
@@ -75,7 +74,8 @@ class _Pool:
     """So many threads, each with a process that it starts when it is first needed, and anew after its death."""
 
     def __init__(self, workers: int) -> None:
-        self._orders: SimpleQueue[tuple[Future[Any], Callable[[Any], Any], Any, float | None]] = SimpleQueue()
+        self.workers = workers
+        self._orders: SimpleQueue[tuple[Future[Any], Callable[[Any], Any], Any, float | None] | None] = SimpleQueue()
         self._children: set[_Child] = set()
         for _ in range(workers):
             threading.Thread(target=self._serve, name="worker", daemon=True).start()
@@ -88,8 +88,8 @@ class _Pool:
 
     def _serve(self) -> None:
         child: _Child | None = None
-        while True:
-            future, function, task, limit_s = self._orders.get()
+        while (order := self._orders.get()) is not None:
+            future, function, task, limit_s = order
             if not future.set_running_or_notify_cancel():
                 continue
             try:
@@ -102,7 +102,15 @@ class _Pool:
                 future.set_result(result)
             else:
                 future.set_exception(error)
-            del future, task, result, error  # nothing is held while waiting for the next
+            del order, future, task, result, error  # nothing is held while waiting for the next
+        if child is not None:
+            self._children.discard(child)
+            child.kill()
+
+    def close(self) -> None:
+        """Take no more orders; those that wait are still done."""
+        for _ in range(self.workers):
+            self._orders.put(None)
 
     def _replace(self, child: _Child | None) -> _Child:
         if child is not None:
@@ -118,9 +126,19 @@ class _Pool:
             child.kill()
 
 
-@lru_cache(maxsize=1)
+_current: _Pool | None = None
+_changing = threading.Lock()
+
+
 def _pool(workers: int) -> _Pool:
-    return _Pool(workers)
+    """The pool of this many; one of another number ends when it has done what it was given."""
+    global _current
+    with _changing:
+        if _current is None or _current.workers != workers:
+            if _current is not None:
+                _current.close()
+            _current = _Pool(workers)
+        return _current
 
 
 class _Child:

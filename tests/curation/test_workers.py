@@ -105,3 +105,15 @@ def _raise(what: str) -> object:
     if what == "staged":
         raise StageError(FailureCode.CORRUPT, "said", 1.0)
     return lambda: None
+
+
+def test_a_pool_of_another_size_takes_the_place_of_the_first():
+    ((_, old),) = spread(_pid, [0.01], 1)
+    assert isinstance(old, int) and len(list(spread(_pid, [0.01, 0.01], 2))) == 2
+    for _ in range(200):
+        try:
+            os.kill(old, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.05)
+    raise AssertionError("a process of the first pool is still there")
