@@ -13,6 +13,10 @@ from curation.settings import Settings
 Progress = Callable[[int, int], None]
 
 
+class StageStopped(BaseException):
+    """Raised by a Progress to end a stage at its next clip. No Exception: it is the failure of no clip."""
+
+
 @dataclass(frozen=True)
 class Batch:
     """Clips that travel together: the unit of a task and of a shard. `batch_id` depends on the clips alone."""

@@ -17,6 +17,7 @@ import os
 import re
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
@@ -28,7 +29,7 @@ import sqlalchemy as sa
 from curation.database import Database, chunks
 from curation.files import sha256_json
 from curation.funnel import FunnelCounts, Tally
-from curation.ingest.failures import FailureCode, UsageError
+from curation.ingest.failures import REPEATED, TRIES, FailureCode, UsageError
 from curation.leases import Leases
 from curation.manifest import ClipRef
 from curation.records import CriterionResult, Verdict, VideoFile
@@ -85,7 +86,8 @@ class StoredVideo:
 class Attempt:
     """One try of one stage on one clip; `code` is None for a success. `started_at` is Unix time.
 
-    `message` must be safe to keep: no title, name, address or path. `worker` is filled in by the catalog.
+    `message` must be safe to keep: no title, name, address or path. `worker` and `transient` are filled in by the
+    catalog; a failure is transient where another try may succeed without anyone doing anything.
     """
 
     clip_id: str
@@ -95,6 +97,7 @@ class Attempt:
     started_at: float = 0.0
     seconds: float = 0.0
     worker: str = ""
+    transient: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +236,11 @@ class Catalog(Leases, Turns):
         return self.record_attempts([attempt])
 
     def record_attempts(self, tries: Iterable[Attempt]) -> frozenset[str]:
-        """Add tries to the history, in order. Recording the same try twice makes two."""
+        """Add tries to the history, in order. Recording the same try twice makes two.
+
+        A failure of REPEATED is transient until it is the clip's TRIES-th in that stage since that stage last
+        succeeded, or failed for good and was tried again all the same.
+        """
         written: set[tuple[Any, ...]] = set()  # by an earlier call of `write`, of whose commit nothing is known
 
         def write(connection: sa.Connection, rows: list[dict[str, Any]]) -> None:
@@ -250,6 +257,7 @@ class Catalog(Leases, Turns):
                 connection.execute(earlier.values(unresolved=False))
             for row in rows:
                 row["unresolved"] = row["code"] is not None and row is last[row["stage"], row["clip_id"]]
+            _count_repeated(connection, rows)
             connection.execute(sa.insert(attempts), rows)
 
         worker = _worker(os.getpid())
@@ -614,7 +622,33 @@ def _video(row: sa.Row[Any]) -> StoredVideo:
 
 def _attempt(row: sa.Row[Any]) -> Attempt:
     code = None if row.code is None else FailureCode(row.code)
-    return Attempt(row.clip_id, row.stage, code, row.message, row.started_at, row.seconds, row.worker)
+    return Attempt(row.clip_id, row.stage, code, row.message, row.started_at, row.seconds, row.worker, row.transient)
+
+
+def _count_repeated(connection: sa.Connection, rows: list[dict[str, Any]]) -> None:
+    """What may be chance is transient so many times in a row; then it is not, and the count begins anew."""
+    repeated = {row["clip_id"] for row in rows if row["code"] in REPEATED}
+    if not repeated:
+        return
+    asked = sa.select(attempts.c.clip_id, attempts.c.stage, attempts.c.code, attempts.c.transient)
+    earlier = connection.execute(asked.where(attempts.c.clip_id.in_(sorted(repeated))).order_by(attempts.c.id))
+    counts: Counter[tuple[str, str, str]] = Counter()
+
+    def count(clip_id: str, stage: str, code: str | None, transient: bool) -> int:
+        if code is None or not transient:
+            for each in REPEATED:
+                del counts[clip_id, stage, each.value]
+            return 0
+        counts[clip_id, stage, code] += 1
+        return counts[clip_id, stage, code]
+
+    for found in earlier:
+        count(*found)
+    for row in rows:
+        tries = count(row["clip_id"], row["stage"], row["code"], row["transient"])
+        if row["code"] in REPEATED and tries >= TRIES:
+            row["transient"] = False
+            count(row["clip_id"], row["stage"], row["code"], False)
 
 
 def _output(row: sa.Row[Any]) -> Output:

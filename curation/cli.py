@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -44,6 +45,9 @@ CatalogUrl = Annotated[
 ]
 Storage = Annotated[
     str | None, typer.Option(envvar="UNISH_STORAGE", help="fsspec URL that machines share, such as s3://bucket/run.")
+]
+DebugFile = Annotated[
+    Path | None, typer.Option(help="Keep what unexpected errors say in this file; it may hold titles and addresses.")
 ]
 TeacherOption = Annotated[
     str, typer.Option(help="Depth teacher: a MoGe-2 Hugging Face id or file, a folder of depth, or none.")
@@ -94,6 +98,10 @@ def run(
     budget_mb: Annotated[int | None, typer.Option(help="Videos kept; the oldest finished ones make room.")] = None,
     cookies: Annotated[Path | None, typer.Option(help="Netscape cookie file; neither changed nor logged.")] = None,
     proxy_file: Annotated[Path | None, typer.Option(help="File with the address of a proxy; never logged.")] = None,
+    clip_timeout_s: Annotated[
+        float | None, typer.Option(help="Seconds for one clip in a stage; by default a generous one by its length.")
+    ] = None,
+    debug_file: DebugFile = None,
     allow_loopback: Loopback = False,
 ) -> None:
     """Download, observe, judge, teach and shard the clips of a manifest, here, without Prefect.
@@ -121,6 +129,8 @@ def run(
         storage=storage,
         lease_s=lease_s,
         patience_s=patience_s,
+        clip_timeout_s=clip_timeout_s,
+        debug_file=debug_file,
     )  # fmt: skip
     for code in settings.retry:
         if code not in set(FailureCode):
@@ -206,8 +216,8 @@ def failures(
     for attempt in found:
         table.add_row(attempt.clip_id, attempt.stage, str(attempt.code), escape(attempt.message))
     console.print(table)
-    for each in sorted({attempt.code for attempt in found if attempt.code}):
-        again = "may work if run again" if each.transient else f"tried again only with --retry {each.value}"
+    for each, transient in sorted({(attempt.code, attempt.transient) for attempt in found if attempt.code}):
+        again = "may work if run again" if transient else f"tried again only with --retry {each.value}"
         console.print(f"{each.value} ({again}): {each.advice}", soft_wrap=True)
     _print_blocks(catalog)
 
@@ -236,6 +246,7 @@ def evaluate(
     policy: PolicyOption = Path("default"),
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")] = None,
     workers: Annotated[int | None, typer.Option(help="Processes; one per core by default.")] = None,
+    debug_file: DebugFile = None,
 ) -> None:
     """Observe and judge labelled clips that lie beside a CSV, and show where the policy disagrees with the labels."""
     from curation import evaluate as evaluation
@@ -246,7 +257,7 @@ def evaluate(
     settings = ObserveSettings(detector=detector)
     with _bars() as show:
         results = evaluation.evaluate(
-            labelled, cases.parent, rule, settings, workers, lambda done, total: show("evaluate", done, total)
+            labelled, cases.parent, rule, settings, workers, partial(show, "evaluate"), debug_file
         )
     if json_out is not None:
         evaluation.write_results(results, json_out)

@@ -310,6 +310,8 @@ def _refusal(error: DatabaseError) -> UsageError | OutageError:
         ("readonly", "it is read-only; make the file and its folder writable, or choose another --out"),
         ("read-only", "it is read-only; give a user and a server that may write"),
         ("unable to open", "its file cannot be opened; check that the folder exists and is writable"),
+        ("disk is full", "the disk is full; free some space and run again"),
+        ("disk I/O error", "its disk cannot be written, as when it is full; free some space and run again"),
         ("not a database", "the file is something else; move it away, or choose another --out"),
         ("malformed", "the file is damaged; restore it from a backup, or move it away and run again"),
         (_NO_SUCH_HOST, "its host is not known; correct the name in the URL"),

@@ -15,12 +15,14 @@ from typing import Any
 
 from curation.files import atomic_path
 from curation.ingest.failures import StageError, UsageError
+from curation.last_resort import check_debug_file, failure_of, keep_text
 from curation.manifest import ClipRef
 from curation.observe.people import find_weights
 from curation.policy import CRITERIA, Policy, judge, load_policy
 from curation.settings import ObserveSettings
 from curation.workers import spread
 
+LIMIT_S = 3600.0  # for one clip
 _COLUMNS = ("file", "expected", "first_reason")
 
 
@@ -102,15 +104,26 @@ def evaluate(
     settings: ObserveSettings,
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    debug_file: Path | None = None,
 ) -> list[CaseResult]:
-    """Observe and judge every case's file in `folder`, on all cores; results in the order of the cases."""
+    """Observe and judge every case's file in `folder`, on all cores; results in the order of the cases.
+
+    A clip that is not done after LIMIT_S is an error like any other. debug_file: what unexpected errors say.
+    """
+    if debug_file is not None:
+        check_debug_file(debug_file)
     weights = str(find_weights(settings.detector or policy.detector))
     detector_ready(weights, settings)
     tasks = [(case, folder / case.file, weights, settings, policy) for case in cases]
     results: dict[str, CaseResult] = {}
-    for done, (task, result) in enumerate(spread(_evaluate_one, tasks, workers), 1):
+    for done, (task, result) in enumerate(spread(_evaluate_one, tasks, workers, lambda task: LIMIT_S), 1):
+        if isinstance(result, UsageError):
+            raise result
         if isinstance(result, BaseException):
-            result = _error(task[0], "internal", f"{type(result).__name__}: {result}")
+            failure = failure_of(result)
+            if debug_file is not None:
+                keep_text(debug_file, [ClipRef("local", task[0].file)], "evaluate", result)
+            result = _error(task[0], failure.code.value, failure.message)
         results[task[0].file] = result
         if progress is not None:
             progress(done, len(tasks))

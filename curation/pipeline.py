@@ -1,7 +1,8 @@
 """The stages in order, for a batch of clips: download, observe, judge, teach. No engine in here.
 
-Every stage looks into the catalog and does only what is missing; what fails for a clip is recorded there with its type
-and never raised. Any process may die anywhere: files are renamed into place first, completion is recorded last.
+Every stage looks into the catalog and does only what is missing; what fails for a clip, whatever it is, is recorded
+there with its type and never raised: only a wrong set-up, a long outage or a lost lease ends a run. Any process may die anywhere: files
+are renamed into place first, completion is recorded last.
 """
 
 from __future__ import annotations
@@ -13,36 +14,46 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from curation.batches import Batch, Funnel, Progress, StageReport, read_batches
 from curation.catalog import Attempt, Catalog, ObservationFile, Output
 from curation.claims import Claims, Queue
+from curation.deadlines import time_limit
 from curation.files import sha256_file
-from curation.ingest.failures import FailureCode, StageError, UsageError
+from curation.ingest.failures import ENDS_THE_RUN, FailureCode, StageError, UsageError
+from curation.last_resort import check_debug_file, failure_of, keep_text
 from curation.manifest import ClipRef
 from curation.observe.people import find_weights
 from curation.policy import Policy, find_policy, load_policy, subject_boxes
 from curation.policy import judge as judge_observations
-from curation.records import ClipSample
+from curation.records import ClipSample, Verdict
 from curation.settings import Settings
 from curation.state import FOLDERS, State, forget_cached, frames_name, observation_name, state_of
 from curation.storage import Store
 from curation.workers import spread
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from curation.ingest.politeness import Gate
+
 POLL_S = 2.0  # how often work that other workers hold is asked for
 _SCRATCH_S = 3600.0  # how long a machine keeps its copy of a video that is in the shared storage
+_FLOOR_S = 1800.0  # the least of the time limits that no setting gives: a busy machine may take long over any clip
+_PER_CLIP_S, _PER_VIDEO_S = 60.0, 1.0  # and more, for every second of the clip and of its video
 _AHEAD = 2  # batches fetched before they are observed: enough to hide the network, little enough to bound the disk
 
 
 def preflight(settings: Settings) -> Settings:
     """Find what would stop a run before any work is done; returns the settings with everything resolved.
 
-    Raises UsageError: policy, detector or teacher weights, ffmpeg, an output folder that cannot be written.
+    Raises UsageError: policy, detector or teacher weights, ffmpeg, an output folder or a debug file that cannot be
+    written.
     """
     from curation.evaluate import detector_ready
     from curation.ffmpeg import ffmpeg_exe
@@ -63,6 +74,9 @@ def preflight(settings: Settings) -> Settings:
             raise UsageError(
                 f"{out / name} is a file where a run keeps a folder; move it away, or choose another --out."
             )
+    debug_file = settings.debug_file and settings.debug_file.expanduser().absolute()
+    if debug_file is not None:
+        check_debug_file(debug_file)
     policy = load_policy(settings.policy)
     ffmpeg_exe()
     weights = find_weights(settings.observe.detector or policy.detector)
@@ -82,6 +96,7 @@ def preflight(settings: Settings) -> Settings:
             "observe": observe_settings,
             "teacher": check_teacher(settings.teacher),
             "download": download_settings,
+            "debug_file": debug_file,
         }
     )
     Catalog(settings.database)
@@ -102,7 +117,6 @@ def download(settings: Settings, batch: Batch, progress: Progress | None = None)
 
     A platform that asked to be left alone is left alone: its clips are postponed.
     """
-    from curation.ingest.download import download as fetch
     from curation.ingest.politeness import Gate
 
     state = state_of(settings)
@@ -118,33 +132,41 @@ def download(settings: Settings, batch: Batch, progress: Progress | None = None)
         by_video.setdefault(ref.video_key, []).append(ref)
     gate = Gate(state.catalog, settings.download)
     state.store.release_older("videos/*/video.*", _SCRATCH_S)  # on a cluster, another machine may have used them
-    for key, clips in by_video.items():
-        if gate.wait(clips[0]) is not None:
-            log.postpone(len(clips))
-            continue
+    for clips in by_video.values():
         began = time.time()
         try:
-            _make_room(state)
-            video = fetch(clips[0], settings.out / "videos", settings.download)
-        except StageError as error:
-            gate.failed(clips[0], error)
+            asked = gate.wait(clips[0]) is None
+            began = time.time()
+            if asked:
+                _fetch_video(state, gate, clips[0])
+        except ENDS_THE_RUN:
+            raise
+        except Exception as error:  # the last resort: whatever it was, the other clips go on
             log.failed(clips, error, began)
             continue
-        except UsageError:
-            raise
-        except Exception as error:  # whatever a file does to a library, the other clips go on
-            internal = StageError(FailureCode.INTERNAL, f"fetching ended with {type(error).__name__}")
-            log.failed(clips, internal, began)
-            continue
-        gate.succeeded(clips[0])
-        name = state.name_of(video.path)
-        state.store.put(name)
-        if not state.catalog.record_video(key, video, name):
-            state.store.drop([name])  # forgotten while it was fetched
-            log.failed(clips, StageError(FailureCode.FORGOTTEN, "removal was requested"), began)
-            continue
-        log.done(clips, began)
+        if asked:
+            log.done(clips, began)
+        else:
+            log.postpone(len(clips))
     return log.report()
+
+
+def _fetch_video(state: State, gate: Gate, ref: ClipRef) -> None:
+    """One video, from its platform to its row in the catalog."""
+    from curation.ingest.download import download as fetch
+
+    try:
+        _make_room(state)
+        video = fetch(ref, state.settings.out / "videos", state.settings.download)
+    except StageError as error:
+        gate.failed(ref, error)
+        raise
+    gate.succeeded(ref)
+    name = state.name_of(video.path)
+    state.store.put(name)
+    if not state.catalog.record_video(ref.video_key, video, name):
+        state.store.drop([name])  # forgotten while it was fetched
+        raise StageError(FailureCode.FORGOTTEN, "removal was requested")
 
 
 def _make_room(state: State) -> None:
@@ -182,44 +204,77 @@ def observe(settings: Settings, batch: Batch, progress: Progress | None = None) 
             settings,
             state.policy,
             state.store,
+            _limit_s(settings, ref, videos[ref.video_key].duration_s),
         )
         for ref in wanted
         if ref.video_key in videos and ref.clip_id not in blocked
     ]
     log.skip(len(batch.refs) - len(tasks))
     began = {task.ref.clip_id: time.time() for task in tasks}
-    for task, result in spread(_observe_clip, tasks, settings.workers):
+    for task, result in spread(_observe_clip, tasks, settings.workers, lambda task: task.limit_s):
         ref, start = task.ref, began[task.ref.clip_id]
-        if isinstance(result, StageError):
-            log.failed([ref], result, start)
-        elif isinstance(result, UsageError):
+        if isinstance(result, ENDS_THE_RUN):
             raise result
-        elif isinstance(result, BaseException):
-            log.failed([ref], StageError(FailureCode.INTERNAL, f"observing ended with {type(result).__name__}"), start)
-        else:
+        try:
+            if isinstance(result, BaseException):
+                raise result
             digest = state.catalog.put_provenance(result.provenance)
             name = observation_name(ref)
             state.catalog.record_observations(
                 [ObservationFile(ref.clip_id, result.kind, name, result.sha256, digest)]  # type: ignore[arg-type]
             )
-            log.done([ref], start)
+        except ENDS_THE_RUN:
+            raise
+        except (Exception, SystemExit) as error:  # the last resort; a library of a worker may also have called exit()
+            log.failed([ref], error, start)
+            continue
+        log.done([ref], start)
     return log.report()
+
+
+def _limit_s(settings: Settings, ref: ClipRef, video_s: float) -> float:
+    """How long one stage may be at one clip. Generous: it is there for what would never end."""
+    if settings.clip_timeout_s is not None:
+        return settings.clip_timeout_s
+    clip_s = (video_s if ref.end_s is None else min(ref.end_s, video_s)) - (ref.start_s or 0.0)
+    return _FLOOR_S + _PER_CLIP_S * max(0.0, clip_s) + _PER_VIDEO_S * video_s
 
 
 def judge(settings: Settings, batch: Batch) -> StageReport:
     """Apply the policy to the batch's measurements; decodes nothing."""
     state = state_of(settings)
+    log = _Log(state, "judge", len(batch.refs), None)
     known = state.catalog.verdicts(batch.refs, state.policy.hash)
     files = state.catalog.observations(batch.refs)
     missing = [files[ref.clip_id] for ref in batch.refs if ref.clip_id in files and ref.clip_id not in known]
-    judged = state.judge(missing)
-    return StageReport("judge", judged, len(batch.refs) - judged)
+    log.skip(len(batch.refs) - len(missing))
+    _judge(state, log, missing)
+    return log.report()
+
+
+def _judge(state: State, log: _Log, files: Sequence[ObservationFile]) -> int:
+    """Judge what can be read; a damaged or missing file is measured anew by the next run. How many were judged."""
+    began = time.time()
+    verdicts: list[Verdict] = []
+    failed: dict[str, Exception] = {}
+    for clip_id, observations in state.readable(files).items():
+        try:
+            verdicts.append(judge_observations(observations, state.policy))
+        except Exception as error:  # the last resort: whatever it was, the other clips are judged
+            failed[clip_id] = error
+    state.catalog.record_verdicts(verdicts, {file.clip_id: file.sha256 for file in files})
+    refs = state.catalog.refs(failed)
+    for clip_id, ref in refs.items():
+        log.failed([ref], failed[clip_id], began)
+    log.judged([verdict.clip_id for verdict in verdicts], began)
+    return len(verdicts)
 
 
 def judge_all(settings: Settings, progress: Progress | None = None) -> int:
     """Judge every measured clip of the catalog under the settings' policy; returns how many were judged anew."""
     forget_cached()  # the policy's file may have changed
     state = state_of(settings)
+    log = _Log(state, "judge", 0, None)
     judged = seen = 0
     nowhere = True
     for page in state.catalog.observed():
@@ -227,7 +282,7 @@ def judge_all(settings: Settings, progress: Progress | None = None) -> int:
         missing = [file for file in page if file.clip_id not in known]
         nowhere = nowhere and len(missing) == len(page)
         nowhere = nowhere and not any(state.store.sizes_of([file.path for file in missing]))
-        judged += state.judge(missing)
+        judged += _judge(state, log, missing)
         state.store.release([file.path for file in missing])
         seen += len(page)
         if progress is not None:
@@ -241,7 +296,8 @@ def judge_all(settings: Settings, progress: Progress | None = None) -> int:
 
 def teach(settings: Settings, batch: Batch, progress: Progress | None = None) -> StageReport:
     """Give the batch's accepted clips their teacher depth and write them as shards of the run's data set."""
-    from curation.shards.writer import write_shards
+    from curation.shards.schema import ShardError
+    from curation.shards.writer import encode_clip, write_tables
 
     state = state_of(settings)
     log = _Log(state, "teach", len(batch.refs), progress)
@@ -250,27 +306,42 @@ def teach(settings: Settings, batch: Batch, progress: Progress | None = None) ->
     if todo:
         digest = state.catalog.put_provenance(state.dataset)
         began: dict[str, float] = {}
+        videos = state.videos(todo)
+        refs = {ref.clip_id: ref for ref in todo}  # less those that failed
 
-        def samples() -> Iterator[ClipSample]:
-            teacher = state.teacher()
+        def encoded() -> Iterator[pa.Table]:
+            teacher = _teacher(state)
             for ref in todo:
                 began[ref.clip_id] = time.time()
+                video = videos.get(ref.video_key)
                 try:
-                    sample = _sample(state, ref, teacher)
-                except StageError as error:
+                    with time_limit(_limit_s(settings, ref, video.duration_s if video else 0.0)):
+                        table = encode_clip(_sample(state, ref, teacher))
+                except Exception as error:  # the last resort: whatever it was, the other clips go on
+                    if isinstance(error, ENDS_THE_RUN) and not isinstance(error, ShardError):
+                        raise
+                    del refs[ref.clip_id]
                     log.failed([ref], error, began[ref.clip_id])
                     continue
-                yield sample
+                yield table
                 log.through()
 
-        refs = {ref.clip_id: ref for ref in todo}
         staging = settings.out / "staging" / batch.batch_id
         folder = staging if state.store.shared else state.store.path(state.shards)
         gone = state.catalog.forgotten_clips
-        shards = write_shards(samples(), folder, max_bytes=settings.shard_mb * 2**20, gone=gone)
-        if state.store.shared:
-            state.add_shards(staging, shards)
+        try:
+            shards = write_tables(encoded(), folder, max_bytes=settings.shard_mb * 2**20, gone=gone)
+            if state.store.shared:
+                state.add_shards(staging, shards)
+                shutil.rmtree(staging, ignore_errors=True)
+        except ENDS_THE_RUN:
+            raise
+        except Exception as error:  # no shard of this batch is noted anywhere: the next run writes them all
             shutil.rmtree(staging, ignore_errors=True)
+            log.not_through()
+            for ref in refs.values():
+                log.failed([ref], error, began.get(ref.clip_id, time.time()))
+            return log.report()
         written = [clip for shard in shards for clip in shard.clips if clip.clip_id in refs]
         left_out = state.catalog.record_outputs(Output(clip.clip_id, digest, clip.frames) for clip in written)
         if left_out:  # forgotten meanwhile: nothing of them may stay
@@ -282,6 +353,19 @@ def teach(settings: Settings, batch: Batch, progress: Progress | None = None) ->
         state.store.drop([frames_name(ref) for ref in todo])
     state.release(batch)
     return log.report()
+
+
+def _teacher(state: State) -> Any:
+    """The teacher; what keeps it from being loaded is no clip's fault, and would be the same for the next one."""
+    try:
+        return state.teacher()
+    except ENDS_THE_RUN:
+        raise
+    except Exception as error:
+        said = failure_of(error).message
+        if state.settings.debug_file is not None:
+            keep_text(state.settings.debug_file, [], "teach", error)
+        raise UsageError(f"The depth teacher cannot be loaded: {said}.") from None
 
 
 def funnel(settings: Settings, refs: Sequence[ClipRef] | None) -> Funnel:
@@ -459,9 +543,28 @@ class _Log:
         self._unrecorded = max(0, self._unrecorded - len(refs))
         self._show()
 
-    def failed(self, refs: Sequence[ClipRef], error: StageError, began: float) -> None:
-        self._record(refs, error.code, error.message, began)
-        self._failed[error.code.value] = self._failed.get(error.code.value, 0) + len(refs)
+    def not_through(self) -> None:
+        """What was shown as done will not be recorded."""
+        self._unrecorded = 0
+
+    def judged(self, clip_ids: Sequence[str], began: float) -> None:
+        """Count verdicts; only what failed before has its success in the history, for there are many verdicts."""
+        before = [each.clip_id for each in self._state.catalog.failures(clip_ids) if each.stage == self._stage]
+        self._record(list(self._state.catalog.refs(before).values()), None, "", began)
+        self._done += len(clip_ids)
+
+    def failed(self, refs: Sequence[ClipRef], error: BaseException, began: float) -> None:
+        """Record a failure with its type and fixed words; what an unexpected error said goes into the debug file alone.
+
+        error: anything; see `failure_of`.
+        """
+        failure = failure_of(error)
+        self._record(refs, failure.code, failure.message, began)
+        unexpected = failure.code is FailureCode.INTERNAL or failure is not error
+        if unexpected and self._state.settings.debug_file is not None:
+            with suppress(OSError):  # a full disk, say: the run matters more
+                keep_text(self._state.settings.debug_file, refs, self._stage, error)
+        self._failed[failure.code.value] = self._failed.get(failure.code.value, 0) + len(refs)
         self._show()
 
     def _record(self, refs: Sequence[ClipRef], code: FailureCode | None, message: str, began: float) -> None:
@@ -482,6 +585,7 @@ class _ObserveTask:
     settings: Settings
     policy: Policy
     store: Store
+    limit_s: float
 
 
 @dataclass(frozen=True)
@@ -492,7 +596,17 @@ class _Observed:
 
 
 def _observe_clip(task: _ObserveTask) -> _Observed:
-    """In a worker: prescreen, measure, and keep the frames of a clip that the policy accepts."""
+    """In a worker: `_observe_here`, any error of which is typed while all that led to it is still known."""
+    try:
+        return _observe_here(task)
+    except (StageError, *ENDS_THE_RUN):
+        raise
+    except Exception as error:
+        raise failure_of(error) from error
+
+
+def _observe_here(task: _ObserveTask) -> _Observed:
+    """Prescreen, measure, and keep the frames of a clip that the policy accepts."""
     from curation.observe.observations import write_observations
     from curation.observe.observe import detector_for, observe, prescreen
     from curation.observe.samples import write_frames

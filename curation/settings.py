@@ -73,6 +73,15 @@ class Settings(BaseModel):
     teacher: TeacherSettings = TeacherSettings()
     batch_clips: int = Field(32, ge=1, description="Clips per batch: the unit of a task and of a shard.")
     workers: int | None = Field(None, ge=1, description="Observing processes; None is one per core.")
+    clip_timeout_s: float | None = Field(
+        None,
+        gt=0,
+        description="Seconds for measuring a clip, and for its depth; None is half an hour, a minute more for every "
+        "second of the clip, and a second for every second of its video.",
+    )
+    debug_file: Path | None = Field(
+        None, description="Unexpected errors are kept here with all they say; readable by you alone."
+    )
     shard_mb: int = Field(512, ge=1, description="A shard file is closed before it grows beyond this.")
     retry: tuple[str, ...] = Field((), description="Failure codes to try again although they are permanent.")
     catalog_url: str | None = Field(None, repr=False, description="SQLAlchemy URL; None is SQLite in `out`.")

@@ -12,7 +12,7 @@ from curation.batches import Batch
 from curation.catalog import Catalog, ObservationFile, Output
 from curation.claims import Claims
 from curation.files import sha256_file, sha256_json
-from curation.ingest.failures import FailureCode, UsageError
+from curation.ingest.failures import FailureCode
 from curation.manifest import ClipRef
 from curation.observe.hdr import OPERATOR
 from curation.observe.observations import Observations
@@ -20,7 +20,7 @@ from curation.observe.people import find_weights
 from curation.observe.sampling import SAMPLER
 from curation.policy import Policy, describe, load_policy
 from curation.policy import judge as judge_observations
-from curation.records import VideoFile
+from curation.records import Verdict, VideoFile
 from curation.settings import Settings
 from curation.shards.index import Index, Place, ShardEntry, newest_index
 from curation.storage import Store
@@ -200,10 +200,16 @@ class State:
             if file is None or observations is None or not self._measured_as_asked(file):
                 todo.append(ref)
             elif file.kind == "keyframes":
-                verdict = verdicts.get(ref.clip_id) or judge_observations(observations, self.policy)
-                if verdict.decision == "unknown":
+                verdict = verdicts.get(ref.clip_id) or self._verdict(observations)
+                if verdict is not None and verdict.decision == "unknown":
                     todo.append(ref)
         return todo
+
+    def _verdict(self, observations: Observations) -> Verdict | None:
+        try:
+            return judge_observations(observations, self.policy)
+        except Exception:  # the stage that judges comes upon it too, and records it
+            return None
 
     def _measured_as_asked(self, file: ObservationFile) -> bool:
         if file.provenance_hash not in self._same:
@@ -249,7 +255,7 @@ class State:
             return verdict.decision == "reject" or ref.clip_id in written
 
         left = [ref for ref in batch.refs if not done(ref)]
-        return not left or len(self.given_up(left, ("download", "observe", "teach"))) == len(left)
+        return not left or len(self.given_up(left, ("download", "observe", "judge", "teach"))) == len(left)
 
     def _in_sound_shards(self, clip_ids: Iterable[str]) -> frozenset[str]:
         """Clips whose shard is there with a readable end; a cut one is put aside, so that they are written again."""
@@ -265,18 +271,10 @@ class State:
             for attempt in self.catalog.failures(refs)
             if attempt.stage in stages
             and attempt.code is not None
-            and not attempt.code.transient
+            and not attempt.transient
             and attempt.code not in _MENDED_BY_SETTINGS
             and attempt.code.value not in self.settings.retry
         )
-
-    # what is done in several stages
-
-    def judge(self, files: Sequence[ObservationFile]) -> int:
-        """Judge what can be read; a damaged or missing file is measured anew by the next run."""
-        verdicts = [judge_observations(observations, self.policy) for observations in self.readable(files).values()]
-        self.catalog.record_verdicts(verdicts, {file.clip_id: file.sha256 for file in files})
-        return len(verdicts)
 
     def release(self, batch: Batch) -> None:
         """Free this disk of what a batch has behind the URL; keeps everything where there is none."""
@@ -323,5 +321,5 @@ def _read(path: Path) -> Observations | None:
 
     try:
         return read_observations(path)
-    except UsageError:
+    except Exception:  # a damaged file may raise anything; the clip is measured anew
         return None

@@ -24,7 +24,7 @@ from pydantic import Field, ValidationError
 
 from curation import pipeline
 from curation.batches import Batch, Funnel, StageReport, read_batches
-from curation.ingest.failures import FailureCode, UsageError
+from curation.ingest.failures import REPEATED, TRIES, FailureCode, UsageError
 from curation.manifest import ClipRef, read_manifest
 from curation.settings import DownloadSettings, ObserveSettings, Settings, TeacherSettings
 from flows import stages
@@ -73,6 +73,8 @@ def curate(
     proxy_file: Path | None = None,
     batch_clips: Annotated[int, Field(ge=1)] = 32,
     workers: Annotated[int | None, Field(ge=1)] = None,
+    clip_timeout_s: Annotated[float | None, Field(gt=0)] = None,
+    debug_file: Path | None = None,
     shard_mb: Annotated[int, Field(ge=1)] = 512,
     retry: list[FailureCode] = [],  # noqa: B006
     parallel_batches: Annotated[int, Field(ge=1)] = 1,
@@ -123,6 +125,8 @@ def curate(
         proxy_file: A file whose one line is the address of a proxy; never logged.
         batch_clips: Clips per batch, the unit of a task and of a shard.
         workers: Observing processes; empty is one per core.
+        clip_timeout_s: Seconds for one clip in a stage; empty is a generous limit by its length.
+        debug_file: A file on the machine that works, where unexpected errors are kept with all they say.
         shard_mb: A shard file is closed before it grows beyond this.
         retry: Failure codes to try again although they are permanent, such as corrupt.
         parallel_batches: Batches observed at once; more than 1 only on a Dask or Ray cluster.
@@ -175,6 +179,8 @@ def curate(
             ),
             batch_clips=batch_clips,
             workers=workers,
+            clip_timeout_s=clip_timeout_s,
+            debug_file=debug_file,
             shard_mb=shard_mb,
             retry=tuple(retry),
             catalog_url=catalog_url or os.environ.get("UNISH_CATALOG_URL"),
@@ -182,7 +188,7 @@ def curate(
             patience_s=patience_s,
             storage=storage or os.environ.get("UNISH_STORAGE"),
         )
-        _refuse_relative(manifest, out, local_root, cookies, proxy_file)
+        _refuse_relative(manifest, out, local_root, cookies, proxy_file, debug_file)
         runner = make_task_runner(task_runner, cluster, parallel_batches)
         refs = read_manifest(manifest, http_hosts=settings.download.http_hosts, allow_loopback=allow_loopback)
         if not refs:
@@ -298,7 +304,8 @@ def _failures(settings: Settings, funnel: Funnel, unfinished: list[str]) -> str:
     lines = ["| failure | clips | again by itself | what to do |", "|---|---|---|---|"]
     for code, clips in sorted(funnel.failed.items(), key=lambda item: (-item[1], item[0])):
         known = FailureCode(code)
-        lines.append(f"| `{code}` | {clips} | {'may work' if known.transient else 'no'} | {known.advice} |")
+        again = f"up to {TRIES} times" if known in REPEATED else "may work" if known.transient else "no"
+        lines.append(f"| `{code}` | {clips} | {again} | {known.advice} |")
     if not funnel.failed:
         lines = ["No clip failed."]
     if unfinished:

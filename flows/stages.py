@@ -25,7 +25,7 @@ from prefect.client.schemas.objects import TaskRun
 from prefect.logging import get_run_logger
 
 from curation import pipeline
-from curation.batches import Batch, StageReport
+from curation.batches import Batch, StageReport, StageStopped
 from curation.ingest.failures import UsageError
 from curation.settings import Settings
 
@@ -103,7 +103,7 @@ class _Progress:
 
     def __call__(self, done: int, total: int) -> None:
         if self.given_up:  # ends a stage whose task has timed out, at its next clip
-            raise TimeoutError("The task that ran this stage was given up.")
+            raise StageStopped("the task that ran this stage was given up")
         self.done = done
 
 

@@ -6,17 +6,18 @@ text itself is never kept: it carries titles, names and addresses.
 
 from __future__ import annotations
 
-import email.utils
 import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from urllib3.exceptions import InvalidHeader
 from yt_dlp.networking.exceptions import HTTPError, RequestError, TransportError
 from yt_dlp.utils import ExtractorError, GeoRestrictedError, UnsupportedError, UserNotLive
 
 from curation.ingest.container import DISK_ERRORS
 from curation.ingest.failures import FailureCode
+from curation.ingest.headers import http_date
 from curation.ingest.network import AddressRefused
 
 _STATUS = {
@@ -117,7 +118,7 @@ def cause_of(error: BaseException, last_request: RequestError | None = None, *, 
             return _http_cause(link, direct)
     if any(isinstance(link, TimeoutError) or "Timeout" in type(link).__name__ for link in chain):
         return Cause(FailureCode.TIMEOUT, again=True)
-    if any(isinstance(link, TransportError) for link in chain) or _TRANSPORT.search(said):
+    if any(isinstance(link, TransportError | InvalidHeader) for link in chain) or _TRANSPORT.search(said):
         code = FailureCode.TIMEOUT if _TIMED_OUT.search(said) else FailureCode.NETWORK
         return Cause(code, again=True)
     if any(isinstance(link, RequestError) for link in chain):
@@ -136,12 +137,12 @@ def _http_cause(error: HTTPError, direct: bool) -> Cause:
 
 
 def _retry_after(error: HTTPError) -> float | None:
-    """Seconds of a Retry-After header, given as a number or as a date."""
+    """Seconds of a Retry-After header, given as a number or as a date; None where it is neither."""
     value = error.response.headers.get("Retry-After", "").strip()
     if value.isascii() and value.isdigit() and len(value) < 10:
         return float(value)
-    date = email.utils.parsedate_tz(value)
-    return None if date is None else max(0.0, email.utils.mktime_tz(date) - time.time())
+    date = http_date(value)
+    return None if date is None else max(0.0, date - time.time())
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -87,7 +87,8 @@ def download(
     local file has one and is taken as it is. Transient failures are tried again up to `settings.retries` times, after
     growing, jittered waits or as long as the server asks if that is not over MAX_WAIT_S. What a broken connection had
     brought of a file is kept below `folder`/.parts and continued, by this call or a later one, if the server vouches
-    that it is still the same. Raises StageError with a fixed text, and UsageError for unusable settings (see
+    that it is still the same. Servers that keep below an average of pace.LEAST_BYTES_PER_S are given up, whatever the
+    size. Raises StageError with a fixed text, and UsageError for unusable settings (see
     check_settings).
     """
     try:
@@ -237,7 +238,9 @@ def _direct(ref: ClipRef) -> dict[str, Any]:
 
 def _options(work: Path, settings: DownloadSettings, limits: Limits, sleep: Callable[[float], None]) -> dict[str, Any]:
     def wait_for_fragment(n: int) -> float:
-        sleep(min(MAX_WAIT_S, random.uniform(0.5, 1.5) * 2.0**n))
+        wait = min(MAX_WAIT_S, random.uniform(0.5, 1.5) * 2.0**n)
+        sleep(wait)
+        limits.pace.add(wait)  # or a server that fails every other time could keep us for as long as it likes
         return 0.0  # what yt-dlp still has to wait
 
     plain = "[protocol~='^(https?|m3u8|m3u8_native|http_dash_segments)$']"

@@ -38,12 +38,14 @@ class FailureCode(StrEnum):
     # somebody said no
     REFUSED = "refused"
     FORGOTTEN = "forgotten"
-    # a defect in this program, or a worker that died
+    # a defect in this program, or a worker that died or did not come back
+    TOO_SLOW = "too_slow"
+    OUT_OF_MEMORY = "out_of_memory"
     INTERNAL = "internal"
 
     @property
     def transient(self) -> bool:
-        """True where another attempt, without anyone doing anything, may succeed."""
+        """True where another attempt, without anyone doing anything, may succeed; of those REPEATED, TRIES attempts."""
         return self in _TRANSIENT
 
     @property
@@ -60,9 +62,15 @@ _TRANSIENT = frozenset(
         FailureCode.NETWORK,
         FailureCode.TIMEOUT,
         FailureCode.DISK_FULL,
+        FailureCode.TOO_SLOW,
+        FailureCode.OUT_OF_MEMORY,
         FailureCode.INTERNAL,
     }
 )
+
+# The machine may have had a bad day, or it is this very clip: so many times in one stage, and it is the clip.
+TRIES = 3
+REPEATED = frozenset({FailureCode.INTERNAL, FailureCode.TOO_SLOW, FailureCode.OUT_OF_MEMORY})
 
 _ADVICE = {
     FailureCode.REMOVED: "The video is gone from its platform; drop the row from the manifest.",
@@ -87,7 +95,9 @@ _ADVICE = {
     FailureCode.MISSING_DEPTH: "The depth folder lacks this clip or a part of it; compute it, or take another teacher.",
     FailureCode.REFUSED: "The address or path is not allowed; allow its host or folder explicitly if you trust it.",
     FailureCode.FORGOTTEN: "Removal of this video was requested; drop the row.",
-    FailureCode.INTERNAL: "Unexpected error or a worker that died; run again, and report it with the log if it stays.",
+    FailureCode.TOO_SLOW: "The clip took longer than the limit; raise --clip-timeout-s, or run on a faster machine.",
+    FailureCode.OUT_OF_MEMORY: "The memory did not suffice; run again with fewer --workers, or on a larger machine.",
+    FailureCode.INTERNAL: "An unexpected error, or a worker that died; run again with --debug-file PATH and report it.",
 }
 
 
@@ -123,3 +133,6 @@ class LostError(Exception):
 
     No fault of a clip and none of the user: the work is done by the one who has it now.
     """
+
+
+ENDS_THE_RUN = (UsageError, OutageError, LostError)  # no fault of one clip: the next one would fail in the same way

@@ -1,4 +1,4 @@
-"""How large a video may be, and how much of the disk it leaves free.
+"""How large a video may be, how slowly it may come, and how much of the disk it leaves free.
 
 Asked before the first byte, from what the server announces, and again while bytes arrive, since announcements are
 missing or wrong.
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from curation.ingest.failures import FailureCode, StageError
+from curation.ingest.pace import Pace
 from curation.settings import DownloadSettings
 
 TOO_LARGE = "The video is larger than the setting max_video_mb allows."
@@ -20,13 +21,17 @@ _LOOK_EVERY = 16 << 20  # bytes between two looks at the disk
 
 
 class Limits:
-    """The limits of one video. Sizes are bytes; what is exceeded is raised as StageError REFUSED or DISK_FULL."""
+    """The limits of one video. Sizes are bytes; what is exceeded is raised as StageError REFUSED or DISK_FULL.
+
+    pace: how slowly it may come, over all tries; exceeded, it is TIMEOUT.
+    """
 
     def __init__(self, settings: DownloadSettings, folder: Path, progress: Callable[[int, int], None] | None) -> None:
         self._largest = settings.max_video_mb << 20
         self._spare = settings.min_free_mb << 20
         self._folder, self._progress = folder, progress
         self._looked_at = 0
+        self.pace = Pace(settings.timeout_s)
 
     def room(self, size: int = 0) -> None:
         """The disk must hold `size` more bytes and still have what is to be left free."""

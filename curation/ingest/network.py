@@ -7,6 +7,7 @@ Behind a proxy the proxy resolves names, and only the URL is judged. Nothing her
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import http.client
 import socket
@@ -23,7 +24,8 @@ from yt_dlp.networking._requests import RequestsHTTPAdapter, RequestsRH
 from yt_dlp.networking.exceptions import RequestError
 
 from curation.addresses import address_allowed, host_listed
-from curation.ingest.pace import paced_response
+from curation.ingest.headers import tame
+from curation.ingest.pace import Pace, paced_response
 
 # Plugins are code from the user's configuration folders; nobody reviewed them for this use.
 yt_dlp.globals.plugin_dirs.value = []
@@ -129,15 +131,15 @@ class _Adapter(RequestsHTTPAdapter):
 
 
 class _GuardedRH(RequestsRH):
-    def __init__(self, guard: Guard, **options: Any) -> None:
-        self._guard = guard
+    def __init__(self, guard: Guard, pace: Pace | None, **options: Any) -> None:
+        self._guard, self._pace = guard, pace
         super().__init__(**options)
 
     def _create_instance(self, cookiejar: Any, legacy_ssl_support: bool | None = None) -> Any:
         session = super()._create_instance(cookiejar, legacy_ssl_support)
         adapter = _Adapter(
             self._guard,
-            paced_response(self.timeout),
+            paced_response(self.timeout, self._pace),
             ssl_context=self._make_sslcontext(legacy_ssl_support=legacy_ssl_support),
             source_address=self.source_address,
             max_retries=urllib3.util.retry.Retry(False),
@@ -160,20 +162,24 @@ class GuardedYoutubeDL(YoutubeDL):
     """YoutubeDL whose every connection passes a Guard, and which says nothing.
 
     last_error: what the latest request failed with, None if it succeeded; yt-dlp reports some failures only as text.
+    pace: what all its answers together must keep.
     """
 
-    def __init__(self, guard: Guard, options: dict[str, Any], *, extractors: bool) -> None:
-        self._guard = guard
+    def __init__(self, guard: Guard, options: dict[str, Any], pace: Pace | None = None, *, extractors: bool) -> None:
+        self._guard, self._pace = guard, pace
         self.last_error: RequestError | None = None
         super().__init__({**options, "logger": _Silence()}, auto_init=extractors)
 
     def build_request_director(self, handlers: Iterable[Any], preferences: Any = None) -> Any:
-        return super().build_request_director([functools.partial(_GuardedRH, self._guard)])
+        return super().build_request_director([functools.partial(_GuardedRH, self._guard, self._pace)])
 
     def urlopen(self, request: Any) -> Any:
         self.last_error = None
         try:
-            return super().urlopen(request)
+            with contextlib.nullcontext() if self._pace is None else self._pace.asking():
+                response = super().urlopen(request)
         except RequestError as error:
             self.last_error = error
             raise
+        tame(response.headers)
+        return response

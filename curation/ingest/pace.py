@@ -1,8 +1,10 @@
-"""A floor under the rate of an answer.
+"""A floor under the rate of an answer, and of all answers of a video together.
 
 A socket's timeout is about one read: a server that sends a byte a second never runs into it. Here every read from the
 connection, below TLS and whatever the client's own buffering, is timed, and an answer whose average stays below the
-floor ends as a timeout. Only time spent waiting for the server counts, so a client that goes slowly on purpose passes.
+floor ends as a timeout. One that keeps just above it, or comes in many small pieces that each are too short to be
+judged, still meets the least average over all: so every download has an end, also one whose size nobody knows.
+Only time spent waiting for the server counts, so a client that goes slowly on purpose passes.
 """
 
 from __future__ import annotations
@@ -10,16 +12,55 @@ from __future__ import annotations
 import http.client
 import io
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-FLOOR_BYTES_PER_S = 1000
+from curation.ingest.failures import FailureCode, StageError
+
+FLOOR_BYTES_PER_S = 1000  # of one answer, over a window of the request's timeout
+LEAST_BYTES_PER_S = 16_000  # of all answers for a video
+GRACE = 10  # request timeouts by which a video may fall behind that
+TOO_SLOW = f"The server sends less than {LEAST_BYTES_PER_S // 1000} kB a second."
+
+
+class Pace:
+    """What all connections for one video keep together. `waited_s`: for its servers so far; `got`: bytes they sent."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self._grace_s = GRACE * timeout_s
+        self.waited_s, self.got = 0.0, 0
+        self._asking = False
+
+    def add(self, seconds: float, count: int = 0) -> None:
+        """Count a wait and what it brought. Raises StageError(TIMEOUT) where too little came for so long."""
+        self.got += count
+        if not self._asking:
+            self.waited_s += seconds
+            self._check()
+
+    @contextmanager
+    def asking(self) -> Iterator[None]:
+        """Count the time of a whole request up to the body of its answer: connecting, redirects and headers too."""
+        began = time.monotonic()
+        self._asking = True
+        try:
+            yield
+        finally:
+            self._asking = False
+            self.waited_s += time.monotonic() - began
+        self._check()
+
+    def _check(self) -> None:
+        if self.waited_s > self._grace_s + self.got / LEAST_BYTES_PER_S:
+            raise StageError(FailureCode.TIMEOUT, TOO_SLOW)
 
 
 class _Paced(io.RawIOBase):
     """A connection's raw stream. Raises TimeoutError where a window of waiting brought less than the floor."""
 
-    def __init__(self, raw: io.RawIOBase, window_s: float) -> None:
-        self._raw, self._window_s = raw, window_s
+    def __init__(self, raw: io.RawIOBase, window_s: float, pace: Pace | None) -> None:
+        self._raw, self._window_s, self._pace = raw, window_s, pace
         self._began = False  # how long the first byte takes is the socket's timeout to judge
         self._waited_s, self._got = 0.0, 0
 
@@ -29,8 +70,11 @@ class _Paced(io.RawIOBase):
     def readinto(self, buffer: Any) -> int | None:
         began = time.monotonic()
         count = self._raw.readinto(buffer)
+        waited = time.monotonic() - began
+        if self._pace is not None:
+            self._pace.add(waited, count or 0)
         if self._began:
-            self._waited_s += time.monotonic() - began
+            self._waited_s += waited
             self._got += count or 0
         self._began = True
         if count and self._waited_s >= self._window_s:
@@ -44,12 +88,15 @@ class _Paced(io.RawIOBase):
         super().close()
 
 
-def paced_response(window_s: float) -> type[http.client.HTTPResponse]:
-    """The response class of connections whose answers keep the floor over windows of `window_s` seconds."""
+def paced_response(window_s: float, pace: Pace | None = None) -> type[http.client.HTTPResponse]:
+    """The response class of connections whose answers keep the floor over windows of `window_s` seconds.
+
+    pace: what they keep together with all others of a video.
+    """
 
     class Response(http.client.HTTPResponse):
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **options)
-            self.fp = io.BufferedReader(_Paced(self.fp.detach(), window_s))
+            self.fp = io.BufferedReader(_Paced(self.fp.detach(), window_s, pace))
 
     return Response

@@ -19,12 +19,12 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
 from curation.files import atomic_path
 from curation.ingest.failures import FailureCode, StageError
+from curation.ingest.headers import content_range, http_date, number
 
 PARTS = ".parts"
 FETCHED = "fetched"
@@ -95,24 +95,10 @@ class Validator:
         return validator if 0 < size <= validator.total and age < MAX_AGE_S else None
 
 
-def content_range(headers: Any) -> tuple[int | None, int | None]:
-    """First byte and total of a Content-Range header."""
-    match = re.fullmatch(r"bytes (\d{1,18})-\d{1,18}/(\d{1,18})", headers.get("Content-Range") or "")
-    return (int(match[1]), int(match[2])) if match else (None, None)
-
-
-def number(text: str | None) -> int | None:
-    """A header's count of bytes; None if it is none."""
-    return int(text) if text is not None and re.fullmatch(r"\d{1,18}", text) else None
-
-
 def _settled(modified: str | None, date: str | None) -> bool:
-    try:
-        changed = parsedate_to_datetime(modified or "").timestamp()
-        now = parsedate_to_datetime(date).timestamp() if date else time.time()
-    except ValueError:
-        return False
-    return now - changed >= _SETTLED_S
+    changed = http_date(modified)
+    now = http_date(date) if date else time.time()
+    return changed is not None and now is not None and now - changed >= _SETTLED_S
 
 
 def drop(work: Path) -> None:

@@ -14,9 +14,10 @@ from yt_dlp.networking import Request
 from yt_dlp.networking.exceptions import HTTPError
 from yt_dlp.utils import parse_http_range
 
+from curation.ingest.headers import content_range, number
 from curation.ingest.limits import Limits
 from curation.ingest.network import Guard, GuardedYoutubeDL
-from curation.ingest.parts import Validator, content_range, drop, number
+from curation.ingest.parts import Validator, drop
 
 Ask = Callable[[Request], Any]
 
@@ -90,7 +91,7 @@ class FetchingYoutubeDL(GuardedYoutubeDL):
         self._work, self._limits, self._retries = work, limits, retries
         self._transfer: _Transfer | None = None
         self.resumed = False
-        super().__init__(guard, options, extractors=extractors)
+        super().__init__(guard, options, limits.pace, extractors=extractors)
 
     def urlopen(self, request: Any) -> Any:
         if self._transfer is None or not isinstance(request, Request):

@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from curation.deadlines import check_time
 from curation.manifest import ClipRef
 from curation.observe.hdr import OPERATOR, Transfer, transfer_of
 from curation.observe.observations import Observations, Surround
@@ -148,9 +149,12 @@ def sample_frames(ref: ClipRef, path: Path, settings: ObserveSettings) -> Frames
         first, last = index.span(ref.start_s, ref.end_s)
         numbers = first + sample_indices(index.times_s[first:last], settings.sample_fps)
         width, height = training_grid(index, settings.frame_long_side)
-        jpeg = tuple(_jpeg(picture) for picture in pictures(index, numbers.tolist(), width, height))
+        jpeg: list[bytes] = []
+        for picture in pictures(index, numbers.tolist(), width, height):
+            check_time()
+            jpeg.append(_jpeg(picture))
         stretch = grid_stretch(index, width, height)
-        return Frames(width=width, height=height, times_s=index.times_s[numbers], jpeg=jpeg, stretch=stretch)
+        return Frames(width=width, height=height, times_s=index.times_s[numbers], jpeg=tuple(jpeg), stretch=stretch)
 
     return with_index(path, read)
 

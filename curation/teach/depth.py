@@ -22,6 +22,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from curation.deadlines import check_time
 from curation.files import sha256_file
 from curation.ingest.failures import FailureCode, StageError, UsageError
 from curation.records import Frames, TeacherDepth
@@ -46,7 +47,10 @@ class Teacher(Protocol):
         ...
 
     def __call__(self, frames: Frames, clip_id: str) -> TeacherDepth | None:
-        """Depth of every frame, or None if this teacher gives none. Raises StageError for a clip it cannot do."""
+        """Depth of every frame, or None if this teacher gives none. Raises StageError for a clip it cannot do.
+
+        It calls `check_time` between two steps, so that it can be ended.
+        """
         ...
 
 
@@ -149,6 +153,7 @@ class MogeTeacher:
         valid = np.zeros(depth_m.shape, np.bool_)
         intrinsics = np.zeros((count, 3, 3), np.float32)
         for start in range(0, count, self.batch_size):
+            check_time()
             batch = slice(start, start + self.batch_size)
             images = np.stack([_decode(jpeg, frames) for jpeg in frames.jpeg[batch]])
             depth_m[batch], valid[batch], intrinsics[batch] = self._infer(images)

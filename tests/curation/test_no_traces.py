@@ -15,6 +15,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
 from http.server import BaseHTTPRequestHandler
@@ -59,9 +60,43 @@ SAID = {
         "Page",
         "Moved",
         "Junk",
+        "Forbidden",
+        "Slower",
+        "Host",
+        "Scheme",
+        "Chunk",
+        "Gzip",
+        "Length",
+        "Range",
+        "Modified",
+        "Type",
+        "Hls",
+        "Json",
+        "Header",
+        "Redirected",
     )
 }
+WHOLE = 10**9  # of a body; and then the connection ends
+CHUNKED = Fault(headers={"Transfer-Encoding": "chunked"}, body=f"{SAID['Chunk']}\r\nno chunk".encode(), cut=WHOLE)
+GZIP = Fault(headers={"Content-Encoding": "gzip"}, body=f"{SAID['Gzip']} is no gzip".encode() * 9, cut=WHOLE)
+ODD = Fault(
+    headers={
+        "Content-Length": SAID["Length"],
+        "Content-Range": f"bytes {SAID['Range']}",
+        "Last-Modified": f"Mon, 01 Jan 99999 {SAID['Modified']}",
+        "Content-Type": SAID["Type"],
+        f"X-{SAID['Header']}": "é",
+    },
+    body=b"odd" * 99,
+    cut=WHOLE,
+)
 FILES = ("phone.mp4", "camera.mov", "film.mkv", "web.webm")
+FAULTY = tuple(
+    f"{name}.mp4"
+    for name in (
+        "missing", "busy", "page", "moved", "junk", "forbidden", "away", "nowhere", "odd", "list", "json",
+    )
+)  # fmt: skip
 
 
 # --- what is served
@@ -145,7 +180,18 @@ def server(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ta
     page = f"<html><title>{SAID['Page']}</title></html>".encode()
     faults: dict[str, Fault | list[Fault]] = {
         "/missing.mp4": Fault(status=404, body=f"{SAID['Missing']} was removed".encode()),
-        "/busy.mp4": Fault(status=503, body=f"{SAID['Busy']} is busy".encode()),
+        "/busy.mp4": Fault(503, {"Retry-After": "300"}, f"{SAID['Busy']} is busy".encode()),
+        "/forbidden.mp4": Fault(403, {"WWW-Authenticate": SAID["Forbidden"]}, SAID["Forbidden"].encode()),
+        "/slower.mp4": Fault(429, {"Retry-After": "300"}, f"{SAID['Slower']}, please".encode()),
+        "/away.mp4": redirect(f"http://{SAID['Host']}.invalid/{SAID['Redirected']}.mp4"),
+        "/nowhere.mp4": redirect(f"{SAID['Scheme']}://[{SAID['Redirected']}"),
+        "/chunked.mp4": CHUNKED,
+        "/gzip.mp4": GZIP,
+        "/odd.mp4": ODD,
+        "/list.mp4": Fault(body=f"#EXTM3U\n#EXTINF:1,{SAID['Hls']}\n{SAID['Hls']}.ts\n".encode()),
+        "/json.mp4": Fault(
+            headers={"Content-Type": "application/json"}, body=b'{"error": "%s"}' % SAID["Json"].encode()
+        ),
         "/page.mp4": Fault(status=200, headers={"Content-Type": "text/html"}, body=page),
         "/moved.mp4": redirect(f"/{SAID['Moved']}/bars.mp4"),
     }
@@ -211,7 +257,7 @@ def test_the_search_finds_every_word_in_what_is_served(server: Talkative):
     assert set().union(*everywhere.values()) == IN_FILES
     for name in FILES:  # none is clean by itself
         assert len(everywhere[name]) >= 10, (name, IN_FILES - everywhere[name])
-    paths = ["/missing.mp4", "/busy.mp4", "/page.mp4", "/moved.mp4", "/junk.mp4", "/phone.mp4"]
+    paths = [f"/{name}" for name in (*FAULTY, "chunked.mp4", "gzip.mp4", "slower.mp4", "phone.mp4")]
     assert found({*SAID.values()}, (answer_of(server, path) for path in paths)) == {*SAID.values()}
 
 
@@ -241,10 +287,13 @@ def test_a_run_leaves_no_trace_of_what_files_and_servers_say(
         place.mkdir(parents=True, exist_ok=True)
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("UNISH_", "XDG_"))}
     environment = kept | {name: str(place) for name, place in places.items()} | {"PYTHONPATH": str(ROOT)}
-    names = [*FILES, "missing.mp4", "busy.mp4", "page.mp4", "moved.mp4", "junk.mp4"]
+    names = [*FILES, *FAULTY, "mixed.mp4", "slower.mp4"]  # the last one has the server left alone
+    gone = Fault(404, body=f"{SAID['Missing']} was removed".encode())
+    server.script("/mixed.mp4", [CHUNKED, GZIP, gone])  # the first two are tried again
     manifest = home / "place" / "m.csv"
     manifest.write_text("platform,video_id\n" + "".join(f"http,{server.url('/' + name)}\n" for name in names))
     printed: list[bytes] = []
+    inspected: set[object] = set()
 
     def curation(*words: str | Path) -> subprocess.CompletedProcess[bytes]:
         command = [sys.executable, "-m", "curation.cli", *map(str, words)]
@@ -255,7 +304,19 @@ def test_a_run_leaves_no_trace_of_what_files_and_servers_say(
         assert done.returncode == 0, done.stderr.decode()[-2000:]
         return done
 
-    polite = ["--pause", "0", "0", "--videos-per-hour", "0", "--workers", "1", "--batch-clips", "3"]
+    polite = [
+        "--pause",
+        "0",
+        "0",
+        "--videos-per-hour",
+        "0",
+        "--workers",
+        "1",
+        "--batch-clips",
+        "3",
+        "--min-free-mb",
+        "0",
+    ]
     with_parts = ["--policy", tolerant, "--detector", seer, "--teacher", "none"]
     curation("run", manifest, "--out", "out", *with_parts, "--http-host", server.host, "--allow-loopback", *polite)
     curation("judge", "--out", "out", "--policy", "paper")
@@ -265,7 +326,13 @@ def test_a_run_leaves_no_trace_of_what_files_and_servers_say(
     counts = catalog.funnel(None, load_policy(tolerant).hash)
     assert (counts.clips, counts.downloaded, counts.sharded) == (len(names), len(FILES), len(FILES)), counts
     assert sum(counts.failed.values()) == len(names) - len(FILES)
-    curation("inspect", catalog.failures()[0].clip_id, "--out", "out")
+    codes = Counter(attempt.code.value for attempt in catalog.failures() if attempt.code)
+    assert codes == {
+        "removed": 3, "http_5xx": 1, "private": 1, "refused": 2, "corrupt": 5, "rate_limited": 1,
+    }  # fmt: skip
+    for attempt in catalog.failures():
+        curation("inspect", attempt.clip_id, "--out", "out") if attempt.code not in inspected else None
+        inspected.add(attempt.code)
 
     words = IN_FILES | {*SAID.values()}
     files = below(home, places["UNISH_CACHE"])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sqlite3
 import sys
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ import yaml
 from prefect import flow
 from prefect.artifacts import Artifact, create_progress_artifact
 from pydantic import BaseModel
+from servers import Fault, redirect, serve
 
 from curation import pipeline
 from curation.batches import Batch, StageReport
@@ -77,7 +80,7 @@ def test_every_parameter_reaches_the_settings(service, monkeypatch, tmp_path):
         "retry": ["corrupt"], "storage": "file:///shared", "lease_s": 30.0, "session": "lab", "videos_per_hour": 60,
         "patience_s": 60.0,
         "pause_s": [1.0, 2.0], "bytes_per_s": 10**6, "max_video_mb": 100, "min_free_mb": 10, "budget_mb": 1000,
-        "cookies": tmp_path / "c", "proxy_file": tmp_path / "p",
+        "cookies": tmp_path / "c", "proxy_file": tmp_path / "p", "clip_timeout_s": 60.0, "debug_file": tmp_path / "d",
     }  # fmt: skip
     curate(manifest=manifest, out=tmp_path, **given, return_state=True)
     (settings,) = seen
@@ -247,6 +250,43 @@ def test_a_stage_that_takes_too_long_is_given_up_and_ends_at_its_next_clip(servi
     (sentence,) = work(tmp_path, make_batches(1), timeout_s=0.5)
     assert "timeout" in sentence and time.monotonic() - begin < 20
     assert ended.wait(5)
+
+
+@pytest.mark.slow
+def test_nothing_that_a_server_said_is_in_prefects_database(service, clips, detector, tmp_path):
+    """Every kind of faulty answer, full of one word; then all that Prefect keeps is searched for it."""
+    word = "ZqSaidByServerVx"
+    body, ended = f"{word} {word}".encode(), 10**9
+    faults = {
+        "gone": Fault(404, {"X-A": word}, body),
+        "closed": Fault(403, {"WWW-Authenticate": word}, body),
+        "busy": Fault(503, {"Retry-After": "300", "Server": word}, body),
+        "away": redirect(f"http://{word}.invalid/{word}.mp4"),
+        "nowhere": redirect(f"{word}://[{word}"),
+        "chunked": Fault(headers={"Transfer-Encoding": "chunked"}, body=body, cut=ended),
+        "zipped": Fault(headers={"Content-Encoding": "gzip"}, body=body, cut=ended),
+        "odd": Fault(headers={"Content-Length": word, "Last-Modified": word, "ETag": word}, body=body, cut=ended),
+        "page": Fault(headers={"Content-Type": "text/html"}, body=b"<title>" + body),
+        "list": Fault(body=b"#EXTM3U\n" + body),
+        "slower": Fault(429, {"Retry-After": "300"}, body),
+    }
+    with serve(clips, {f"/{name}.mp4": fault for name, fault in faults.items()}) as server:
+        manifest = tmp_path / "m.csv"
+        links = [f"http,{server.url(f'/{name}.mp4')}" for name in ("bars", *faults)]
+        manifest.write_text("\n".join(["platform,video_id", *links, ""]))
+        state = curate(
+            manifest=manifest, out=tmp_path / "out", detector=str(detector), teacher="none", workers=1,
+            http_hosts=[server.host], allow_loopback=True, download_retries=0, min_free_mb=0, videos_per_hour=0,
+            return_state=True,
+        )  # fmt: skip
+    assert state.is_completed() and f"{len(faults)} failed" in state.message
+    time.sleep(5)  # logs are sent in portions
+    with closing(sqlite3.connect(f"file:{service.home}/prefect.db?mode=ro", uri=True)) as database:
+        kept = "\n".join(database.iterdump()).lower()
+    assert "gone.mp4" not in kept and state.message.lower() in kept and word.lower() not in kept
+    for folder in (service.home, tmp_path / "out"):
+        for path in folder.rglob("*"):
+            assert not path.is_file() or word.lower().encode() not in path.read_bytes().lower(), path
 
 
 def shown_progress() -> float:

@@ -1,0 +1,148 @@
+"""What becomes of an exception that nobody expected: a typed failure of one clip, in fixed words.
+
+Its text may hold a title, an address or a path, so it goes nowhere, unless the user names a debug file. There every
+entry begins with the clips and the video it is about, so that it can be found when they are to be forgotten.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import stat
+import time
+import traceback
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from curation.files import fsync
+from curation.ingest.container import DISK_ERRORS, DISK_FULL
+from curation.ingest.failures import FailureCode, StageError, UsageError
+from curation.manifest import ClipRef
+
+_FULL = re.compile(  # pyarrow, torch and SQLite have the system's error in their text alone
+    rf"\[errno (?:{'|'.join(str(number) for number in sorted(DISK_ERRORS))})\]"
+    r"|no space left on device|disk quota exceeded|file too large|disk is full",
+    re.IGNORECASE,
+)
+_NO_MEMORY = re.compile(r"^CUDA out of memory|Insufficient memory|DefaultCPUAllocator: can't allocate memory")
+_ENTRY = re.compile(rb'\{"clips": \[')  # no line of a traceback begins so: they are indented
+
+
+def failure_of(error: BaseException) -> StageError:
+    """The typed failure that any exception of a stage is; a StageError is itself.
+
+    DISK_FULL or OUT_OF_MEMORY where that is at the root of it; else INTERNAL, with the name of the class where that is
+    Python's or this program's own, and never with the exception's text.
+    """
+    if isinstance(error, StageError):
+        return error
+    chain = list(_chain(error))
+    if any(isinstance(link, OSError) and link.errno in DISK_ERRORS for link in chain):
+        return StageError(FailureCode.DISK_FULL, DISK_FULL)
+    if any(isinstance(link, MemoryError) or _NO_MEMORY.search(str(link)) for link in chain):
+        return StageError(FailureCode.OUT_OF_MEMORY, "the memory did not suffice")
+    if any(not isinstance(link, StageError | UsageError) and _FULL.search(str(link)) for link in chain):
+        return StageError(FailureCode.DISK_FULL, DISK_FULL)
+    kind = type(error)
+    known = kind.__module__ == "builtins" or kind.__module__.partition(".")[0] == "curation"
+    named = f" ({kind.__name__})" if known else ""
+    return StageError(FailureCode.INTERNAL, f"an unexpected error{named}; --debug-file PATH keeps what it said")
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        link = waiting.pop()
+        if link is not None and id(link) not in seen:
+            seen.add(id(link))
+            yield link
+            waiting += [link.__cause__, link.__context__]
+
+
+def check_debug_file(path: Path) -> None:
+    """Raise UsageError unless entries can be appended to this file, and nobody but its owner can read them."""
+    os.close(_open(path))
+
+
+def keep_text(path: Path, refs: Sequence[ClipRef], stage: str, error: BaseException) -> None:
+    """Append an exception with all it says, headed by the clips and the video it is about. Raises UsageError."""
+    head = {
+        "clips": [ref.clip_id for ref in refs],
+        "video": refs[0].video_key if refs else "",
+        "stage": stage,
+        "time": round(time.time(), 3),
+    }
+    said = "".join(traceback.format_exception(error))
+    entry = json.dumps(head) + "\n" + "".join(f"  {line}\n" for line in said.splitlines()) + "\n"
+    with _locked(path) as handle, os.fdopen(os.dup(handle), "ab") as file:
+        file.write(entry.encode("utf-8", "backslashreplace"))
+
+
+def remove_entries(path: Path, clip_ids: Collection[str]) -> int:
+    """Take all entries about these clips out of a debug file; how many there were. No file, no entry.
+
+    A new file takes the old one's place in one step. Writers of other processes wait meanwhile.
+    """
+    if not path.exists():
+        return 0
+    removed = 0
+    with _locked(path) as handle:
+        kept: list[bytes] = []
+        keep = True
+        with os.fdopen(os.dup(handle), "rb") as file:
+            file.seek(0)
+            for line in file:
+                if _ENTRY.match(line):
+                    keep = not set(json.loads(line)["clips"]) & set(clip_ids)
+                    removed += not keep
+                if keep:
+                    kept.append(line)
+        if removed:
+            beside = path.with_name(f".{path.name}.{os.getpid()}")
+            new = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+            try:
+                with os.fdopen(new, "wb") as file:
+                    file.writelines(kept)
+                    file.flush()
+                    os.fsync(file.fileno())
+                beside.rename(path)
+            except BaseException:
+                beside.unlink(missing_ok=True)
+                raise
+            fsync(path.parent)
+    return removed
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[int]:
+    """The file, held alone; where another process replaced it meanwhile, the new one."""
+    while True:
+        handle = _open(path)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            if os.path.samestat(os.fstat(handle), path.lstat()):
+                yield handle
+                return
+        except FileNotFoundError:
+            continue
+        finally:
+            os.close(handle)
+
+
+def _open(path: Path) -> int:
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+    except OSError as error:
+        said = "it is a link" if path.is_symlink() else error.strerror
+        raise UsageError(f"The debug file {path} cannot be written ({said}); name another one.") from error
+    found = os.fstat(handle)
+    if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
+        os.close(handle)
+        raise UsageError(
+            f"The debug file {path} must be a file of yours that nobody else can read; chmod 600 it, or name another."
+        )
+    return handle
