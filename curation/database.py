@@ -322,6 +322,7 @@ def _refusal(error: DatabaseError) -> UsageError | OutageError:
         ("support ssl", "an encrypted connection cannot be made; correct sslmode or the certificates"),
         ("certificate", "an encrypted connection cannot be made; correct sslmode or the certificates"),
         ("permission denied", "this user may not use it; give the user its rights"),
+        ("no schema", "this user may make tables in no schema; give the user its rights, or set search_path"),
     ):
         if sign in said:
             return UsageError(f"The catalog cannot be used: {advice}.")

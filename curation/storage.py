@@ -2,11 +2,13 @@
 
 A name is a file's path below the folder, the same below the URL. Work is always done on this disk; `put` sends a
 finished file, `get` brings one. An upload counts only when what arrived was compared with what was sent; a download
-gets its final name only when it is whole. Never decides what is kept, and knows nothing of clips.
+gets its final name only when it is whole. A storage that is away for a moment is waited for. Never decides what is
+kept, and knows nothing of clips.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import re
 import secrets
@@ -18,7 +20,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from curation.files import atomic_path
-from curation.ingest.failures import UsageError
+from curation.ingest.failures import OutageError, UsageError
+from curation.outages import wait_for
 
 T = TypeVar("T")
 
@@ -29,8 +32,9 @@ _MD5 = re.compile(r"[0-9a-f]{32}")
 class Store:
     """Files of a run by name. `root`: the folder on this disk; `url`: None, or any fsspec URL, such as s3://bucket/run.
 
-    Safe to pickle and to share between threads. Raises UsageError where the URL's storage cannot be used; credentials
-    and endpoints are fsspec's own business (its configuration files and environment variables).
+    Safe to pickle and to share between threads. Raises UsageError where the URL's storage cannot be used, OutageError
+    where it is away for longer than it is waited for; credentials and endpoints are fsspec's own business (its
+    configuration files and environment variables).
     """
 
     def __init__(self, root: Path, url: str | None = None) -> None:
@@ -235,36 +239,37 @@ class Store:
             self._fs.rm_file(self._at(name))
 
     def _compare(self, path: Path, target: str) -> None:
-        """Raise OSError unless the file behind the URL is the one on this disk: by its MD5 if the storage tells it."""
+        """Raise _Garbled unless the file behind the URL is the one on this disk: by its MD5 if the storage tells it."""
         info = self._fs.info(target)
         told = str(info.get("ETag", "")).strip('"')
         if int(info["size"]) != path.stat().st_size:
-            raise OSError("an upload arrived with another size")
+            raise _Garbled
         if _MD5.fullmatch(told):
             with path.open("rb") as stream:
                 if hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False)).hexdigest() == told:
                     return
         # sent in parts, encrypted there, or a storage that tells no hash: read it back
         if _digest(self._fs.open(target, "rb")) != _digest(path.open("rb")):
-            raise OSError("an upload arrived with other bytes")
+            raise _Garbled
 
     def _try(self, work: Callable[[], T]) -> T:
-        """Run a transfer; once more if the line failed, although the libraries below try again by themselves."""
-        for last in (False, True):
-            try:
-                return work()
-            except (FileNotFoundError, UsageError, _Different):
-                raise
-            except Exception as error:
-                if last or not isinstance(error, OSError):
-                    raise self._unusable(error) from error
-        raise AssertionError("unreachable")
+        """Run a transfer, again while the storage is away; the libraries below give up after some seconds."""
+        try:
+            return wait_for(f"The storage {self._scheme}", work, _away)
+        except (FileNotFoundError, UsageError, OutageError, _Different):
+            raise
+        except OSError as error:
+            if error.errno in _FULL:
+                raise OutageError("The disk is full; free some space and run again: what is done is kept.") from None
+            raise self._unusable(error) from None
+        except Exception as error:  # whatever library speaks to the storage has exceptions of its own
+            raise self._unusable(error) from None
 
     def _unusable(self, error: Exception) -> UsageError:
-        # Whatever library speaks to the storage has exceptions of its own; their texts may name hosts and keys.
+        # their texts may name hosts and keys
         return UsageError(
-            f"The storage {self._scheme} failed ({type(error).__name__}); check its address, the credentials and the "
-            "network, and run again: what is done is kept."
+            f"The storage {self._scheme} failed ({type(error).__name__}); check its address and the credentials, and "
+            "run again: what is done is kept."
         )
 
     def _spread(self, work: Callable[[str], T], names: Sequence[str]) -> list[T]:
@@ -274,8 +279,60 @@ class Store:
             return list(lanes.map(work, names))
 
 
+# What the libraries of the storages raise where a line broke or a server was not there, by name: they are not installed
+# everywhere, and few of these are OSErrors. Botocore's, aiohttp's, google-auth's, azure-core's.
+_BROKEN_LINES = {
+    "HTTPClientError",
+    "ConnectionError",
+    "ClientConnectionError",
+    "ClientPayloadError",
+    "ServerTimeoutError",
+    "ResponseParserError",
+    "TransportError",
+    "ServiceRequestError",
+    "ServiceResponseError",
+    "IncompleteReadError",
+}
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_FOR_GOOD = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError)
+_FOR_GOOD_NUMBERS = _FULL | {errno.EROFS, errno.ENAMETOOLONG, errno.EINVAL}
+_ASK_AGAIN = {408, 409, 425, 429}  # statuses below 500 that say nothing of the request itself
+
+
+def _away(error: BaseException) -> str | None:
+    """Why the storage is away, if this error says that it is and may be back soon."""
+    if isinstance(error, _Garbled):
+        return "what arrived there was not what was sent"
+    if isinstance(error, TimeoutError):
+        return "it does not answer in time"
+    status = _status(error)
+    if status is not None:
+        return f"it answers with status {status}" if status >= 500 or status in _ASK_AGAIN else None
+    if isinstance(error, OSError):
+        return None if isinstance(error, _FOR_GOOD) or error.errno in _FOR_GOOD_NUMBERS else "the line broke"
+    if any(kind.__name__ in _BROKEN_LINES for kind in type(error).__mro__):
+        return "the line broke"
+    return None
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status behind an error, where there is one; fsspec's translations keep the original as the cause."""
+    for each in (error, error.__cause__):
+        response = getattr(each, "response", None)
+        told = response.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(response, dict) else None
+        names = ("status", "status_code", "code")
+        for value in (told, *(getattr(each, name, None) for name in names)):
+            if isinstance(value, int) and 400 <= value < 600:
+                return value
+    return None
+
+
 class _Different(Exception):
     """What came is not what was asked for."""
+
+
+class _Garbled(Exception):
+    """What the storage took is not what was sent."""
 
 
 def _digest(stream: Any) -> str:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from objects import s3_server
+from objects import Server, restarting_s3_server, s3_server
 
-from curation.ingest.failures import UsageError
+from curation.ingest.failures import OutageError, UsageError
+from curation.outages import patience
 from curation.storage import Store
 
 
@@ -148,5 +151,88 @@ def test_an_upload_that_arrives_changed_is_noticed(tmp_path: Path, url: str, mon
         return whole(str(wrong), target, **options)
 
     monkeypatch.setattr(store._fs, "put_file", falsify)
-    with pytest.raises(UsageError, match="failed"):
+    with pytest.raises(OutageError, match="not what was sent"), patience(0.5):
         store.put("x")
+
+
+@pytest.fixture
+def fickle(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Server]]:
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # what the libraries below wait for by themselves is not tested here
+    monkeypatch.setattr("s3fs.S3FileSystem.retries", 1)
+    with restarting_s3_server(monkeypatch) as both:
+        yield both
+
+
+def test_a_storage_that_goes_away_in_the_middle_is_waited_for(
+    tmp_path: Path, fickle: tuple[str, Server], caplog: pytest.LogCaptureFixture
+):
+    url, server = fickle
+    here, there = Store(tmp_path / "a", f"{url}/run"), Store(tmp_path / "b", f"{url}/run")
+    names = [f"observations/{n:02x}/{n}.parquet" for n in range(40)]
+    for name in names:
+        write(here, name, name.encode() * 100)
+    here.put_all(names[:20])
+    server.stop()
+    back = threading.Timer(1.5, server.start)
+    back.start()
+    here.put_all(names[20:])
+    back.join()
+    server.stop()
+    back = threading.Timer(1.5, server.start)
+    back.start()
+    assert there.sizes("observations/03") == {"3.parquet": here.path(names[3]).stat().st_size}
+    back.join()
+    paths = there.get_all(names)
+    assert [path and path.read_bytes() for path in paths] == [name.encode() * 100 for name in names]
+    said = [record.getMessage() for record in caplog.records if record.name == "curation.outages"]
+    assert len([line for line in said if line.startswith("The storage s3:// is away: ")]) == 2, "one line each time"
+    assert str(server.port) not in "".join(said)
+
+
+def test_a_storage_that_stays_away_is_an_outage_and_no_fault_of_the_set_up(
+    tmp_path: Path, fickle: tuple[str, Server], monkeypatch: pytest.MonkeyPatch
+):
+    url, server = fickle
+    store = Store(tmp_path / "a", f"{url}/run")
+    write(store, "x", b"x")
+    server.stop()
+    with pytest.raises(OutageError, match="what is done is kept") as raised, patience(0.5):
+        store.put("x")
+    assert not isinstance(raised.value, UsageError) and str(server.port) not in str(raised.value)
+    assert raised.value.__suppress_context__, "the library's text names the host"
+
+
+class Refusal(Exception):
+    """What a library makes of an answer with this status."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__("https://secret-host/secret-key")
+        self.status_code = status
+
+
+@pytest.mark.parametrize(
+    ("error", "tries", "kind"),
+    [
+        (PermissionError("no"), 1, UsageError),
+        (Refusal(403), 1, UsageError),
+        (Refusal(400), 1, UsageError),
+        (Refusal(503), 2, OutageError),
+        (Refusal(429), 2, OutageError),
+        (ConnectionResetError("reset"), 2, OutageError),
+        (TimeoutError(), 2, OutageError),
+        (OSError(errno.EIO, "secret-host"), 2, OutageError),
+        (OSError(errno.ENOSPC, "full"), 1, OutageError),
+        (ValueError("a defect"), 1, UsageError),
+    ],
+)
+def test_only_what_may_pass_is_tried_again(tmp_path: Path, error: Exception, tries: int, kind: type[Exception]):
+    calls = []
+
+    def fail() -> None:
+        calls.append(1)
+        raise error
+
+    with pytest.raises(kind) as raised, patience(0.3):
+        Store(tmp_path, f"file://{tmp_path}")._try(fail)
+    assert (len(calls) >= 2) == (tries == 2)
+    assert "secret" not in str(raised.value)
