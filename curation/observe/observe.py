@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from curation.ingest.failures import FailureCode, StageError
 from curation.manifest import ClipRef
 from curation.observe.hdr import OPERATOR, Transfer, transfer_of
 from curation.observe.observations import Observations, Surround
@@ -34,6 +35,7 @@ from curation.settings import ObserveSettings
 
 JPEG_QUALITY = 95
 _WHOLE = (0.0, 0.0, 1.0, 1.0)
+_WAITING = 256  # thumbnails, 28 MB at 16:9; with fewer, a batch would not fill up at 240 frames a second
 _BAR_NOISE = 12  # grey levels that compression adds to a uniform bar
 
 
@@ -43,9 +45,9 @@ def observe(
 ) -> tuple[Observations, Frames]:  # fmt: skip
     """Measure every frame of the clip and sample its training frames, in one sequential decode.
 
-    Raises StageError: CORRUPT, NO_VIDEO, WRONG_KIND or SPAN_OUT_OF_RANGE.
+    Raises StageError: CORRUPT, NO_VIDEO, WRONG_KIND, TOO_LARGE or SPAN_OUT_OF_RANGE.
     """
-    return with_index(path, lambda index: _observe(ref, index, settings, detector, progress))
+    return with_index(path, lambda index: _observe(ref, index, settings, detector, progress), settings.limits)
 
 
 def _observe(
@@ -54,12 +56,14 @@ def _observe(
 ) -> tuple[Observations, Frames]:  # fmt: skip
     first, last = index.span(ref.start_s, ref.end_s)
     samples = first + sample_indices(index.times_s[first:last], settings.sample_fps)
+    _refuse_long(len(samples), settings)
     wanted = set(samples.tolist())
     width, height = training_grid(index, settings.frame_long_side)
     thumb, seen = _scaled(index, THUMB_LONG_SIDE), _scaled(index, detector.long_side)
     larger = max(width, seen[0]), max(height, seen[1])
     gaps = np.diff(index.times_s[first:last])
-    meter = ShotMeter(float(np.median(gaps)) if len(gaps) else 1 / 25)
+    usual = float(np.median(gaps)) if len(gaps) else 1 / 25
+    meter = ShotMeter(max(usual, 1 / settings.limits.max_fps))
     tracker = PeopleTracker(detector.person)
     bars, copies = _BarFinder(), SurroundFinder()
     found: list[Detections] = []
@@ -67,7 +71,7 @@ def _observe(
     jpeg: list[bytes] = []
     person: NDArray[np.float32] | None = None
     transfer: Transfer = "sdr"
-    # A batch of samples, and the thumbnails up to it: the meter wants the person's box with each frame.
+    # A batch of samples, and the thumbnails from its first one on: the meter wants the person's box with each frame.
     images: list[NDArray[np.uint8]] = []
     waiting: list[tuple[NDArray[np.uint8], bool]] = []
 
@@ -90,6 +94,8 @@ def _observe(
         transfer = transfer_of(frame) if transfer == "sdr" else transfer
         sampled = number in wanted
         waiting.append((thumbnail(frame, index, *thumb), sampled))
+        if not (sampled or images) or len(waiting) == _WAITING:
+            flush()
         if sampled:
             stored = halved(to_rgb(frame), index, *larger)
             images.append(resize(stored, index, *seen))
@@ -120,7 +126,7 @@ def prescreen(
     Costs about a thirteenth of a full decode, or nothing: None where fewer than `settings.prescreen_key_frames`, or no
     larger share of the samples than `share`, can be seen this way. Raises StageError as `observe`.
     """
-    index = index_video(path)
+    index = index_video(path, settings.limits)
     first, last = index.span(ref.start_s, ref.end_s)
     samples = first + sample_indices(index.times_s[first:last], settings.sample_fps)
     keys, limit = samples[index.key[samples]], 4 * settings.prescreen_key_frames
@@ -147,12 +153,19 @@ def sample_frames(ref: ClipRef, path: Path, settings: ObserveSettings) -> Frames
     def read(index: VideoIndex) -> Frames:
         first, last = index.span(ref.start_s, ref.end_s)
         numbers = first + sample_indices(index.times_s[first:last], settings.sample_fps)
+        _refuse_long(len(numbers), settings)
         width, height = training_grid(index, settings.frame_long_side)
         jpeg = tuple(_jpeg(picture) for picture in pictures(index, numbers.tolist(), width, height))
         stretch = grid_stretch(index, width, height)
         return Frames(width=width, height=height, times_s=index.times_s[numbers], jpeg=jpeg, stretch=stretch)
 
-    return with_index(path, read)
+    return with_index(path, read, settings.limits)
+
+
+def _refuse_long(samples: int, settings: ObserveSettings) -> None:
+    if samples > (most := settings.limits.max_samples):
+        text = f"the clip has {samples} samples, at most {most} are held; cut it into shorter ones in the manifest"
+        raise StageError(FailureCode.TOO_LARGE, text)
 
 
 def training_grid(index: VideoIndex, long_side: int) -> tuple[int, int]:
