@@ -120,6 +120,11 @@ def refuse_tables(path: Path, limits: VideoLimits = VideoLimits()) -> None:
         raise too_many_frames(limits)
 
 
+def decoder_pixels(limits: VideoLimits) -> int:
+    """FFmpeg's max_pixels, which stops a decoder before it allocates a picture; some count a margin around it."""
+    return limits.max_pixels + limits.max_pixels // 4 + (1 << 16)
+
+
 def too_many_frames(limits: VideoLimits) -> StageError:
     """What is raised for a file with more frames than `limits` allows."""
     return StageError(FailureCode.TOO_LARGE, f"a track of the file has more than {limits.max_frames} frames or samples")
@@ -325,7 +330,7 @@ def _copy(index: VideoIndex, written: Path) -> bool:
     import ffmpeg
 
     command = (
-        ffmpeg.input(f"file:{index.path}", fflags="+genpts", max_pixels=index.limits.max_pixels, **READ_ONLY)
+        ffmpeg.input(f"file:{index.path}", fflags="+genpts", max_pixels=decoder_pixels(index.limits), **READ_ONLY)
         .output(
             f"file:{written}",
             map=f"0:{index.stream}",

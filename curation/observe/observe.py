@@ -35,7 +35,7 @@ from curation.settings import ObserveSettings
 
 JPEG_QUALITY = 95
 _WHOLE = (0.0, 0.0, 1.0, 1.0)
-_WAITING = 256  # thumbnails, 28 MB at 16:9; with fewer, a batch would not fill up at 240 frames a second
+_WAITING = 256  # thumbnails, at most 50 MB
 _BAR_NOISE = 12  # grey levels that compression adds to a uniform bar
 
 
@@ -94,14 +94,12 @@ def _observe(
         transfer = transfer_of(frame) if transfer == "sdr" else transfer
         sampled = number in wanted
         waiting.append((thumbnail(frame, index, *thumb), sampled))
-        if not (sampled or images) or len(waiting) == _WAITING:
-            flush()
         if sampled:
             stored = halved(to_rgb(frame), index, *larger)
             images.append(resize(stored, index, *seen))
             jpeg.append(_jpeg(resize(stored, index, width, height)))
-            if len(images) == detector.batch:
-                flush()
+        if len(images) in (0, detector.batch) or len(waiting) == _WAITING:
+            flush()
         if progress is not None:
             progress(number - first + 1, last - first)
     flush()

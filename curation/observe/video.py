@@ -33,6 +33,7 @@ from curation.files import sha256_file
 from curation.ingest.container import (
     READ_ONLY,
     UNDECODED,
+    decoder_pixels,
     refuse_cut,
     refuse_kind,
     refuse_tables,
@@ -232,7 +233,7 @@ def _too_many_pixels(limits: VideoLimits) -> StageError:
 
 def _open(path: Path, limits: VideoLimits) -> Any:
     # metadata_errors: a title in a broken encoding is no reason to refuse a film.
-    options = READ_ONLY | {"max_pixels": str(limits.max_pixels), "max_streams": str(limits.max_tracks + 1)}
+    options = READ_ONLY | {"max_pixels": str(decoder_pixels(limits)), "max_streams": str(limits.max_tracks + 1)}
     container: Any = av.open(str(path), mode="r", options=options, metadata_errors="ignore")
     container.flags &= ~Flags.gen_pts.value  # PyAV asks for times to be made up; what ffmpeg shows has none of these
     return container
@@ -240,7 +241,7 @@ def _open(path: Path, limits: VideoLimits) -> Any:
 
 def _single_threaded(stream: Any, limits: VideoLimits) -> Any:
     """The stream, its decoder bound to one thread and, before it allocates a picture, to `limits`."""
-    stream.codec_context.options = {"max_pixels": str(limits.max_pixels)}
+    stream.codec_context.options = {"max_pixels": str(decoder_pixels(limits))}
     stream.codec_context.flags |= CodecFlags.unaligned.value  # a cropped picture begins where it says, as for ffmpeg
     # One process per core: threads inside a decoder cost the same processor time and only blur the accounting.
     stream.codec_context.thread_count = 1
@@ -547,7 +548,7 @@ def _damaged(number: int) -> StageError:
 def _decode_packet(packet: Any, limits: VideoLimits) -> list[Any] | None:
     """Frames that a packet completes, None for one that cannot be decoded. Raises StageError(TOO_LARGE)."""
     try:
-        return packet.decode()
+        frames = packet.decode()
     except FFmpegError as error:
         # Decoders say it in several ways: they keep the size, or none with an error of their own; dav1d only the error.
         codec = packet.stream.codec_context
@@ -555,6 +556,9 @@ def _decode_packet(packet: Any, limits: VideoLimits) -> list[Any] | None:
         if refused or codec.width * codec.height > limits.max_pixels:
             raise _too_many_pixels(limits) from error
         return None
+    if any(frame.width * frame.height > limits.max_pixels for frame in frames):
+        raise _too_many_pixels(limits)
+    return frames
 
 
 def decode_key_frames(index: VideoIndex, keys: NDArray[np.intp], *, limit: int) -> Iterator[tuple[int, Any]]:
