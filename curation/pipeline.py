@@ -1,8 +1,8 @@
 """The stages in order, for a batch of clips: download, observe, judge, teach. No engine in here.
 
 Every stage looks into the catalog and does only what is missing; what fails for a clip, whatever it is, is recorded
-there with its type and never raised: only a wrong set-up, a long outage or a lost lease ends a run. Any process may die anywhere: files
-are renamed into place first, completion is recorded last.
+there with its type and never raised: only a wrong set-up, a long outage or a lost lease ends a run. Any process may
+die anywhere: files are renamed into place first, completion is recorded last.
 """
 
 from __future__ import annotations

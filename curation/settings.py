@@ -12,6 +12,19 @@ POLICIES = Path(__file__).parent / "policies"
 DEVICE = r"^(auto|cpu|cuda(:\d+)?)$"
 
 
+class VideoLimits(BaseModel):
+    """What a video file may ask of a process before it is refused, whatever its header says. See docs/observing.md."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    max_pixels: int = Field(35_651_584, ge=256, description="Of a frame as stored: level 6.2 of H.264 and HEVC, 8K.")
+    max_fps: int = Field(1000, ge=1, description="Frames shown within any one second.")
+    max_frames: int = Field(2_000_000, ge=1, description="Of a file, or samples of a track: 18 hours at 30 a second.")
+    max_samples: int = Field(21_600, ge=1, description="Of a clip, about 50 kB each: an hour at 6 a second.")
+    max_tracks: int = Field(64, ge=1, description="Of a file, of all kinds.")
+    max_pictures: int = Field(8, ge=1, description="Tracks of a file that have pictures, covers included.")
+
+
 class DownloadSettings(BaseModel):
     """How videos are fetched."""
 
@@ -32,6 +45,7 @@ class DownloadSettings(BaseModel):
     budget_mb: int | None = Field(None, ge=1, description="Videos kept at once; the oldest finished ones make room.")
     cookies: Path | None = Field(None, description="Netscape cookie file, for platforms that ask for one.")
     proxy_file: Path | None = Field(None, description="File whose one line is the address of a proxy.")
+    limits: VideoLimits = Field(VideoLimits(), description="Beyond these a fetched file is refused.")
 
 
 class ObserveSettings(BaseModel):
@@ -46,6 +60,7 @@ class ObserveSettings(BaseModel):
     prescreen_key_frames: int = Field(8, ge=2, description="Clips with fewer key frames among their samples skip it.")
     frame_long_side: int = Field(518, ge=14, multiple_of=14, description="Longer side of training frames.")
     device: str = Field("auto", pattern=DEVICE, description="auto, cpu, cuda or cuda:N.")
+    limits: VideoLimits = Field(VideoLimits(), description="Beyond these a file or a clip is refused.")
 
 
 class TeacherSettings(BaseModel):

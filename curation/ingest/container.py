@@ -11,12 +11,16 @@ import mmap
 import re
 import signal
 import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from curation.ffmpeg import ffmpeg_exe
 from curation.files import fsync
 from curation.ingest.failures import FailureCode, StageError
+from curation.ingest.scrub import boxes
+from curation.settings import VideoLimits
 
 if TYPE_CHECKING:
     from curation.observe.video import VideoIndex
@@ -26,6 +30,8 @@ READ_ONLY = {
     "protocol_whitelist": "file",
     "format_whitelist": "mov,matroska,mpegts,mpeg,avi,flv,asf,ogg,mp3,wav,flac,aac",
 }
+# The same for who wants no picture: opening a file decodes some frames of every track otherwise.
+UNDECODED = READ_ONLY | {"codec_whitelist": "none"}
 # By kind of source, the containers to try: the first that can hold the stream without touching its times.
 _TARGETS = {
     "mov,mp4,m4a,3gp,3g2,mj2": (".mp4", ".mov"),
@@ -66,6 +72,73 @@ def refuse_kind(path: Path) -> None:
         found = "HEIF or AVIF picture"
     if found:
         raise StageError(FailureCode.WRONG_KIND, f"The file is a {found}, a kind that is not taken; convert it to MP4.")
+
+
+_HOLDERS = frozenset({b"moov", b"trak", b"mdia", b"minf", b"stbl", b"edts", b"moof", b"traf"})
+_ONE_PER_SAMPLE = 0xF00  # flags of a `trun` box that has something to say about every sample
+
+
+@dataclass(slots=True)
+class _Tables:
+    """What the tables of one track of an MP4 count. ticks: each sample lasts one."""
+
+    samples: int = 0
+    edits: int = 0
+    sound: bool = False
+    ticks: bool = False
+
+
+def refuse_tables(path: Path, limits: VideoLimits = VideoLimits()) -> None:
+    """Raise StageError(TOO_LARGE) where an MP4 counts more samples than it may; anything else passes.
+
+    Opening such a file takes 24 bytes for each sample that its tables count, also where the count is all there is of
+    them, and for each time that an edit shows it. A header that is itself compressed is refused unread (WRONG_KIND).
+    """
+    if not path.stat().st_size:
+        return
+    tracks, fragments = [_Tables()], 0
+    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        for kind, begin, end in _nested(data, 0, len(data)):
+            if kind == b"cmov":
+                raise StageError(FailureCode.WRONG_KIND, "the header of the file is compressed; convert it to MP4")
+            if kind == b"trak":
+                tracks.append(_Tables())
+            elif kind in (b"stsz", b"stz2"):
+                tracks[-1].samples = max(tracks[-1].samples, _number(data, begin + 8, end))
+            elif kind == b"elst":
+                tracks[-1].edits = max(tracks[-1].edits, _number(data, begin + 4, end))
+            elif kind == b"stts":
+                tracks[-1].ticks = _number(data, begin + 4, end) == 1 == _number(data, begin + 12, end)
+            elif kind == b"hdlr":
+                tracks[-1].sound |= data[begin + 8 : begin + 12] == b"soun"
+            elif kind == b"trun" and not _number(data, begin, end) & _ONE_PER_SAMPLE:
+                fragments += _number(data, begin + 4, end)
+    listed = [track for track in tracks if not (track.sound and track.ticks)]  # of plain sound no list is made
+    if max([fragments, *(track.samples for track in listed)]) > limits.max_frames or any(
+        track.edits * track.samples > 10 * limits.max_frames for track in listed
+    ):
+        raise too_many_frames(limits)
+
+
+def decoder_pixels(limits: VideoLimits) -> int:
+    """FFmpeg's max_pixels, which stops a decoder before it allocates a picture; some count a margin around it."""
+    return limits.max_pixels + limits.max_pixels // 4 + (1 << 16)
+
+
+def too_many_frames(limits: VideoLimits) -> StageError:
+    """What is raised for a file with more frames than `limits` allows."""
+    return StageError(FailureCode.TOO_LARGE, f"a track of the file has more than {limits.max_frames} frames or samples")
+
+
+def _nested(data: mmap.mmap, place: int, end: int) -> Iterator[tuple[bytes, int, int]]:
+    for kind, begin, stop in boxes(data, place, end, strict=False):
+        yield kind, begin, stop
+        if kind in _HOLDERS:
+            yield from _nested(data, begin, stop)
+
+
+def _number(data: mmap.mmap, place: int, end: int) -> int:
+    return int.from_bytes(data[place : min(place + 4, end)], "big")
 
 
 def refuse_cut(path: Path, container: Any, stream: Any, samples: int) -> None:
@@ -193,17 +266,19 @@ def stated_end(container: Any, stream: Any) -> float | None:
     return None
 
 
-def container_format(path: Path) -> str:
+def container_format(path: Path, limits: VideoLimits = VideoLimits()) -> str:
     """ffmpeg's name for a file's container.
 
-    Raises StageError: WRONG_KIND for a picture, CORRUPT for what is no container: a page, a playlist.
+    Raises StageError: WRONG_KIND for a picture, TOO_LARGE as refuse_tables, CORRUPT for what is no container: a page,
+    a playlist.
     """
     import av
     from av.error import FFmpegError
 
     refuse_kind(path)
+    refuse_tables(path, limits)
     try:
-        with av.open(str(path), options=READ_ONLY, metadata_errors="ignore") as container:
+        with av.open(str(path), options=UNDECODED, metadata_errors="ignore") as container:
             return container.format.name
     except FFmpegError:
         pass
@@ -217,28 +292,30 @@ def strip(index: VideoIndex, source_format: str, target: Path) -> Path:
     sound go. An MP4 that cannot be written anew so that it shows the same is blanked in place instead. `target` is a
     path without suffix; returns the fsynced file. Raises StageError CORRUPT or DISK_FULL.
     """
+    makers: list[tuple[str, Callable[[VideoIndex, Path], bool]]]
     makers = [(suffix, _copy) for suffix in _TARGETS.get(source_format, _OTHER_TARGETS)]
     if source_format.startswith("mov"):
         makers.append((".mp4", _scrub))
     for held in (True, False):  # a copy that shows the last frame for as long, or else one that shows the same frames
         for suffix, make in makers:
             written = target.with_name(target.name + suffix)
-            if make(index.path, index.stream, written) and _same_frames(index, source_format, written, held=held):
+            if make(index, written) and _same_frames(index, source_format, written, held=held):
                 fsync(written)
                 return written
             written.unlink(missing_ok=True)
     raise StageError(FailureCode.CORRUPT, "The video stream cannot be copied into a container.")
 
 
-def _scrub(source: Path, stream: int, written: Path) -> bool:
+def _scrub(index: VideoIndex, written: Path) -> bool:
     import av
     from av.error import FFmpegError
 
     from curation.ingest.scrub import scrub
     from curation.observe.packets import all_packets
 
+    source, stream = index.path, index.stream
     try:
-        with av.open(str(source), options=READ_ONLY, metadata_errors="ignore") as container:
+        with av.open(str(source), options=UNDECODED, metadata_errors="ignore") as container:
             for _ in all_packets(container, container.streams[stream]):  # fragments are known only when they are read
                 pass
             track = container.streams[stream].id
@@ -249,14 +326,14 @@ def _scrub(source: Path, stream: int, written: Path) -> bool:
     return True
 
 
-def _copy(source: Path, stream: int, written: Path) -> bool:
+def _copy(index: VideoIndex, written: Path) -> bool:
     import ffmpeg
 
     command = (
-        ffmpeg.input(f"file:{source}", fflags="+genpts", **READ_ONLY)
+        ffmpeg.input(f"file:{index.path}", fflags="+genpts", max_pixels=decoder_pixels(index.limits), **READ_ONLY)
         .output(
             f"file:{written}",
-            map=f"0:{stream}",
+            map=f"0:{index.stream}",
             c="copy",
             map_metadata=-1,
             map_chapters=-1,
@@ -292,9 +369,9 @@ def _same_frames(index: VideoIndex, source_format: str, written: Path, *, held: 
                 pass
 
     try:
-        promised = index_video(written)
-        with_index(written, settle)
-        copy = index_video(written)
+        promised = index_video(written, index.limits)
+        with_index(written, settle, index.limits)
+        copy = index_video(written, index.limits)
     except StageError:
         return False
     if copy.decoded != promised.decoded and source_format == "avi":

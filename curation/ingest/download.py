@@ -25,7 +25,7 @@ from curation.ingest.limits import Limits
 from curation.ingest.parts import FETCHED, drop, sweep_now_and_then, tidy, workspace
 from curation.manifest import ClipRef, link_listed, validate_video_id
 from curation.records import VideoFile
-from curation.settings import DownloadSettings
+from curation.settings import DownloadSettings, VideoLimits
 
 if TYPE_CHECKING:  # yt-dlp is loaded by the first download, not by whoever imports this module
     from curation.ingest.causes import Cause
@@ -103,31 +103,31 @@ def download(
         with workspace(folder, ref.video_key) as work:
             home = folder / ref.video_key
             if ref.platform == "local":
-                return _settle(_local(ref, settings), work, home, limits)
+                return _settle(_local(ref, settings), work, home, limits, settings.limits)
             options = _options(work, settings, limits, sleep)
             fetched = _fetch(ref, work, settings, options, limits, sleep)
             try:
-                return _settle(fetched.path, work, home, limits)
+                return _settle(fetched.path, work, home, limits, settings.limits)
             except StageError as error:
                 if not fetched.resumed or error.code not in (FailureCode.CORRUPT, FailureCode.NO_VIDEO):
                     raise
             # Put together from connections that did not belong together after all: once more, from the beginning.
             fetched = _fetch(ref, work, settings, options, limits, sleep)
-            return _settle(fetched.path, work, home, limits)
+            return _settle(fetched.path, work, home, limits, settings.limits)
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
     raise StageError(FailureCode.DISK_FULL, DISK_FULL)
 
 
-def _settle(fetched: Path, work: Path, home: Path, limits: Limits) -> VideoFile:
+def _settle(fetched: Path, work: Path, home: Path, limits: Limits, video_limits: VideoLimits) -> VideoFile:
     """Verify a fetched file, strip it and rename the result into `home`."""
     from curation.observe.video import index_video, verify
 
     limits.room(fetched.stat().st_size)
-    source_format = container_format(fetched)  # before anything else opens the file
-    video = verify(fetched)
-    clean = strip(index_video(fetched), source_format, work / "video")
+    source_format = container_format(fetched, video_limits)  # before anything else opens the file
+    video = verify(fetched, video_limits)
+    clean = strip(index_video(fetched, video_limits), source_format, work / "video")
     final = home / clean.name
     video = replace(video, path=final, sha256=sha256_file(clean), size_bytes=clean.stat().st_size)
     home.mkdir(exist_ok=True)

@@ -33,6 +33,7 @@ class FailureCode(StrEnum):
     CORRUPT = "corrupt"
     NO_VIDEO = "no_video"
     WRONG_KIND = "wrong_kind"
+    TOO_LARGE = "too_large"
     SPAN_OUT_OF_RANGE = "span_out_of_range"
     MISSING_DEPTH = "missing_depth"
     # somebody said no
@@ -91,6 +92,7 @@ _ADVICE = {
     FailureCode.CORRUPT: "The file is damaged or incomplete; mend its source, or fetch it anew with --retry corrupt.",
     FailureCode.NO_VIDEO: "The file has no moving picture (audio, or cover art only); drop the row.",
     FailureCode.WRONG_KIND: "This kind of file is not taken; convert it to an upright MP4, or drop the row.",
+    FailureCode.TOO_LARGE: "The film is beyond what one process decodes; make it smaller or cut it, or drop the row.",
     FailureCode.SPAN_OUT_OF_RANGE: "No frame begins in the asked times; correct start_s and end_s in the manifest.",
     FailureCode.MISSING_DEPTH: "The depth folder lacks this clip or a part of it; compute it, or take another teacher.",
     FailureCode.REFUSED: "The address or path is not allowed; allow its host or folder explicitly if you trust it.",

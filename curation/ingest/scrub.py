@@ -45,7 +45,7 @@ def scrub(source: Path, track: int, samples: Iterable[tuple[int, int]], written:
     shutil.copyfile(source, written)
     kept = sorted(samples)
     with written.open("r+b") as stream, mmap.mmap(stream.fileno(), 0) as data:
-        outer = list(_boxes(data, 0, len(data), strict=False))
+        outer = list(boxes(data, 0, len(data), strict=False))
         _blank(data, 0, outer[-1][2] if outer else 0, b"", track)
         _zero(data, outer[-1][2] if outer else 0, len(data))  # what follows the last box is none
         number = 0
@@ -61,7 +61,7 @@ def scrub(source: Path, track: int, samples: Iterable[tuple[int, int]], written:
         data.flush()
 
 
-def _boxes(data: mmap.mmap, place: int, end: int, *, strict: bool = True) -> Iterator[tuple[bytes, int, int]]:
+def boxes(data: mmap.mmap, place: int, end: int, *, strict: bool = True) -> Iterator[tuple[bytes, int, int]]:
     """(kind, begin of the content, end) of the boxes between two places; up to a bad one if not `strict`."""
     while place + 8 <= end:
         size, kind = int.from_bytes(data[place : place + 4], "big"), data[place + 4 : place + 8]
@@ -78,7 +78,7 @@ def _boxes(data: mmap.mmap, place: int, end: int, *, strict: bool = True) -> Ite
 
 
 def _blank(data: mmap.mmap, place: int, end: int, holder: bytes, track: int) -> None:
-    for kind, begin, stop in list(_boxes(data, place, end)):
+    for kind, begin, stop in list(boxes(data, place, end)):
         other = kind in _TRACKS and _track_id(data, begin, stop, _TRACKS[kind]) != track
         if kind not in _KEPT[holder] or other:
             _free(data, kind, begin, stop)
@@ -93,9 +93,9 @@ def _blank(data: mmap.mmap, place: int, end: int, holder: bytes, track: int) -> 
         elif kind == b"hdlr":
             _zero(data, _within(begin + 24, stop), stop)
         elif kind == b"stsd":
-            for _, entry, entry_end in list(_boxes(data, _within(begin + 8, stop), stop)):
+            for _, entry, entry_end in list(boxes(data, _within(begin + 8, stop), stop)):
                 _zero(data, entry + _ENTRY_NAME.start, _within(entry + _ENTRY_NAME.stop, entry_end))
-                for inner, start, inner_end in list(_boxes(data, _within(entry + _ENTRY_BOXES, entry_end), entry_end)):
+                for inner, start, inner_end in list(boxes(data, _within(entry + _ENTRY_BOXES, entry_end), entry_end)):
                     if inner not in _OF_A_SAMPLE_ENTRY:
                         _free(data, inner, start, inner_end)
 
@@ -107,7 +107,7 @@ def _free(data: mmap.mmap, kind: bytes, begin: int, stop: int) -> None:
 
 
 def _track_id(data: mmap.mmap, place: int, end: int, header: bytes) -> int | None:
-    for kind, begin, stop in _boxes(data, place, end):
+    for kind, begin, stop in boxes(data, place, end):
         if kind == header:
             skipped = 4 if kind == b"tfhd" else 20 if _bytes(data, begin, 1, stop)[0] else 12
             return int.from_bytes(_bytes(data, begin + skipped, 4, stop), "big")

@@ -109,10 +109,18 @@ def write_observations(observations: Observations, path: Path) -> None:
         if name == "provenance":
             value = json.dumps(value, sort_keys=True)
         elif isinstance(value, np.ndarray):
-            value = value.tolist()
+            row[name] = _one_list(value, SCHEMA.field(name).type)
+            continue
         row[name] = [list(value) if isinstance(value, tuple) else value]
     with atomic_path(path) as temporary:
         pq.write_table(pa.table(row, schema=SCHEMA), temporary, compression="zstd")
+
+
+def _one_list(values: NDArray[Any], kind: pa.DataType) -> pa.Array:
+    """A column of one row that holds these values, without making a Python object of each."""
+    flat = pa.array(values.ravel(), kind.value_type if values.ndim == 1 else kind.value_type.value_type)
+    items = flat if values.ndim == 1 else pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
+    return pa.ListArray.from_arrays(pa.array([0, len(values)], pa.int32()), items).cast(kind)
 
 
 def read_observations(path: Path) -> Observations:

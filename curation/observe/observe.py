@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from curation.deadlines import check_time
+from curation.ingest.failures import FailureCode, StageError
 from curation.manifest import ClipRef
 from curation.observe.hdr import OPERATOR, Transfer, transfer_of
 from curation.observe.observations import Observations, Surround
@@ -35,6 +36,7 @@ from curation.settings import ObserveSettings
 
 JPEG_QUALITY = 95
 _WHOLE = (0.0, 0.0, 1.0, 1.0)
+_WAITING = 256  # thumbnails, at most 50 MB
 _BAR_NOISE = 12  # grey levels that compression adds to a uniform bar
 
 
@@ -44,9 +46,9 @@ def observe(
 ) -> tuple[Observations, Frames]:  # fmt: skip
     """Measure every frame of the clip and sample its training frames, in one sequential decode.
 
-    Raises StageError: CORRUPT, NO_VIDEO, WRONG_KIND or SPAN_OUT_OF_RANGE.
+    Raises StageError: CORRUPT, NO_VIDEO, WRONG_KIND, TOO_LARGE or SPAN_OUT_OF_RANGE.
     """
-    return with_index(path, lambda index: _observe(ref, index, settings, detector, progress))
+    return with_index(path, lambda index: _observe(ref, index, settings, detector, progress), settings.limits)
 
 
 def _observe(
@@ -55,12 +57,14 @@ def _observe(
 ) -> tuple[Observations, Frames]:  # fmt: skip
     first, last = index.span(ref.start_s, ref.end_s)
     samples = first + sample_indices(index.times_s[first:last], settings.sample_fps)
+    _refuse_long(len(samples), settings)
     wanted = set(samples.tolist())
     width, height = training_grid(index, settings.frame_long_side)
     thumb, seen = _scaled(index, THUMB_LONG_SIDE), _scaled(index, detector.long_side)
     larger = max(width, seen[0]), max(height, seen[1])
     gaps = np.diff(index.times_s[first:last])
-    meter = ShotMeter(float(np.median(gaps)) if len(gaps) else 1 / 25)
+    usual = float(np.median(gaps)) if len(gaps) else 1 / 25
+    meter = ShotMeter(max(usual, 1 / settings.limits.max_fps))
     tracker = PeopleTracker(detector.person)
     bars, copies = _BarFinder(), SurroundFinder()
     found: list[Detections] = []
@@ -68,7 +72,7 @@ def _observe(
     jpeg: list[bytes] = []
     person: NDArray[np.float32] | None = None
     transfer: Transfer = "sdr"
-    # A batch of samples, and the thumbnails up to it: the meter wants the person's box with each frame.
+    # A batch of samples, and the thumbnails from its first one on: the meter wants the person's box with each frame.
     images: list[NDArray[np.uint8]] = []
     waiting: list[tuple[NDArray[np.uint8], bool]] = []
 
@@ -95,8 +99,8 @@ def _observe(
             stored = halved(to_rgb(frame), index, *larger)
             images.append(resize(stored, index, *seen))
             jpeg.append(_jpeg(resize(stored, index, width, height)))
-            if len(images) == detector.batch:
-                flush()
+        if len(images) in (0, detector.batch) or len(waiting) == _WAITING:
+            flush()
         if progress is not None:
             progress(number - first + 1, last - first)
     flush()
@@ -121,7 +125,7 @@ def prescreen(
     Costs about a thirteenth of a full decode, or nothing: None where fewer than `settings.prescreen_key_frames`, or no
     larger share of the samples than `share`, can be seen this way. Raises StageError as `observe`.
     """
-    index = index_video(path)
+    index = index_video(path, settings.limits)
     first, last = index.span(ref.start_s, ref.end_s)
     samples = first + sample_indices(index.times_s[first:last], settings.sample_fps)
     keys, limit = samples[index.key[samples]], 4 * settings.prescreen_key_frames
@@ -148,6 +152,7 @@ def sample_frames(ref: ClipRef, path: Path, settings: ObserveSettings) -> Frames
     def read(index: VideoIndex) -> Frames:
         first, last = index.span(ref.start_s, ref.end_s)
         numbers = first + sample_indices(index.times_s[first:last], settings.sample_fps)
+        _refuse_long(len(numbers), settings)
         width, height = training_grid(index, settings.frame_long_side)
         jpeg: list[bytes] = []
         for picture in pictures(index, numbers.tolist(), width, height):
@@ -156,7 +161,13 @@ def sample_frames(ref: ClipRef, path: Path, settings: ObserveSettings) -> Frames
         stretch = grid_stretch(index, width, height)
         return Frames(width=width, height=height, times_s=index.times_s[numbers], jpeg=tuple(jpeg), stretch=stretch)
 
-    return with_index(path, read)
+    return with_index(path, read, settings.limits)
+
+
+def _refuse_long(samples: int, settings: ObserveSettings) -> None:
+    if samples > (most := settings.limits.max_samples):
+        text = f"the clip has {samples} samples, at most {most} are held; cut it into shorter ones in the manifest"
+        raise StageError(FailureCode.TOO_LARGE, text)
 
 
 def training_grid(index: VideoIndex, long_side: int) -> tuple[int, int]:

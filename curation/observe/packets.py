@@ -7,6 +7,7 @@ Nothing here knows pixels.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -22,6 +23,7 @@ NONE = np.iinfo(np.int64).min  # a time that is not stated
 # A clock that may restart did so where it goes back by more than a tenth of a second, or forward by more than ten: the
 # limits of ffmpeg, whose timeline this is.
 _BACK_S, _AHEAD_S = Fraction(1, 10), 10
+_H264_SIZE, _HEVC_SIZE = 7, 33  # units that are sequence parameter sets
 _FILM = 0.5  # of the frames and of the time of the longest stream; a cover or a preview has less
 _FINE = Fraction(1, 4)
 _USUAL_RATES = tuple(Fraction(rate) for rate in (12, 15, 20, 24, 25, 30, 48, 50, 60, 100, 120)) + tuple(
@@ -113,31 +115,51 @@ def packet_of(frame: Any) -> int:
 
 @dataclass(slots=True)
 class Packets:
-    """What all packets with data of one stream say, p of them in the order of the file; times in ticks.
+    """What all packets with data of one stream say, p of them in the order of the file; times in ticks. 27 bytes each.
 
     stamps: presentation times, decoding times where a packet has no other, NONE where it has neither. durations: as
     stated, or 0. key: decodes on its own. shows: becomes a frame, and is not only there for others. discard: hidden by
-    an edit list. places: position in the file, -1 if unknown. untimed: some packet has no presentation time.
+    an edit list (each 0 or 1). places: position in the file, -1 if unknown. untimed: some packet has no presentation
+    time. resized: the size of the picture may change on the way; known of H.264 and HEVC in MP4 and Matroska alone.
+    codec, header: of the stream, its extradata.
     """
 
-    stamps: list[int] = field(default_factory=list)
-    durations: list[int] = field(default_factory=list)
-    key: list[bool] = field(default_factory=list)
-    shows: list[bool] = field(default_factory=list)
-    discard: list[bool] = field(default_factory=list)
-    places: list[int] = field(default_factory=list)
+    codec: str
+    header: bytes
+    stamps: array[int] = field(default_factory=lambda: array("q"))
+    durations: array[int] = field(default_factory=lambda: array("q"))
+    key: bytearray = field(default_factory=bytearray)
+    shows: bytearray = field(default_factory=bytearray)
+    discard: bytearray = field(default_factory=bytearray)
+    places: array[int] = field(default_factory=lambda: array("q"))
     untimed: bool = False
+    resized: bool = field(init=False)
+    _length: int = field(init=False)
 
-    def add(self, packet: Any, codec: str) -> None:
+    def __post_init__(self) -> None:
+        self._length = _unit_length(self.codec, self.header)
+        self.resized = self._length == 0
+
+    def __len__(self) -> int:
+        return len(self.stamps)
+
+    def add(self, packet: Any) -> None:
         """Note the next packet. It keeps no reference to it."""
         stamp = packet.pts if packet.pts is not None else packet.dts
         self.untimed = self.untimed or packet.pts is None
         self.stamps.append(NONE if stamp is None else stamp)
         self.durations.append(packet.duration or 0)
         self.key.append(packet.is_keyframe)
-        self.shows.append(_shows(codec, packet))
+        self.shows.append(_shows(self.codec, packet))
+        self.resized = self.resized or _brings_size(self.codec, packet, self._length)
         self.discard.append(packet.is_discard)
         self.places.append(-1 if packet.pos is None else packet.pos)
+
+
+def film_candidates(container: Any) -> list[Any]:
+    """The video streams that have a decoder and are no cover."""
+    pictures = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
+    return [stream for stream in pictures if stream.codec_context is not None]
 
 
 def film_stream(container: Any, reopen: Callable[[], Any]) -> Any:
@@ -147,9 +169,10 @@ def film_stream(container: Any, reopen: Callable[[], Any]) -> Any:
     first, then the one with more frames, then the larger. reopen: opens the file once more, to count packets; called
     only where there is a choice. Raises StageError(NO_VIDEO).
     """
-    pictures = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
-    streams = [s for s in pictures if s.codec_context is not None]
+    streams = film_candidates(container)
     if not streams:
+        covers = av.stream.Disposition.attached_pic
+        pictures = any(not stream.disposition & covers for stream in container.streams.video)
         what = "no decoder for its video stream" if pictures else "no video stream"
         raise StageError(FailureCode.NO_VIDEO, f"the file has {what}")
     if len(streams) == 1:
@@ -195,6 +218,40 @@ def steady_rate(stamps: NDArray[np.int64], base: Fraction, declared: Iterable[Fr
             if np.ptp(away) <= 1.0 + 1e-6:  # a tick, wherever the first stamp lies within its own
                 return rate
     return None
+
+
+def _unit_length(codec: str, header: bytes) -> int:
+    """Bytes of the length before each unit of a packet; 0 unless the header states it, and one size of the picture.
+
+    ISO/IEC 14496-15, sections 5.3.3 and 8.3.3.
+    """
+    if len(header) < 23 or header[0] != 1:
+        return 0
+    if codec == "h264":
+        return (header[4] & 3) + 1 if header[5] & 0x1F == 1 else 0
+    sets, place = 0, 23
+    for _ in range(header[22] if codec == "hevc" else 0):
+        kind, count = header[place : place + 1], int.from_bytes(header[place + 1 : place + 3], "big")
+        sets += count if kind and kind[0] & 0x3F == _HEVC_SIZE else 0
+        place += 3
+        for _ in range(count):
+            place += 2 + int.from_bytes(header[place : place + 2], "big")
+            if place > len(header):
+                return 0
+    return (header[21] & 3) + 1 if sets == 1 else 0
+
+
+def _brings_size(codec: str, packet: Any, length: int) -> bool:
+    """A unit of this packet may state another size: a sequence parameter set, or what is no row of units."""
+    if packet.has_sidedata("new_extradata"):
+        return True
+    data, place = memoryview(packet), 0
+    while place + length < len(data):
+        head = data[place + length]
+        if (head & 0x1F == _H264_SIZE) if codec == "h264" else (head >> 1 & 0x3F == _HEVC_SIZE):
+            return True
+        place += length + int.from_bytes(data[place : place + length], "big")
+    return place != len(data)
 
 
 def _shows(codec: str, packet: Any) -> bool:

@@ -11,7 +11,9 @@ both give the same frame, and the same pixels, for the same number. This module 
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -28,11 +30,21 @@ from av.sidedata.sidedata import Type as SideData
 from numpy.typing import NDArray
 
 from curation.files import sha256_file
-from curation.ingest.container import READ_ONLY, refuse_cut, refuse_kind, stated_end
+from curation.ingest.container import (
+    READ_ONLY,
+    UNDECODED,
+    decoder_pixels,
+    refuse_cut,
+    refuse_kind,
+    refuse_tables,
+    stated_end,
+    too_many_frames,
+)
 from curation.ingest.failures import FailureCode, StageError
 from curation.observe.hdr import to_sdr, transfer_of
-from curation.observe.packets import Demuxer, Packets, film_stream, packet_of, steady_rate
+from curation.observe.packets import NONE, Demuxer, Packets, film_candidates, film_stream, packet_of, steady_rate
 from curation.records import VideoFile
+from curation.settings import VideoLimits
 
 # Asked times may be rounded to milliseconds, as some containers round theirs.
 TIME_TOLERANCE_S = 1e-3
@@ -41,10 +53,12 @@ TIME_TOLERANCE_S = 1e-3
 _TOLD_BY_PACKETS = frozenset({"h264", "hevc", "av1", "vp8", "vp9", "mjpeg", "prores"})
 _TIMED = frozenset({"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "mpegts", "flv"})
 _SOUGHT = frozenset({"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"})  # where a seek finds the key frame that is asked for
-# What decord 0.6.0 opens, indexes and converts as PyAV does; everything else goes through PyAV.
-_DECORD_CODECS = frozenset({"h264", "hevc", "vp9"})
+# What decord 0.6.0 opens, indexes and converts as PyAV does, and where the packets tell that the size of the picture
+# never changes: decord knows no limit. Everything else goes through PyAV.
+_DECORD_CODECS = frozenset({"h264", "hevc"})
 _DECORD_MIN_WIDTH = 64  # it takes the padding of a narrower picture's rows for a fourth channel
 _VERIFY_KEY_FRAMES = 24
+_KEPT_INDICES = 4  # of up to 80 MB each; the clips of one video mostly follow one upon the other
 _LOST_CLOCK = "its clock starts anew, and where it goes on cannot be told; convert the file to MP4"
 _TILT = 0.0175  # tangent of one degree: less is upright, as for ffmpeg
 
@@ -69,6 +83,7 @@ class VideoIndex:
     edited: an edit list hides some frames.
     decoded: the frames were counted by decoding.
     plain: nothing about the file is of a kind that decord 0.6.0 reads differently from PyAV.
+    limits: what the file was checked against, and its frames are when they are decoded.
     """
 
     path: Path
@@ -90,6 +105,7 @@ class VideoIndex:
     edited: bool
     decoded: bool
     plain: bool
+    limits: VideoLimits
 
     @property
     def fps(self) -> float:
@@ -125,22 +141,22 @@ class IndexDiffers(Exception):
     """The decoder shows other frames than the packets promised; an index made by decoding is right. See with_index."""
 
 
-def index_video(path: Path) -> VideoIndex:
+def index_video(path: Path, limits: VideoLimits = VideoLimits()) -> VideoIndex:
     """Read a file's packets and its first frame; a file whose packets do not tell its frames is decoded once.
 
     Raises StageError NO_VIDEO (audio, or cover art only), WRONG_KIND (an animated picture, a picture turned by an odd
-    angle) or CORRUPT (unreadable, or without the end of its data).
+    angle), TOO_LARGE (beyond `limits`) or CORRUPT (unreadable, or without the end of its data).
     """
-    return _kept(path).index
+    return _kept(path, limits).index
 
 
-def with_index(path: Path, work: Callable[[VideoIndex], T]) -> T:
+def with_index(path: Path, work: Callable[[VideoIndex], T], limits: VideoLimits = VideoLimits()) -> T:
     """work(index of the file), once more with an index made by decoding if the decoder contradicts the packets."""
-    kept = _kept(path)
+    kept = _kept(path, limits)
     try:
         return work(kept.index)
     except IndexDiffers:
-        kept.index = _read_index(path, by_decoding=True)
+        kept.index = _read_index(path, limits, by_decoding=True)
         return work(kept.index)
 
 
@@ -151,35 +167,81 @@ class _Kept:
         self.index = index
 
 
-def _kept(path: Path) -> _Kept:
+def _kept(path: Path, limits: VideoLimits) -> _Kept:
     stat = path.stat()
-    return _kept_for(path, stat.st_mtime_ns, stat.st_size)
+    return _kept_for(path, limits, stat.st_mtime_ns, stat.st_size)
 
 
-@functools.lru_cache(maxsize=32)
-def _kept_for(path: Path, mtime_ns: int, size: int) -> _Kept:
+@functools.lru_cache(maxsize=_KEPT_INDICES)
+def _kept_for(path: Path, limits: VideoLimits, mtime_ns: int, size: int) -> _Kept:
     if size == 0:
         raise StageError(FailureCode.CORRUPT, "the file is empty")
-    return _Kept(_read_index(path, by_decoding=False))
+    return _Kept(_read_index(path, limits, by_decoding=False))
 
 
-def _read_index(path: Path, *, by_decoding: bool) -> VideoIndex:
+def _read_index(path: Path, limits: VideoLimits, *, by_decoding: bool) -> VideoIndex:
     refuse_kind(path)
+    refuse_tables(path, limits)
     try:
-        with _open(path) as container:
-            return _index(path, container, by_decoding)
+        _refuse_pictures(path, limits)
+        with _open(path, limits) as container:
+            return _index(path, container, limits, by_decoding)
     except FFmpegError as error:
         raise StageError(FailureCode.CORRUPT, f"the file cannot be read ({type(error).__name__})") from error
 
 
-def _open(path: Path) -> Any:
+def _refuse_pictures(path: Path, limits: VideoLimits) -> None:
+    """Raise StageError(TOO_LARGE) for tracks and pictures that must not even be opened as `_open` does.
+
+    Opening decodes a frame of every track; without a limit where the container does not begin with a list of its tracks
+    (FLV, MPEG). Here only tracks whose size nothing but a decoder knows are decoded, within the limit, and no cover.
+    """
+    options = UNDECODED | {"max_streams": str(limits.max_tracks + 1)}
+    try:
+        container = av.open(str(path), mode="r", options=options, metadata_errors="ignore")
+    except MemoryError as error:  # what libavformat says of one track more
+        raise _too_many_tracks(limits) from error
+    with container:
+        streams = container.streams
+        if len(streams) > limits.max_tracks or len(streams.video) > limits.max_pictures:
+            raise _too_many_tracks(limits)
+        films = film_candidates(container)
+        if any(stream.width * stream.height > limits.max_pixels for stream in films):
+            raise _too_many_pixels(limits)
+        _decode_one(container, [stream for stream in films if not stream.width], limits)
+
+
+def _decode_one(container: Any, streams: list[Any], limits: VideoLimits) -> None:
+    """Decode one packet of each stream, for its size alone."""
+    left = {_single_threaded(stream, limits).index for stream in streams}
+    for packet in container.demux(streams) if streams else ():
+        if packet.size and packet.stream_index in left:
+            _decode_packet(packet, limits)
+            left.remove(packet.stream_index)
+        if not left:
+            return
+
+
+def _too_many_tracks(limits: VideoLimits) -> StageError:
+    text = f"the file has more than {limits.max_tracks} tracks, or {limits.max_pictures} with pictures"
+    return StageError(FailureCode.TOO_LARGE, text)
+
+
+def _too_many_pixels(limits: VideoLimits) -> StageError:
+    return StageError(FailureCode.TOO_LARGE, f"a picture of the film has more than {limits.max_pixels} pixels")
+
+
+def _open(path: Path, limits: VideoLimits) -> Any:
     # metadata_errors: a title in a broken encoding is no reason to refuse a film.
-    container: Any = av.open(str(path), mode="r", options=READ_ONLY, metadata_errors="ignore")
+    options = READ_ONLY | {"max_pixels": str(decoder_pixels(limits)), "max_streams": str(limits.max_tracks + 1)}
+    container: Any = av.open(str(path), mode="r", options=options, metadata_errors="ignore")
     container.flags &= ~Flags.gen_pts.value  # PyAV asks for times to be made up; what ffmpeg shows has none of these
     return container
 
 
-def _single_threaded(stream: Any) -> Any:
+def _single_threaded(stream: Any, limits: VideoLimits) -> Any:
+    """The stream, its decoder bound to one thread and, before it allocates a picture, to `limits`."""
+    stream.codec_context.options = {"max_pixels": str(decoder_pixels(limits))}
     stream.codec_context.flags |= CodecFlags.unaligned.value  # a cropped picture begins where it says, as for ffmpeg
     # One process per core: threads inside a decoder cost the same processor time and only blur the accounting.
     stream.codec_context.thread_count = 1
@@ -190,34 +252,37 @@ def _single_threaded(stream: Any) -> Any:
 class _Seen(NamedTuple):
     """What one reading of a stream brought.
 
-    first: the first frame. shown, stamps: packet and time of every decoded frame, in order. second: the packet of the
-    second key frame.
+    first: the first frame. shown, stamps: packet and time, or NONE, of every decoded frame, in order. second: the
+    packet of the second key frame.
     """
 
     packets: Packets
     first: Any
-    shown: list[int]
-    stamps: list[int | None]
+    shown: array[int]
+    stamps: array[int]
     second: Any
 
 
-def _read(demuxer: Demuxer, codec: str, decoding: bool) -> _Seen:
-    """Read every packet; decode up to the first frame, or everything. Raises StageError(CORRUPT)."""
-    packets = Packets()
-    shown: list[int] = []
-    stamps: list[int | None] = []
+def _read(demuxer: Demuxer, codec: str, header: bytes | None, limits: VideoLimits, decoding: bool) -> _Seen:
+    """Read every packet; decode up to the first frame, or everything. Raises StageError CORRUPT or TOO_LARGE."""
+    packets = Packets(codec, header or b"")
+    shown, stamps = array("q"), array("q")
     first = second = None
+    keys = 0
     for number, packet in demuxer:
         if number >= 0:
             # In a stream that may be joined, the mark means that packets may be missing before; the decoder knows.
             if packet.is_corrupt and not demuxer.may_restart:
                 raise StageError(FailureCode.CORRUPT, "the data of a frame is cut off")
-            packets.add(packet, codec)
-            if packet.is_keyframe and second is None and sum(packets.key) == 2:
+            packets.add(packet)
+            keys += packet.is_keyframe
+            if keys == 2 and second is None:
                 second = packet
+        if max(len(packets), len(shown)) > limits.max_frames:
+            raise too_many_frames(limits)
         if first is not None and not decoding:
             continue
-        frames = _decode_packet(packet)
+        frames = _decode_packet(packet, limits)
         # Before its first picture a stream may hold parts of others: it was cut anywhere.
         if first is not None and (frames is None or any(frame.is_corrupt for frame in frames)):
             raise _damaged(len(shown))
@@ -225,34 +290,35 @@ def _read(demuxer: Demuxer, codec: str, decoding: bool) -> _Seen:
             if not frame.is_corrupt:
                 first = first or frame
                 shown.append(packet_of(frame))
-                stamps.append(frame.pts if frame.pts is not None else frame.dts)
+                stamp = frame.pts if frame.pts is not None else frame.dts
+                stamps.append(NONE if stamp is None else stamp)
     return _Seen(packets, first, shown, stamps, second)
 
 
-def _index(path: Path, container: Any, by_decoding: bool) -> VideoIndex:
-    stream = _single_threaded(film_stream(container, lambda: _open(path)))
+def _index(path: Path, container: Any, limits: VideoLimits, by_decoding: bool) -> VideoIndex:
+    stream = _single_threaded(film_stream(container, lambda: _open(path, limits)), limits)
     if stream.time_base is None or stream.width == 0:
         raise StageError(FailureCode.CORRUPT, "the video stream has no size or no clock")
     name, codec = container.format.name, stream.codec_context.codec.canonical_name
     by_decoding = by_decoding or codec not in _TOLD_BY_PACKETS or name not in _TIMED
     demuxer = Demuxer(container, stream)
-    seen = _read(demuxer, codec, by_decoding)
+    seen = _read(demuxer, codec, stream.codec_context.extradata, limits, by_decoding)
     packets, first = seen.packets, seen.first
     refuse_cut(path, container, stream, len(packets.stamps))
     if first is None:
         raise StageError(FailureCode.CORRUPT, "no frame of the file can be decoded")
     if packets.untimed and not by_decoding:
-        return _read_index(path, by_decoding=True)
+        return _read_index(path, limits, by_decoding=True)
     base = Fraction(stream.time_base)
     shown, stamps = _decoded(seen, demuxer, stream) if by_decoding else _shown_packets(packets, name)
     if not len(stamps):
         raise StageError(FailureCode.CORRUPT, "the video stream shows no frame")
     numbers = np.full(len(packets.stamps), -1, np.int64)
     numbers[shown[shown >= 0]] = np.flatnonzero(shown >= 0)
-    keys = np.asarray(packets.key)[shown] & (shown >= 0)
+    keys = _flags(packets.key)[shown] & (shown >= 0)
     # With intra refresh the picture is renewed bit by bit: what is marked as a key frame is none.
     second = seen.second
-    refreshed = second is not None and not second.is_discard and not _decode_alone(stream.codec_context, second)
+    refreshed = second is not None and not second.is_discard and not _decode_alone(stream.codec_context, second, limits)
     if refreshed:
         keys[1:] = False
     places, discarded = np.asarray(packets.places, np.int64), any(packets.discard)
@@ -260,6 +326,7 @@ def _index(path: Path, container: Any, by_decoding: bool) -> VideoIndex:
         places = places[:0]
     rate = steady_rate(stamps, base, (stream.average_rate, stream.base_rate))
     times = np.arange(len(stamps)) / float(rate) if rate else (stamps - stamps[0]) * float(base)
+    _refuse_rate(times, limits)
     try:
         first.reformat(width=16, height=16, format="rgb24")
     except (FFmpegError, OSError, ValueError) as error:
@@ -287,6 +354,7 @@ def _index(path: Path, container: Any, by_decoding: bool) -> VideoIndex:
         decoded=by_decoding,
         plain=codec in _DECORD_CODECS
         and len(places) > 0
+        and not packets.resized
         and len(container.streams.video) == 1
         and stream.width >= _DECORD_MIN_WIDTH
         and stream.width % 2 == stream.height % 2 == 0
@@ -295,7 +363,18 @@ def _index(path: Path, container: Any, by_decoding: bool) -> VideoIndex:
         and stamps[0] * base <= Fraction(1, 2)
         and bool((np.diff(times) > TIME_TOLERANCE_S).all())
         and not (rotation or mirrored or refreshed or first.interlaced_frame or _open_groups(packets)),
+        limits=limits,
     )
+
+
+def _refuse_rate(times_s: NDArray[np.float64], limits: VideoLimits) -> None:
+    apart = times_s[limits.max_fps :] - times_s[: -limits.max_fps]
+    if (apart < 1 - 2 * TIME_TOLERANCE_S).any():
+        raise StageError(FailureCode.TOO_LARGE, f"more than {limits.max_fps} frames are shown within one second")
+
+
+def _flags(flags: bytearray) -> NDArray[np.bool_]:
+    return np.frombuffer(flags, np.bool_)
 
 
 def _displayed(stream: Any, rotation: int) -> tuple[int, int]:
@@ -309,8 +388,8 @@ def _displayed(stream: Any, rotation: int) -> tuple[int, int]:
 
 def _shown_packets(packets: Packets, container_name: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Packets that show a frame, in the order of their times, and these times."""
-    stamps, key = np.asarray(packets.stamps, np.int64), np.asarray(packets.key)
-    shows = np.asarray(packets.shows) & ~np.asarray(packets.discard)
+    stamps, key = np.asarray(packets.stamps, np.int64), _flags(packets.key)
+    shows = _flags(packets.shows) & ~_flags(packets.discard)
     if not container_name.startswith("mov"):  # where an edit list says what is shown
         entry = int(np.argmax(key))  # what a stream cut anywhere has before its first key frame is never shown
         shows &= stamps >= stamps[entry]
@@ -326,19 +405,22 @@ def _decoded(seen: _Seen, demuxer: Demuxer, stream: Any) -> tuple[NDArray[np.int
     Where a container has no presentation times, as AVI, a frame is shown when it leaves the decoder. Raises
     StageError(CORRUPT) where the clock starts anew and frames have no times.
     """
-    if demuxer.restarted and None in seen.stamps:
+    stamps = np.asarray(seen.stamps, np.int64)
+    timed = np.flatnonzero(stamps != NONE)
+    if demuxer.restarted and len(timed) < len(stamps):
         raise StageError(FailureCode.CORRUPT, _LOST_CLOCK)
     step = round(1 / ((stream.average_rate or 25) * stream.time_base))
-    early = next((n for n, stamp in enumerate(seen.stamps) if stamp is not None), 0)
-    stamps = [(seen.stamps[early] or 0) - (early - n) * step for n in range(early)]
-    for stamp in seen.stamps[early:]:
-        stamps.append(stamp if stamp is not None else stamps[-1] + step if stamps else 0)
-    return np.asarray(seen.shown, np.int64), np.sort(np.asarray(stamps, np.int64))
+    # A frame without a time is shown a step after the one before it, or, before any time, before the one after it.
+    if not len(timed):
+        stamps, timed = np.zeros_like(stamps), np.zeros(1, np.int64)
+    places = np.arange(len(stamps))
+    known = timed[np.maximum(np.searchsorted(timed, places, side="right") - 1, 0)] if len(stamps) else places
+    return np.asarray(seen.shown, np.int64), np.sort(stamps[known] + (places - known) * step)
 
 
 def _open_groups(packets: Packets) -> bool:
     """Some frame is shown before a key frame, but decoded after it and with the help of frames before it."""
-    stamps, key = np.asarray(packets.stamps, np.int64), np.asarray(packets.key)
+    stamps, key = np.asarray(packets.stamps, np.int64), _flags(packets.key)
     entry = np.maximum.accumulate(np.where(key, np.arange(len(key)), 0))
     return bool((stamps < stamps[entry])[int(np.argmax(key)) :].any())
 
@@ -388,7 +470,8 @@ def decode(index: VideoIndex, first: int, last: int, *, only: Iterable[int] | No
     """Decode frames [first, last) in one sequential pass; yields (frame number, av.VideoFrame) of each, in order.
 
     `only`: yield just these (a sorted sequence of numbers), still in one pass. Raises StageError(CORRUPT) for a frame
-    that does not decode, and IndexDiffers where the decoder shows other frames than the packets promised.
+    that does not decode, TOO_LARGE for one with too many pixels, and IndexDiffers where the decoder shows other frames
+    than the packets promised.
     """
     wanted = None if only is None else set(only)
     last = min(last, len(index.times_s))
@@ -407,7 +490,7 @@ def _frames_from(index: VideoIndex, first: int, last: int) -> Iterator[tuple[int
     expected = first
     # A seek may find a later key frame, or lose frames: what is then still missing is sought from further before.
     for entry in (*entries, None):
-        with _open(index.path) as container:
+        with _open(index.path, index.limits) as container:
             for number, frame in _numbered(container, index, entry, expected, last):
                 if number != expected:
                     break
@@ -429,7 +512,7 @@ def _numbered(container: Any, index: VideoIndex, entry: int | None, first: int, 
 
     Raises StageError(CORRUPT) for data that does not decode and that frames [first, last) need.
     """
-    stream = _single_threaded(container.streams[index.stream])
+    stream = _single_threaded(container.streams[index.stream], index.limits)
     if entry is not None:
         stamp = index.origin + round(float(index.times_s[entry]) / float(index.time_base))
         container.seek(stamp, stream=stream, backward=True, any_frame=False)
@@ -437,7 +520,7 @@ def _numbered(container: Any, index: VideoIndex, entry: int | None, first: int, 
     needed = range(int(keys[-1]) if len(keys) else 0, last)
     count, reached = 0, -1
     for sent, packet in Demuxer(container, stream).since(None if entry is None else index.places):
-        frames = _decode_packet(packet)
+        frames = _decode_packet(packet, index.limits)
         if frames is None:
             number = int(index.numbers[sent])
             if (number if number >= 0 or reached < 0 else reached + 1) in needed:
@@ -462,12 +545,20 @@ def _damaged(number: int) -> StageError:
     return StageError(FailureCode.CORRUPT, f"frame {number} cannot be decoded")
 
 
-def _decode_packet(packet: Any) -> list[Any] | None:
-    """Frames that a packet completes, None for one that cannot be decoded."""
+def _decode_packet(packet: Any, limits: VideoLimits) -> list[Any] | None:
+    """Frames that a packet completes, None for one that cannot be decoded. Raises StageError(TOO_LARGE)."""
     try:
-        return packet.decode()
-    except FFmpegError:
+        frames = packet.decode()
+    except FFmpegError as error:
+        # Decoders say it in several ways: they keep the size, or none with an error of their own; dav1d only the error.
+        codec = packet.stream.codec_context
+        refused = (codec.width == 0 and error.errno == errno.EINVAL) or error.errno == errno.ERANGE
+        if refused or codec.width * codec.height > limits.max_pixels:
+            raise _too_many_pixels(limits) from error
         return None
+    if any(frame.width * frame.height > limits.max_pixels for frame in frames):
+        raise _too_many_pixels(limits)
+    return frames
 
 
 def decode_key_frames(index: VideoIndex, keys: NDArray[np.intp], *, limit: int) -> Iterator[tuple[int, Any]]:
@@ -479,33 +570,33 @@ def decode_key_frames(index: VideoIndex, keys: NDArray[np.intp], *, limit: int) 
         keys = keys[np.linspace(0, len(keys) - 1, limit).round().astype(int)]
     wanted = set(keys.tolist())
     try:
-        with _open(index.path) as container:
-            stream = _single_threaded(container.streams[index.stream])
+        with _open(index.path, index.limits) as container:
+            stream = _single_threaded(container.streams[index.stream], index.limits)
             for packet_number, packet in Demuxer(container, stream):
                 if packet_number >= 0 and (number := int(index.numbers[packet_number])) in wanted:
-                    for frame in _decode_alone(stream.codec_context, packet):
+                    for frame in _decode_alone(stream.codec_context, packet, index.limits):
                         yield number, frame
     except FFmpegError as error:
         raise StageError(FailureCode.CORRUPT, f"a key frame cannot be decoded ({type(error).__name__})") from error
 
 
-def _decode_alone(codec: Any, packet: Any) -> list[Any]:
+def _decode_alone(codec: Any, packet: Any, limits: VideoLimits) -> list[Any]:
     """The frame of one packet; the decoder is emptied, or it would wait for packets that never come."""
     codec.flush_buffers()
-    frames = _decode_packet(packet) or []
+    frames = _decode_packet(packet, limits) or []
     with contextlib.suppress(FFmpegError):
         frames += codec.decode(None)
     codec.flush_buffers()
     return [frame for frame in frames if not frame.is_corrupt][:1]
 
 
-def verify(path: Path) -> VideoFile:
+def verify(path: Path, limits: VideoLimits = VideoLimits()) -> VideoFile:
     """Check that a file is a whole, decodable video: every packet is there and a spread of key frames decodes.
 
     The full decode happens once, when the clip is observed; that pass checks every frame.
-    Raises StageError CORRUPT, NO_VIDEO or WRONG_KIND.
+    Raises StageError as index_video.
     """
-    index = index_video(path)
+    index = index_video(path, limits)
     if not any(True for _ in decode_key_frames(index, np.flatnonzero(index.key), limit=_VERIFY_KEY_FRAMES)):
         raise StageError(FailureCode.CORRUPT, "no key frame can be decoded")
     return VideoFile(

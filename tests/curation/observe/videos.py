@@ -98,7 +98,6 @@ BY_DECORD: dict[str, Callable[[Path], list[int]]] = {
     "plain.mkv": _coded(*_BASE),
     "colours.mp4": _coded(*_BASE, *_FULL_RANGE),
     "hevc.mp4": _coded(*_HEVC, "-pix_fmt", "yuv420p", "-x265-params", "log-level=error"),
-    "vp9.webm": _coded("-c:v", "libvpx-vp9", "-deadline", "realtime", "-cpu-used", "8", "-pix_fmt", "yuv420p"),
     "variable.mp4": _variable,
     "anamorphic.mp4": _coded("-vf", "scale=64:64,setsar=3/2", *_BASE),
     "tall-pixels.mp4": _coded("-vf", "scale=96:32,setsar=1/2", *_BASE),
@@ -112,6 +111,7 @@ _SHORT = "open-gop=1:keyint=2:min-keyint=1:bframes=3:scenecut=0"
 _REFRESH = "intra-refresh=1:keyint=24:bframes=0:scenecut=0"
 
 VIDEOS = BY_DECORD | {
+    "vp9.webm": _coded("-c:v", "libvpx-vp9", "-deadline", "realtime", "-cpu-used", "8", "-pix_fmt", "yuv420p"),
     "edited.mp4": _edited,
     "rotated.mp4": _rotated(90),
     "rotated.mkv": _rotated(270),

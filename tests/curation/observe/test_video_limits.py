@@ -1,0 +1,259 @@
+"""Files of a few kilobytes that would take gigabytes are refused before they do."""
+
+from __future__ import annotations
+
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import pytest
+from boxes import Box, Movie, _boxes
+from numbered import encode, ffmpeg, picture
+from scenes import Watcher
+
+from curation.ingest.container import container_format, refuse_tables, strip
+from curation.ingest.failures import FailureCode, StageError
+from curation.manifest import ClipRef
+from curation.observe.observe import observe, sample_frames
+from curation.observe.video import decode, index_video, with_index
+from curation.settings import ObserveSettings, VideoLimits
+
+H264 = ("-c:v", "libx264", "-preset", "ultrafast", "-pix_fmt", "yuv420p", "-bf", "0")
+SMALL = VideoLimits(max_pixels=96 * 64)
+LARGER = [picture(number, 640, 480) for number in range(4)]
+PICTURES = [picture(number) for number in range(8)]
+
+
+def refused(act) -> str:
+    with pytest.raises(StageError) as caught:
+        act()
+    assert caught.value.code is FailureCode.TOO_LARGE and "/" not in caught.value.message
+    return caught.value.message
+
+
+def peak_mb(script: str, *arguments: str | Path) -> float:
+    """By how many MB the peak of a process grows over what its imports take; it may print before, not after."""
+    measured = (
+        "import resource, sys\nfrom pathlib import Path\n"
+        "from curation.observe.observe import *\nfrom curation.observe.video import *\n"
+        "from curation.ingest.failures import StageError\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
+        f"before = peak()\n{script}\nprint(peak() - before)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", measured, *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return float(done.stdout.split()[-1])
+
+
+def huge_png(path: Path, side: int = 16000) -> Path:
+    """One grey picture of side x side in a few hundred kilobytes."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    packed = zlib.compressobj(1)
+    rows = bytes(side + 1) * 100
+    data = b"".join([*(packed.compress(rows) for _ in range(side // 100)), packed.flush()])
+    head = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", data) + chunk(b"IEND", b""))
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".avi", ".ts", ".flv", ".mpg"])
+@pytest.mark.parametrize("codec", ["h264", "mjpeg", "flv1"])
+def test_a_picture_with_too_many_pixels_is_refused_in_every_container(tmp_path, suffix, codec):
+    path = tmp_path / f"film{suffix}"
+    options = {"h264": H264, "mjpeg": ("-c:v", "mjpeg"), "flv1": ("-c:v", "flv")}[codec]
+    try:
+        encode(path, LARGER, *options)
+    except subprocess.CalledProcessError:
+        pytest.skip("no such stream in this container")
+    try:
+        index_video(path)
+    except StageError:
+        pytest.skip("not taken in this container")
+    assert "6144 pixels" in refused(lambda: index_video(path, SMALL))
+    assert len(index_video(path, VideoLimits(max_pixels=640 * 480)).times_s) == 4
+
+
+@pytest.fixture(scope="module")
+def bombs(tmp_path_factory) -> list[Path]:
+    """Pictures of 16000 x 16000: as a film, as the cover of one, and as its larger track."""
+    folder = tmp_path_factory.mktemp("bombs")
+    png, film = huge_png(folder / "huge.png"), encode(folder / "film.mp4", PICTURES, *H264)
+    for suffix in (".mkv", ".mp4"):
+        ffmpeg("-r", "25", "-f", "image2", "-i", png, "-c", "copy", folder / f"alone{suffix}")
+        both = ["-i", film, "-i", png, "-map", "0", "-map", "1", "-c", "copy"]
+        ffmpeg(*both, folder / f"track{suffix}")
+    ffmpeg(*both, "-disposition:v:1", "attached_pic", folder / "cover.mp4")
+    return [folder / name for name in ("alone.mkv", "alone.mp4", "track.mkv", "track.mp4", "cover.mp4")]
+
+
+def test_no_huge_picture_is_ever_decoded(bombs):
+    script = (
+        "for name in sys.argv[1:]:\n    try:\n        print(verify(Path(name)).frames)\n"
+        "    except StageError as error:\n        print(error.code)"
+    )
+    assert max(path.stat().st_size for path in bombs) < 2 << 20
+    assert peak_mb(script, *bombs) < 100
+
+
+def test_a_huge_cover_does_not_cost_the_film(bombs, tmp_path):
+    index = index_video(bombs[-1])
+    assert len(index.times_s) == len(PICTURES)
+    clean = strip(index, container_format(bombs[-1]), tmp_path / "clean")
+    assert len(index_video(clean).times_s) == len(PICTURES)
+
+
+GROWING = {
+    "h264": (*H264, "-x264-params", "repeat-headers=1"),
+    "hevc": ("-c:v", "libx265", "-preset", "ultrafast", "-x265-params", "repeat-headers=1:log-level=error"),
+    "vp9": ("-c:v", "libvpx-vp9", "-deadline", "realtime", "-cpu-used", "8", "-pix_fmt", "yuv420p"),
+    "av1": ("-c:v", "libaom-av1", "-usage", "realtime", "-cpu-used", "8", "-pix_fmt", "yuv420p"),
+    "mjpeg": ("-c:v", "mjpeg"),
+}
+
+
+def grown(folder: Path, codec: str, suffix: str) -> Path:
+    """A stream whose picture becomes four times as large on the way."""
+    import av
+
+    path = folder / f"grown{suffix}"
+    parts = [
+        encode(folder / f"{n}.nut", pictures, *GROWING[codec]) for n, pictures in enumerate((PICTURES, 2 * LARGER))
+    ]
+    with av.open(str(path), "w") as target:
+        stream, number = None, 0
+        for part in parts:
+            with av.open(str(part)) as source:
+                stream = stream or target.add_stream_from_template(source.streams.video[0], opaque=True)
+                for packet in source.demux(video=0):
+                    if packet.size:
+                        packet.stream = stream
+                        packet.pts = packet.dts = number
+                        packet.time_base = source.streams.video[0].average_rate ** -1
+                        number += 1
+                        target.mux(packet)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("codec", "suffix"),
+    [("h264", ".mp4"), ("h264", ".ts"), ("hevc", ".mkv"), ("vp9", ".webm"), ("av1", ".mkv"),
+     ("mjpeg", ".mkv")],
+)  # fmt: skip
+def test_a_picture_that_grows_on_the_way_is_refused_where_it_does(tmp_path, codec, suffix):
+    path = grown(tmp_path, codec, suffix)
+
+    def read(index):
+        return [number for number, _ in decode(index, 0, len(index.times_s))]
+
+    assert len(with_index(path, read)) == 16
+    assert "6144 pixels" in refused(lambda: with_index(path, read, SMALL))
+    assert not index_video(path).plain  # decord would know no limit
+
+
+def test_too_many_frames_tracks_or_frames_a_second_are_refused(tmp_path):
+    film = encode(tmp_path / "film.mp4", PICTURES, *H264)
+    assert "more than 7 frames" in refused(lambda: index_video(film, VideoLimits(max_frames=7)))
+    assert len(index_video(film, VideoLimits(max_frames=8)).times_s) == 8
+    for suffix in (".mkv", ".ts", ".avi"):
+        other = tmp_path / f"film{suffix}"
+        ffmpeg("-i", film, "-c", "copy", other)
+        assert "more than 7 frames" in refused(lambda other=other: index_video(other, VideoLimits(max_frames=7)))
+        many = tmp_path / f"many{suffix}"
+        ffmpeg("-i", film, *4 * ["-map", "0"], "-c", "copy", many)
+        assert "more than 3 tracks" in refused(lambda many=many: index_video(many, VideoLimits(max_tracks=3)))
+        assert "2 with pictures" in refused(lambda many=many: index_video(many, VideoLimits(max_pictures=2)))
+    fast = encode(tmp_path / "fast.mp4", 130 * PICTURES, *H264, rate=1000)
+    assert len(index_video(fast).times_s) == 1040
+    assert "900 frames" in refused(lambda: index_video(fast, VideoLimits(max_fps=900)))
+
+
+def test_a_clip_of_too_many_samples_is_refused(tmp_path):
+    film = encode(tmp_path / "film.mp4", 4 * PICTURES, *H264)
+    settings = ObserveSettings(limits=VideoLimits(max_samples=6))
+    assert "7 samples" in refused(lambda: observe(ClipRef("local", "film"), film, settings, Watcher()))
+    assert "7 samples" in refused(lambda: sample_frames(ClipRef("local", "film"), film, settings))
+    assert len(sample_frames(ClipRef("local", "film", 0, 1_000_000), film, settings).jpeg) == 6
+
+
+def table_bomb(film: Path, path: Path, kind: str, count: int = 40_000_000) -> Path:
+    """An MP4 that declares `count` samples in no more bytes than the number takes."""
+    movie = Movie(film)
+    movie.write(path)
+    if kind == "fragments":
+        ffmpeg("-i", film, "-c", "copy", "-movflags", "frag_keyframe+empty_moov", path)
+        run = struct.pack(">I4sII", 16, b"trun", 0, count)
+        head = struct.pack(">I4sIII", 20, b"tfhd", 0x10, 1, 1)
+        inner = struct.pack(">I4s", 8 + len(head) + len(run), b"traf") + head + run
+        moof = struct.pack(">I4sI4sII", 8 + 16 + len(inner), b"moof", 16, b"mfhd", 0, 9) + inner
+        path.write_bytes(path.read_bytes() + moof + struct.pack(">I4s", 8, b"mdat"))
+        return path
+    data = path.read_bytes()
+    top = _boxes(data)
+    (moov,) = (box for box in top if box.kind == b"moov")
+    trak = moov.find(b"trak")
+    table = trak.find(b"mdia", b"minf", b"stbl")
+    if kind == "samples":
+        table.put(b"stsz", struct.pack(">III", 0, 1, count))
+        table.put(b"stsc", struct.pack(">IIIII", 0, 1, 1, count, 1))
+        table.put(b"stco", struct.pack(">III", 0, 1, 48))
+        table.put(b"stts", struct.pack(">IIII", 0, 1, count, 1))
+    else:
+        edit = struct.pack(">Iihh", 1000, 0, 1, 0)
+        trak.put(b"edts", [Box(b"elst", struct.pack(">II", 0, count // 1000) + edit * (count // 1000))])
+    path.write_bytes(b"".join(box.bytes() for box in top))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["samples", "fragments", "edits"])
+def test_samples_that_are_only_counted_are_refused_before_a_list_of_them_is_made(tmp_path, kind):
+    limits = VideoLimits(max_frames=20_000)
+    path = table_bomb(encode(tmp_path / "film.mp4", 300 * PICTURES, *H264), tmp_path / "bomb.mp4", kind)
+    refused(lambda: index_video(path, limits))
+    refused(lambda: container_format(path, limits))
+
+
+def test_a_table_of_few_bytes_takes_no_memory(tmp_path):
+    path = table_bomb(encode(tmp_path / "film.mp4", PICTURES, *H264), tmp_path / "bomb.mp4", "samples")
+    script = "try:\n    verify(Path(sys.argv[1]))\nexcept StageError:\n    pass"
+    assert path.stat().st_size < 1 << 16
+    assert peak_mb(script, path) < 60
+
+
+def test_plain_sound_has_as_many_samples_as_it_likes(tmp_path):
+    film, path = encode(tmp_path / "film.mp4", PICTURES, *H264), tmp_path / "sound.mov"
+    ffmpeg("-i", film, "-f", "lavfi", "-i", "sine=d=1", "-c:v", "copy", "-c:a", "pcm_s16le", path)
+    refuse_tables(path, VideoLimits(max_frames=100))
+
+
+def test_a_compressed_header_is_refused_unread(tmp_path):
+    path = encode(tmp_path / "film.mp4", PICTURES, *H264)
+    data = path.read_bytes()
+    place = data.index(b"moov") - 4
+    packed = zlib.compress(data[place:])
+    parts = [Box(b"dcom", b"zlib"), Box(b"cmvd", struct.pack(">I", len(data) - place) + packed)]
+    path.write_bytes(data[:place] + Box(b"moov", [Box(b"cmov", parts)]).bytes())
+    with pytest.raises(StageError) as caught:
+        index_video(path)
+    assert caught.value.code is FailureCode.WRONG_KIND
+
+
+def test_observing_takes_no_more_memory_for_more_frames(tmp_path):
+    """The same pictures at ten times the rate; also with a batch that samples never fill, and with no sample after."""
+    peaks = []
+    for rate in (24, 240):
+        path = tmp_path / f"{rate}.mp4"
+        source = f"testsrc2=s=160x90:r={rate}:d=3"
+        ffmpeg("-f", "lavfi", "-i", source, "-c:v", "libx264", "-preset", "ultrafast", "-g", "240", path)
+        script = (
+            "sys.path.insert(0, sys.argv[2])\nfrom scenes import Watcher\nfrom curation.manifest import ClipRef\n"
+            "from curation.settings import ObserveSettings\n"
+            "settings = ObserveSettings(sample_fps=0.1)\n"
+            "observe(ClipRef('local', 'x'), Path(sys.argv[1]), settings, Watcher(64))"
+        )
+        peaks.append(peak_mb(script, path, Path(__file__).parent))
+    assert peaks[1] < 1.3 * peaks[0] + 30, peaks
