@@ -431,6 +431,16 @@ class Catalog(Leases, Turns):
         gone = self._rows(forgotten, forgotten.c.digest, digests)
         return frozenset(digests[row.digest] for row in gone)
 
+    def forgotten_videos(self, video_keys: Iterable[str]) -> frozenset[str]:
+        """Those of these videos that were forgotten: a key is how the digest of its video begins."""
+        keys = frozenset(video_keys)
+        gone: set[str] = set()
+        for chunk in chunks(sorted(keys)):
+            start = sa.func.substr(forgotten.c.digest, 1, 16)
+            asked = sa.select(start).where(start.in_(chunk))
+            gone.update(row[0] for row in self._database.run(partial(_all, statement=asked)))
+        return keys & gone
+
     def provenance(self, digest: str) -> dict[str, Any] | None:
         """The object kept under this hash."""
         asked = sa.select(provenance.c.value).where(provenance.c.hash == digest)
@@ -590,6 +600,10 @@ def _execute(statement: sa.Update, connection: sa.Connection) -> None:
 
 def _try_key(row: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(row[name] for name in _TRY)
+
+
+def _all(connection: sa.Connection, statement: sa.Select[Any]) -> Sequence[sa.Row[Any]]:
+    return connection.execute(statement).all()
 
 
 def _keep(statement: sa.Select[Any]) -> sa.Select[Any]:

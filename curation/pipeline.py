@@ -121,10 +121,12 @@ def download(settings: Settings, batch: Batch, progress: Progress | None = None)
 
     state = state_of(settings)
     log = _Log(state, "download", len(batch.refs), progress)
+    state.derives("videos", "unfinished videos", *(["debug"] if settings.debug_file else []))
     refused = state.catalog.register(batch.refs)
-    for ref in batch.refs:
-        if ref.clip_id in refused:
-            log.refuse(ref, FailureCode.FORGOTTEN)
+    gone = [ref for ref in batch.refs if ref.clip_id in refused]
+    state.drop_traces(gone)  # a process that ended before it could ask may have left some
+    for ref in gone:
+        log.refuse(ref, FailureCode.FORGOTTEN)
     wanted = [ref for ref in state.to_download(batch) if ref.clip_id not in refused]
     log.skip(len(batch.refs) - len(refused) - len(wanted))
     by_video: dict[str, list[ClipRef]] = {}
@@ -142,13 +144,25 @@ def download(settings: Settings, batch: Batch, progress: Progress | None = None)
         except ENDS_THE_RUN:
             raise
         except Exception as error:  # the last resort: whatever it was, the other clips go on
-            log.failed(clips, error, began)
+            if not _refuse_forgotten(state, log, clips):
+                log.failed(clips, error, began)
             continue
         if asked:
             log.done(clips, began)
         else:
             log.postpone(len(clips))
     return log.report()
+
+
+def _refuse_forgotten(state: State, log: _Log, refs: Sequence[ClipRef]) -> list[ClipRef]:
+    """Those of these clips that were forgotten since they were registered: counted, and their files deleted."""
+    held = state.catalog.refs(refs)
+    gone = [ref for ref in refs if ref.clip_id not in held]
+    if gone:
+        state.drop_traces(gone)
+        for ref in gone:
+            log.refuse(ref, FailureCode.FORGOTTEN)
+    return gone
 
 
 def _fetch_video(state: State, gate: Gate, ref: ClipRef) -> None:
@@ -210,6 +224,9 @@ def observe(settings: Settings, batch: Batch, progress: Progress | None = None) 
         if ref.video_key in videos and ref.clip_id not in blocked
     ]
     log.skip(len(batch.refs) - len(tasks))
+    state.derives("observations", "frames")
+    gone = _refuse_forgotten(state, log, [task.ref for task in tasks])
+    tasks = [task for task in tasks if task.ref not in gone]
     began = {task.ref.clip_id: time.time() for task in tasks}
     for task, result in spread(_observe_clip, tasks, settings.workers, lambda task: task.limit_s):
         ref, start = task.ref, began[task.ref.clip_id]
@@ -220,13 +237,16 @@ def observe(settings: Settings, batch: Batch, progress: Progress | None = None) 
                 raise result
             digest = state.catalog.put_provenance(result.provenance)
             name = observation_name(ref)
-            state.catalog.record_observations(
+            left_out = state.catalog.record_observations(
                 [ObservationFile(ref.clip_id, result.kind, name, result.sha256, digest)]  # type: ignore[arg-type]
             )
+            if left_out and _refuse_forgotten(state, log, [ref]):
+                continue
         except ENDS_THE_RUN:
             raise
         except (Exception, SystemExit) as error:  # the last resort; a library of a worker may also have called exit()
-            log.failed([ref], error, start)
+            if not _refuse_forgotten(state, log, [ref]):
+                log.failed([ref], error, start)
             continue
         log.done([ref], start)
     return log.report()
@@ -308,6 +328,7 @@ def teach(settings: Settings, batch: Batch, progress: Progress | None = None) ->
         began: dict[str, float] = {}
         videos = state.videos(todo)
         refs = {ref.clip_id: ref for ref in todo}  # less those that failed
+        state.derives("shards", "unfinished shards")
 
         def encoded() -> Iterator[pa.Table]:
             teacher = _teacher(state)
@@ -321,6 +342,8 @@ def teach(settings: Settings, batch: Batch, progress: Progress | None = None) ->
                     if isinstance(error, ENDS_THE_RUN) and not isinstance(error, ShardError):
                         raise
                     del refs[ref.clip_id]
+                    if _refuse_forgotten(state, log, [ref]):
+                        continue
                     log.failed([ref], error, began[ref.clip_id])
                     continue
                 yield table
@@ -348,7 +371,8 @@ def teach(settings: Settings, batch: Batch, progress: Progress | None = None) ->
             from curation.shards.writer import drop_clips
 
             drop_clips(state.place(), left_out)
-        for clip in written:
+            _refuse_forgotten(state, log, [refs.pop(clip_id) for clip_id in left_out])
+        for clip in (clip for clip in written if clip.clip_id in refs):
             log.done([refs[clip.clip_id]], began[clip.clip_id])
         state.store.drop([frames_name(ref) for ref in todo])
     state.release(batch)

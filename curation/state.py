@@ -11,6 +11,7 @@ from typing import Any
 from curation.batches import Batch
 from curation.catalog import Catalog, ObservationFile, Output
 from curation.claims import Claims
+from curation.derived import Derived, Naming, register
 from curation.files import sha256_file, sha256_json
 from curation.ingest.failures import FailureCode
 from curation.manifest import ClipRef
@@ -43,6 +44,7 @@ class State:
         self.policy: Policy = load_policy(settings.policy)
         self._teacher: Any = None
         self._same: dict[str, bool] = {}
+        self._derived: set[str] = set()
 
     # the data set
 
@@ -69,14 +71,15 @@ class State:
         """Name of this data set's folder: one for every combination of policy, detector and teacher."""
         return f"shards/{self.policy.name}-{self._teacher_identity()['name']}-{self.dataset_hash[:8]}"
 
-    def place(self) -> Place:
-        """The folder of shards, for those who change it."""
-        if not self.store.shared:
-            return Place(self.store.path(self.shards))
+    def place(self, folder: str | None = None) -> Place:
+        """The folder of shards of this data set, or of another one, for those who change it."""
+        folder = folder or self.shards
+        if not self.store.shared or folder.startswith("staging/"):
+            return Place(self.store.path(folder))
         from curation.shards.remote import RemotePlace
 
-        number = partial(self.catalog.next_index_version, self.shards)
-        return RemotePlace(self.store, self.shards, self._index_turn, number)
+        number = partial(self.catalog.next_index_version, folder)
+        return RemotePlace(self.store, folder, partial(self._index_turn, folder), number)
 
     def add_shards(self, staging: Path, entries: Sequence[ShardEntry]) -> None:
         """Send shards of a shared run from the folder they were written to; the index last."""
@@ -113,8 +116,8 @@ class State:
         return tuple(sorted(found.sizes()))
 
     @contextmanager
-    def _index_turn(self) -> Iterator[None]:
-        name = f"index:{self.dataset_hash[:16]}"
+    def _index_turn(self, folder: str) -> Iterator[None]:
+        name = f"index:{folder.rpartition('-')[2]}"
         with Claims(self.catalog, self.settings.out, _INDEX_LEASE_S) as claims, claims.turn(name):
             yield
 
@@ -142,6 +145,34 @@ class State:
         if self._teacher is None:
             self._teacher = load_teacher(self.settings.teacher)
         return self._teacher
+
+    # what is derived from clips
+
+    def derives(self, *kinds: str) -> None:
+        """Say what is about to be written, in the run's list of what is made from clips."""
+        places: dict[str, tuple[str, Naming]] = {
+            "videos": ("videos/{video_key}", "video_key"),
+            "unfinished videos": ("videos/.parts/{video_key}", "video_key"),
+            "observations": ("observations/{clip_id:.2}/{clip_id}", "clip_id"),
+            "frames": ("frames/{clip_id}", "clip_id"),
+            "unfinished shards": ("staging/*", "index"),
+            "shards": (self.shards, "index"),
+            "debug": (str(self.settings.debug_file), "entries"),
+        }
+        for kind in kinds:
+            if kind not in self._derived:
+                register(self.settings.out, Derived(kind, *places[kind]))
+                self._derived.add(kind)
+
+    def drop_traces(self, refs: Iterable[ClipRef]) -> None:
+        """Delete what may lie here of clips that were forgotten, all clips of their videos with them."""
+        from curation.ingest.parts import discard
+
+        refs = list(refs)
+        for key in {ref.video_key for ref in refs}:
+            discard(self.settings.out / "videos", key)
+            self.store.drop([f"videos/{key}/{name}" for name in self.store.names(f"videos/{key}")])
+        self.store.drop([name(ref) for ref in refs for name in (frames_name, observation_name)])
 
     # what is there
 

@@ -181,6 +181,21 @@ class Store:
 
         return self._try(look)
 
+    def names(self, folder: str) -> list[str]:
+        """All files below a folder, at any depth, by their names below it, here and behind the URL."""
+        here = self.path(folder)
+        found = {path.relative_to(here).as_posix() for path in here.rglob("*") if path.is_file()}
+        if self.shared:
+            root = self._at(folder).rstrip("/") + "/"
+
+            def look() -> list[str]:
+                self._fs.invalidate_cache()
+                return [str(path) for path in self._fs.find(root)]
+
+            with suppress(FileNotFoundError):
+                found.update(path.removeprefix(root) for path in self._try(look))
+        return sorted(found)
+
     def sizes_of(self, names: Sequence[str]) -> list[int | None]:
         """Bytes of these files, in their order, here or behind the URL; None for one that is nowhere."""
 
