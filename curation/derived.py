@@ -52,9 +52,12 @@ def register(folder: Path, derived: Derived) -> None:
         return
     path = folder / REGISTRY
     new = not path.exists()
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
-        os.write(handle, (json.dumps(asdict(derived), sort_keys=True) + "\n").encode())  # at once: others append too
+        size = os.fstat(handle).st_size
+        torn = size > 0 and os.pread(handle, 1, size - 1) != b"\n"
+        line = json.dumps(asdict(derived), sort_keys=True)
+        os.write(handle, (("\n" if torn else "") + line + "\n").encode())  # in one piece: others append too
         os.fsync(handle)
     finally:
         os.close(handle)

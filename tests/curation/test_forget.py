@@ -1,0 +1,170 @@
+"""Gone is gone: a byte scan of the run's folder after clips were forgotten, at rest and while stages are at them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from curation import pipeline
+from curation.batches import read_batches
+from curation.catalog import Catalog, forgotten_clip_digest
+from curation.derived import REGISTRY, Derived, register, registered
+from curation.forget import remove_forgotten
+from curation.ingest.failures import FailureCode
+from curation.last_resort import keep_text
+from curation.manifest import ClipRef
+from curation.settings import DownloadSettings, ObserveSettings, Settings, TeacherSettings
+from curation.shards.reader import ShardReader, verify
+from curation.state import State, frames_name, observation_name, state_of
+
+GONE, KEPT = ClipRef("local", "bars.mp4"), ClipRef("local", "set.mp4", 0, 1_500_000)
+
+
+@pytest.fixture
+def settings(tmp_path: Path, clips: Path, seer: Path, tolerant: Path) -> Settings:
+    ready = Settings(
+        out=tmp_path / "out",
+        policy=tolerant,
+        download=DownloadSettings(local_root=clips),
+        observe=ObserveSettings(detector=str(seer), detector_long_side=192, frame_long_side=126),
+        teacher=TeacherSettings(kind="none"),
+        workers=1,
+        debug_file=tmp_path / "debug.txt",
+    )
+    return pipeline.preflight(ready)
+
+
+@pytest.fixture
+def state(settings: Settings) -> State:
+    return state_of(settings)
+
+
+def traces(root: Path, ref: ClipRef, pictures: list[bytes]) -> list[str]:
+    """The files below a folder that hold a clip's id, its video's key or name, or one of these pictures."""
+    words = [ref.clip_id.encode(), ref.video_key.encode(), ref.video_id.encode(), *pictures]
+    found = []
+    for path in filter(Path.is_file, root.rglob("*")):
+        data = path.read_bytes().replace(forgotten_clip_digest(ref.clip_id).encode(), b"")
+        if data[:4] == data[-4:] == b"PAR1":  # what is compressed in there, too
+            table = pq.read_table(path)
+            data += b"".join(str(column.to_pylist()).encode() for column in table.columns)
+        # the video's key is how the digest of the video begins, and that is kept on purpose
+        data = re.sub(re.escape(ref.video_key.encode()) + rb"[0-9a-f]{48}", b"", data)
+        if any(word in data for word in words) or any(word.decode() in str(path) for word in words[:3]):
+            found.append(str(path.relative_to(root)))
+    return sorted(found)
+
+
+def test_nothing_of_a_forgotten_clip_stays(settings: Settings, state: State) -> None:
+    funnel = pipeline.run(settings, [GONE, KEPT])
+    folder = Path(funnel.folder)
+    reader = ShardReader(folder)
+    pictures = reader.table(GONE.clip_id)["jpeg"].to_pylist()
+    # what a run can leave behind: kept frames, a copy that was not finished, a partial download, a damaged shard,
+    # shards that were not sent, what an error said
+    out = settings.out
+    for name in (frames_name(GONE), f"frames/.{GONE.clip_id}.x7.parquet"):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_bytes(pictures[0])
+    parts = out / "videos" / ".parts" / GONE.video_key / "work"
+    parts.mkdir(parents=True)
+    (parts / "film.part").write_bytes(pictures[1])
+    (folder / "shard-0.parquet.damaged").write_bytes(pictures[2])
+    keep_text(settings.debug_file, [GONE], "observe", ValueError(GONE.video_id))
+    keep_text(settings.debug_file, [KEPT], "observe", ValueError("of another clip"))
+    window = reader.frames(KEPT.clip_id).rgb
+
+    assert len(traces(out.parent, GONE, pictures)) > 8
+    forgotten = Catalog(settings.database).forget([GONE])
+    remove_forgotten(state, forgotten.clip_ids)
+
+    assert traces(out.parent, GONE, pictures) == []
+    verify(folder)
+    assert (ShardReader(folder).frames(KEPT.clip_id).rgb == window).all()
+    assert "of another clip" in settings.debug_file.read_text()
+    assert pipeline.run(settings, [GONE, KEPT]).failed == {"forgotten": 1}
+    assert traces(out.parent, GONE, pictures) == []
+
+
+def test_every_folder_of_a_run_is_on_the_list(settings: Settings) -> None:
+    pipeline.run(settings, [GONE, KEPT])
+    kinds = registered(settings.out)
+    assert {kind.kind for kind in kinds} == {
+        "videos", "unfinished videos", "observations", "frames", "shards", "unfinished shards", "debug"
+    }  # fmt: skip
+    starts = tuple(kind.place.partition("{")[0].rstrip("*") for kind in kinds)
+    own = {"catalog.sqlite", "catalog.sqlite-wal", "catalog.sqlite-shm", REGISTRY}
+    found = {path.relative_to(settings.out).as_posix() for path in settings.out.rglob("*") if path.is_file()}
+    assert [name for name in sorted(found - own) if not name.startswith((*starts, ".claims/"))] == []
+
+
+def forget_during(monkeypatch: pytest.MonkeyPatch, settings: Settings, name: str) -> None:
+    """Forget GONE when the pipeline next gets something from its function of this name, before it does more with it."""
+    real = getattr(pipeline, name)
+
+    def forgetting(*arguments):
+        made = real(*arguments)
+        if isinstance(made, Iterator):
+            return after_each(made)
+        Catalog(settings.database).forget([GONE])
+        return made
+
+    def after_each(results):
+        for result in results:
+            Catalog(settings.database).forget([GONE])
+            yield result
+
+    monkeypatch.setattr(pipeline, name, forgetting)
+
+
+@pytest.mark.parametrize(("stage", "step"), [("download", "_make_room"), ("observe", "spread"), ("teach", "_sample")])
+def test_what_is_forgotten_while_a_stage_is_at_it_leaves_nothing(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, stage: str, step: str
+) -> None:
+    (batch,) = read_batches([GONE, KEPT], settings)
+    stages = [pipeline.download, pipeline.observe, pipeline.judge, pipeline.teach]
+    pictures: list[bytes] = []
+    for work in stages:
+        if work.__name__ == "teach":
+            frames = settings.out / frames_name(GONE)
+            pictures = pq.read_table(frames)["jpeg"].to_pylist() if frames.exists() else []
+        with monkeypatch.context() as patch:
+            if work.__name__ == stage:
+                forget_during(patch, settings, step)
+            report = work(settings, batch)
+        if work.__name__ == stage:
+            assert report.failed == {"forgotten": 1} and report.done == 1
+    remaining = traces(settings.out, GONE, pictures)
+    if stage == "download":
+        assert remaining == []
+    else:  # the measurements and the video of before are for the command that forgets
+        assert not [name for name in remaining if name.startswith(("frames/", "shards/", "observations/"))]
+        remove_forgotten(state_of(settings))
+        assert traces(settings.out, GONE, pictures) == []
+    assert pipeline.funnel(settings, [GONE, KEPT]).sharded == 1
+
+
+def test_what_a_dead_process_left_goes_with_the_next_run(settings: Settings, state: State) -> None:
+    Catalog(settings.database).forget([GONE])
+    left = settings.out / observation_name(GONE)
+    left.parent.mkdir(parents=True)
+    pq.write_table(pa.table({"clip_id": [GONE.clip_id]}), left)
+    (batch,) = read_batches([GONE, KEPT], settings)
+    assert pipeline.download(settings, batch).failed == {FailureCode.FORGOTTEN.value: 1}
+    assert not left.exists()
+
+
+def test_a_list_cut_short_by_a_crash_is_still_a_list(tmp_path: Path) -> None:
+    kinds = [Derived("frames", "frames/{clip_id}", "clip_id"), Derived("shards", "shards/a", "index")]
+    for kind in kinds * 2:
+        register(tmp_path, kind)
+    with (tmp_path / REGISTRY).open("a") as stream:
+        stream.write('{"kind": "fra')
+    assert registered(tmp_path) == kinds
+    register(tmp_path, Derived("debug", "/somewhere/debug.txt", "entries"))
+    assert registered(tmp_path)[-1].kind == "debug", "the cut line ends before the next one begins"
