@@ -19,6 +19,7 @@ from curation.catalog import Catalog
 from curation.ingest.failures import OutageError, UsageError
 from curation.manifest import ClipRef
 from curation.settings import Settings
+from curation.state import State
 from flows import curate as curate_module
 from flows import stages
 from flows.curate import curate
@@ -255,6 +256,7 @@ def test_a_batch_that_another_worker_took_is_left_to_it(service, monkeypatch, tm
             taken.append(catalog.claim([batch.batch_id], "another", 2.0))
 
     ran = Stages(monkeypatch, download=steal)
+    monkeypatch.setattr(State, "finished", lambda *_: False)  # by the catalog, in which these stages write nothing
     assert work(tmp_path, make_batches(1)) == []
     begun = [event for event in ran.events if event[:2] == ("begin", "observe")]
     assert taken and len(begun) >= 2, "refused, and done when the other one was gone"
@@ -288,7 +290,7 @@ def test_progress_is_shown_while_a_stage_runs(service, monkeypatch, tmp_path):
     monkeypatch.setattr(stages, "REFRESH_S", 0.05)
     seen = []
 
-    def slow(settings, batch, progress):
+    def slow(settings, batch, progress, check):
         progress(1, 3)
         deadline = time.monotonic() + 20
         while not seen and time.monotonic() < deadline:
