@@ -44,7 +44,7 @@ class StageReport:
 class Funnel:
     """How far the clips of a manifest got.
 
-    postponed: platform -> Unix time before which it will not be asked again.
+    postponed: platform -> seconds, from when this was counted, for which it will not be asked again.
     """
 
     clips: int

@@ -1,56 +1,65 @@
 """Which worker works on what: names held in the catalog for a while, kept by a heartbeat, and back when a worker dies.
 
 A claim saves doing work twice; it is not what keeps results right. A worker that was asleep for so long that its claims
-lapsed may finish what another has begun: both write the same bytes under the same names.
+lapsed may have lost them: `check` says so, before it writes. One that falls asleep between the check and the writing
+finishes what another has begun: both write the same bytes under the same names.
 """
 
 from __future__ import annotations
 
-import fcntl
-import os
+import math
 import secrets
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
-from curation.ingest.failures import UsageError
+from filelock import UnixFileLock
+
+from curation.files import fsync
+from curation.ingest.failures import LostError, OutageError, UsageError
+from curation.locks import try_lock
+from curation.outages import patience
 
 if TYPE_CHECKING:
     from curation.catalog import Catalog
 
 _POLL_S = 0.2
+_GOODBYE_S = 5.0  # how long the end of a worker waits for a database that is away: its claims lapse by themselves
+_SIGNS = "The sign of a worker"
+_LOST = "This worker stood still for so long that another one took its batch over."
 
 
 class Claims:
     """What this worker holds. A context manager: at its end all is given back. Safe to share between threads.
 
     folder: the worker's own, or one that several workers of this machine use; there a dead one is known at once, by a
-    file that it had locked. Elsewhere its claims lapse after so many `seconds` without a heartbeat.
+    file that it had locked. Elsewhere, and for one that is stopped, its claims lapse after so many `seconds` without a
+    heartbeat.
     """
 
     def __init__(self, catalog: Catalog, folder: Path, seconds: float) -> None:
         self._catalog, self._seconds = catalog, seconds
         self._folder = folder / ".claims"
         self._owner = secrets.token_hex(8)
-        self._sign: IO[bytes] | None = None
+        self._sign: UnixFileLock | None = None
+        self._sure: dict[str, float] = {}  # names held, and when each was last known to be, by the steady clock
+        self._asking = threading.Lock()  # a heartbeat must not miss a name that is just being taken
         self._ended = threading.Event()
         self._heart: threading.Thread | None = None
 
     def __enter__(self) -> Claims:
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / self._owner
-        while self._sign is None:
-            sign = path.open("wb")
-            fcntl.flock(sign, fcntl.LOCK_EX)
-            if path.exists() and path.stat().st_ino == os.fstat(sign.fileno()).st_ino:
-                self._sign = sign
-            else:  # another worker took it for a dead one's in the moment before it was locked
-                sign.close()
+        while self._sign is None:  # until no other worker takes it for a dead one's, in the moment before it is locked
+            self._sign = try_lock(path, _SIGNS)
+        for entry in (path, self._folder):  # or a power cut could leave a claim whose worker nobody knows to be dead
+            fsync(entry)
         self.bury()
         self._heart = threading.Thread(target=self._beat, name="claims", daemon=True)
         self._heart.start()
@@ -59,28 +68,58 @@ class Claims:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self._ended.set()
         if self._heart is not None:
-            self._heart.join(timeout=self._seconds)
-        with suppress(UsageError):  # the claims lapse by themselves
+            self._heart.join(timeout=_GOODBYE_S)
+        with suppress(UsageError, OutageError), patience(_GOODBYE_S):  # the claims lapse by themselves
             self._catalog.release(self._owner)
         if self._sign is not None:
             (self._folder / self._owner).unlink(missing_ok=True)
-            self._sign.close()
+            self._sign.release()
 
     def bury(self) -> None:
         """Give back what workers of this folder held that are dead."""
-        for sign in self._folder.iterdir():
-            with suppress(OSError), sign.open("r+b") as stream:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # nobody alive has it
-                self._catalog.release(sign.name)
-                sign.unlink()
+        for path in self._folder.iterdir():
+            try:
+                sign = try_lock(path, _SIGNS)
+            except UsageError:  # another user's
+                continue
+            if sign is None:  # alive, or stopped: then its claims lapse
+                continue
+            try:
+                self._catalog.release(path.name)
+                path.unlink(missing_ok=True)
+            finally:
+                sign.release()
 
     def take(self, name: str) -> bool:
         """Hold a name if no other worker does."""
-        return bool(self._catalog.claim([name], self._owner, self._seconds))
+        with self._asking:
+            asked = _steady()
+            won = bool(self._catalog.claim([name], self._owner, self._seconds))
+            if won:
+                self._sure[name] = asked
+        return won
 
     def leave(self, name: str) -> None:
         """Give a name back."""
-        self._catalog.release(self._owner, [name])
+        with self._asking:
+            self._sure.pop(name, None)
+            self._catalog.release(self._owner, [name])
+
+    def held(self, name: str) -> bool:
+        """Whether this worker still holds a name that it took; asks the catalog only if a heartbeat is overdue."""
+        sure = self._sure.get(name)
+        if sure is not None and _steady() - sure > self._seconds / 2:
+            self._extend()
+        return name in self._sure
+
+    def check(self, name: str) -> None:
+        """Raise LostError if another worker has taken this name: its work must not be written by this one."""
+        if not self.held(name):
+            raise LostError(_LOST)
+
+    def ticket(self, name: str) -> Ticket:
+        """`check` for this name, to be called in another process or on another machine."""
+        return Ticket(self._catalog, self._owner, name, self._seconds)
 
     @contextmanager
     def turn(self, name: str) -> Iterator[None]:
@@ -94,8 +133,38 @@ class Claims:
 
     def _beat(self) -> None:
         while not self._ended.wait(self._seconds / 3):
-            with suppress(UsageError):  # a database that is away for a moment; the next beat tries again
-                self._catalog.extend(self._owner, self._seconds)
+            with suppress(UsageError, OutageError):  # the next beat tries again
+                self._extend()
+
+    def _extend(self) -> None:
+        with self._asking:
+            asked = _steady()
+            mine = self._catalog.extend(self._owner, self._seconds)
+            self._sure = {name: asked for name in self._sure if name in mine}
+
+
+def _steady() -> float:
+    """Seconds that also pass while the machine sleeps, whatever is done to its clock."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
+
+
+@dataclass
+class Ticket:
+    """Asks on behalf of a worker, anywhere, whether a name is still its own. Safe to pickle before it is called."""
+
+    catalog: Catalog
+    owner: str
+    name: str
+    seconds: float
+    _asked: float = field(default=-math.inf, init=False)
+
+    def __call__(self) -> None:
+        """Raise LostError if another worker has taken the name; asks the catalog only now and then."""
+        now = _steady()
+        if now - self._asked > self.seconds / 3:
+            if not self.catalog.holds(self.owner, self.name):
+                raise LostError(_LOST)
+            self._asked = now
 
 
 class Claimable(Protocol):
@@ -157,6 +226,18 @@ class Queue(Generic[Work]):
         self._claims.leave(work.batch_id)
         if later:
             self._later.append(work)
+
+    def lost(self, work: Work) -> None:
+        """Pass over a piece that another worker has taken meanwhile; offered again like any piece that others hold."""
+        self._held.append(work)
+
+    def check(self, work: Work) -> None:
+        """Raise LostError if another worker has taken this piece over."""
+        self._claims.check(work.batch_id)
+
+    def ticket(self, work: Work) -> Ticket:
+        """`check` for this piece, to be called in another process or on another machine."""
+        return self._claims.ticket(work.batch_id)
 
     @property
     def postponed(self) -> int:

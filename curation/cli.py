@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from curation.ingest.failures import FailureCode, UsageError
+from curation.ingest.failures import FailureCode, OutageError, UsageError
 from curation.settings import DownloadSettings, ObserveSettings, Settings, TeacherSettings
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from curation.catalog import Catalog
 
 _INTERRUPTED = 130  # the exit code of a command ended by Ctrl-C
+_OUTAGE = 75  # EX_TEMPFAIL of sysexits.h: the same command may work later
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 console = Console()
 
@@ -142,8 +143,8 @@ def run(
     console.print(f"shards: {funnel.folder}", soft_wrap=True, markup=False)
     if funnel.failed:
         console.print(f"what failed, and what to do: curation failures --out {out}", soft_wrap=True, markup=False)
-    for platform, until in funnel.postponed.items():
-        console.print(pipeline.postponed(platform, until), soft_wrap=True, markup=False)
+    for platform, left_s in funnel.postponed.items():
+        console.print(pipeline.postponed(platform, left_s), soft_wrap=True, markup=False)
     if funnel.failed and not funnel.observed:
         raise UsageError("No clip could be measured; see what failed above, and run again.")
 
@@ -325,12 +326,12 @@ def _print_blocks(catalog: Catalog) -> None:
     """Which platforms asked to be left alone, with what answer, and until when."""
     from curation.pipeline import postponed
 
-    until: dict[tuple[str, str], float] = {}
+    left_s: dict[tuple[str, str], float] = {}
     for block in catalog.blocks():  # of plain links many hosts, none of which has a name here
         key = block.service.partition("-")[0], block.code.value
-        until[key] = max(block.until, until.get(key, 0.0))
-    for (platform, code), end in sorted(until.items()):
-        console.print(f"{code}: {postponed(platform, end)}", soft_wrap=True, markup=False)
+        left_s[key] = max(block.left_s, left_s.get(key, 0.0))
+    for (platform, code), seconds in sorted(left_s.items()):
+        console.print(f"{code}: {postponed(platform, seconds)}", soft_wrap=True, markup=False)
 
 
 def _many(number: int, one: str, more: str) -> str:
@@ -372,7 +373,7 @@ def _bars() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def main() -> None:
-    """Entry point: a user's mistake is one sentence and exit code 2."""
+    """Entry point: a user's mistake is one sentence and exit code 2, an outage that lasts is one and exit code 75."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a name on disk need not be text in the terminal's encoding
             stream.reconfigure(errors="backslashreplace")
@@ -386,14 +387,16 @@ def main() -> None:
         os._exit(_INTERRUPTED)
     except UsageError as error:
         _fail(str(error))
+    except OutageError as error:
+        _fail(str(error), _OUTAGE)
     except ValidationError as error:
         first = error.errors()[0]
         _fail(f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}.")
 
 
-def _fail(sentence: str) -> NoReturn:
+def _fail(sentence: str, code: int = 2) -> NoReturn:
     Console(stderr=True).print(f"error: {sentence}", style="red", markup=False, soft_wrap=True)
-    sys.exit(2)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

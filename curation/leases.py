@@ -63,6 +63,11 @@ class Leases:
 
         return self._database.run(work, write=True)
 
+    def holds(self, owner: str, name: str) -> bool:
+        """Whether this name is still the owner's, lapsed or not: nobody has taken it."""
+        asked = sa.select(sa.func.count()).where(leases.c.owner == owner, leases.c.name == name)
+        return bool(self._database.run(lambda connection: connection.scalar(asked)))
+
     def release(self, owner: str, names: Iterable[str] | None = None) -> None:
         """Give back these, or all, of this owner's leases; what others hold stays theirs."""
         given = [None] if names is None else chunks(sorted(set(names)))

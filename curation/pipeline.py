@@ -46,6 +46,7 @@ POLL_S = 2.0  # how often work that other workers hold is asked for
 _SCRATCH_S = 3600.0  # how long a machine keeps its copy of a video that is in the shared storage
 _FLOOR_S = 1800.0  # the least of the time limits that no setting gives: a busy machine may take long over any clip
 _PER_CLIP_S, _PER_VIDEO_S = 60.0, 1.0  # and more, for every second of the clip and of its video
+Check = Callable[[], None]  # raises LostError once another worker has taken the batch over
 _AHEAD = 2  # batches fetched before they are observed: enough to hide the network, little enough to bound the disk
 
 
@@ -112,10 +113,16 @@ def check_refs(refs: Sequence[ClipRef], settings: Settings) -> None:
         raise UsageError("The manifest has local clips; name the folder they lie in with --local-root (local_root).")
 
 
-def download(settings: Settings, batch: Batch, progress: Progress | None = None) -> StageReport:
+def nobody_else() -> None:
+    """The check of a batch that no other worker can take."""
+
+
+def download(
+    settings: Settings, batch: Batch, progress: Progress | None = None, check: Check = nobody_else
+) -> StageReport:
     """Fetch the videos that this batch still needs, one after the other, each once.
 
-    A platform that asked to be left alone is left alone: its clips are postponed.
+    A platform that asked to be left alone is left alone: its clips are postponed. check: asked before each video.
     """
     from curation.ingest.politeness import Gate
 
@@ -135,6 +142,7 @@ def download(settings: Settings, batch: Batch, progress: Progress | None = None)
     gate = Gate(state.catalog, settings.download)
     state.store.release_older("videos/*/video.*", _SCRATCH_S)  # on a cluster, another machine may have used them
     for clips in by_video.values():
+        check()
         began = time.time()
         try:
             asked = gate.wait(clips[0]) is None
@@ -203,8 +211,13 @@ def _make_room(state: State) -> None:
                 break
 
 
-def observe(settings: Settings, batch: Batch, progress: Progress | None = None) -> StageReport:
-    """Measure every clip of the batch that has a video and no measurements yet, on all cores."""
+def observe(
+    settings: Settings, batch: Batch, progress: Progress | None = None, check: Check = nobody_else
+) -> StageReport:
+    """Measure every clip of the batch that has a video and no measurements yet, on all cores.
+
+    check: asked before anything is recorded of a clip.
+    """
     state = state_of(settings)
     log = _Log(state, "observe", len(batch.refs), progress)
     wanted = state.to_observe(batch.refs)
@@ -229,6 +242,7 @@ def observe(settings: Settings, batch: Batch, progress: Progress | None = None) 
     tasks = [task for task in tasks if task.ref not in gone]
     began = {task.ref.clip_id: time.time() for task in tasks}
     for task, result in spread(_observe_clip, tasks, settings.workers, lambda task: task.limit_s):
+        check()
         ref, start = task.ref, began[task.ref.clip_id]
         if isinstance(result, ENDS_THE_RUN):
             raise result
@@ -314,8 +328,13 @@ def judge_all(settings: Settings, progress: Progress | None = None) -> int:
     return judged
 
 
-def teach(settings: Settings, batch: Batch, progress: Progress | None = None) -> StageReport:
-    """Give the batch's accepted clips their teacher depth and write them as shards of the run's data set."""
+def teach(
+    settings: Settings, batch: Batch, progress: Progress | None = None, check: Check = nobody_else
+) -> StageReport:
+    """Give the batch's accepted clips their teacher depth and write them as shards of the run's data set.
+
+    check: asked before each clip goes into a shard, before the last shard is closed, and before they are recorded.
+    """
     from curation.shards.schema import ShardError
     from curation.shards.writer import encode_clip, write_tables
 
@@ -346,8 +365,10 @@ def teach(settings: Settings, batch: Batch, progress: Progress | None = None) ->
                         continue
                     log.failed([ref], error, began[ref.clip_id])
                     continue
+                check()
                 yield table
                 log.through()
+            check()
 
         staging = settings.out / "staging" / batch.batch_id
         folder = staging if state.store.shared else state.store.path(state.shards)
@@ -365,6 +386,7 @@ def teach(settings: Settings, batch: Batch, progress: Progress | None = None) ->
             for ref in refs.values():
                 log.failed([ref], error, began.get(ref.clip_id, time.time()))
             return log.report()
+        check()
         written = [clip for shard in shards for clip in shard.clips if clip.clip_id in refs]
         left_out = state.catalog.record_outputs(Output(clip.clip_id, digest, clip.frames) for clip in written)
         if left_out:  # forgotten meanwhile: nothing of them may stay
@@ -413,7 +435,7 @@ def funnel(settings: Settings, refs: Sequence[ClipRef] | None) -> Funnel:
         sharded=counts.sharded,
         shards=state.shards_with(refs),
         folder=f"{settings.place}/{state.shards}",
-        postponed={block.service.partition("-")[0]: block.until for block in state.catalog.blocks()},
+        postponed={block.service.partition("-")[0]: block.left_s for block in state.catalog.blocks()},
     )
 
 
@@ -421,7 +443,8 @@ def run(settings: Settings, refs: Sequence[ClipRef], progress: Callable[[str, in
     """The whole job without an engine: batch k is observed while batch k + 1 is fetched.
 
     Workers that share a catalog may run the same manifest at once: each takes the batches that no other is at, and
-    what a dead one held. progress: called with (stage, clips done, clips in all). Raises UsageError before any work.
+    what a dead one held. progress: called with (stage, clips done, clips in all). Raises UsageError before any work,
+    and OutageError where the database or the storage is away for longer than it is waited for.
     """
     settings = preflight(settings)
     check_refs(refs, settings)
@@ -442,18 +465,25 @@ def run(settings: Settings, refs: Sequence[ClipRef], progress: Callable[[str, in
         with shared_work(settings, read_batches(refs, settings)) as queue:
             while True:
                 while len(fetching) < _AHEAD and (batch := queue.take()) is not None:
-                    fetching.append((batch, fetcher.submit(partial(download, settings, batch, shown("download")))))
+                    check = partial(queue.check, batch)
+                    work = partial(download, settings, batch, shown("download"), check)
+                    fetching.append((batch, fetcher.submit(work)))
                 while queue.passed:
                     advance(queue.passed.pop(), *done)
                 if fetching:
                     batch, fetched = fetching.popleft()
-                    report = fetched.result()
-                    advance(batch, "download")
-                    observe(settings, batch, shown("observe"))
-                    advance(batch, "observe")
-                    judge(settings, batch)
-                    teach(settings, batch, shown("teach"))
-                    advance(batch, "teach")
+                    check = partial(queue.check, batch)
+                    try:
+                        report = fetched.result()
+                        advance(batch, "download")
+                        observe(settings, batch, shown("observe"), check)
+                        advance(batch, "observe")
+                        judge(settings, batch)
+                        teach(settings, batch, shown("teach"), check)
+                        advance(batch, "teach")
+                    except LostError:
+                        queue.lost(batch)
+                        continue
                     queue.leave(batch, later=report.postponed > 0)
                 elif not wait_for_more(settings, queue):
                     break
@@ -512,7 +542,7 @@ def wait_for_more(settings: Settings, queue: Queue[Batch]) -> bool:
         return False
     catalog = state_of(settings).catalog
     blocks = catalog.blocks()
-    if blocks and min(block.until for block in blocks) - time.time() > settings.patience_s:
+    if blocks and min(block.left_s for block in blocks) > settings.patience_s:
         return False
     time.sleep(POLL_S)
     while blocks and catalog.blocks() == blocks:
@@ -521,9 +551,9 @@ def wait_for_more(settings: Settings, queue: Queue[Batch]) -> bool:
     return True
 
 
-def postponed(platform: str, until: float) -> str:
-    """A sentence for the user about a platform that asked to be left alone."""
-    when = time.strftime("%H:%M on %d %B", time.localtime(until))
+def postponed(platform: str, left_s: float) -> str:
+    """A sentence for the user about a platform that asked to be left alone, with a time by this machine's clock."""
+    when = time.strftime("%H:%M on %d %B", time.localtime(time.time() + left_s))
     return f"{platform} asked to be left alone; its clips are fetched by a run after {when}."
 
 

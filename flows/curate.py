@@ -24,7 +24,7 @@ from pydantic import Field, ValidationError
 
 from curation import pipeline
 from curation.batches import Batch, Funnel, StageReport, read_batches
-from curation.ingest.failures import REPEATED, TRIES, FailureCode, UsageError
+from curation.ingest.failures import REPEATED, TRIES, FailureCode, LostError, OutageError, UsageError
 from curation.manifest import ClipRef, read_manifest
 from curation.settings import DownloadSettings, ObserveSettings, Settings, TeacherSettings
 from flows import stages
@@ -198,11 +198,11 @@ def curate(
         logger.info("%d clips in %d batches -> %s", len(refs), len(batches), settings.place)
         with runner:
             unfinished = _work(runner, settings, batches, parallel_batches, 3600 * stage_timeout_hours)
+        return _conclude(settings, refs, unfinished)
     except ValidationError as error:
         return _failed("; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()))
-    except UsageError as error:
+    except (UsageError, OutageError) as error:
         return _failed(str(error))
-    return _conclude(settings, refs, unfinished)
 
 
 def _refuse_relative(*paths: Path | None) -> None:
@@ -245,6 +245,7 @@ def _work(runner: TaskRunner[Any], settings: Settings, batches: list[Batch], lan
                 for stage, behind in (("download", 1), ("observe", lanes), ("judge", 0), ("teach", lanes)):
                     arguments: dict[str, Any] = {"settings": settings, "batch": batch}
                     if stage in bars:
+                        arguments["check"] = queue.ticket(batch)
                         arguments["bar"] = stages.Bar(bars[stage], before, len(batch.refs), total)
                     wait_for: list[Any] = [*futures.values()][-1:]
                     if behind and len(chains) >= behind:
@@ -257,8 +258,13 @@ def _work(runner: TaskRunner[Any], settings: Settings, batches: list[Batch], lan
                 del chains[:-lanes]
                 before = min(before + len(batch.refs), total)
             if open_chains:
-                unfinished += _finish(open_chains[0])
-                chain = open_chains.popleft()
+                chain = open_chains[0]
+                try:
+                    unfinished += _finish(chain)
+                except LostError:
+                    queue.lost(open_chains.popleft().batch)
+                    continue
+                open_chains.popleft()
                 report = chain.futures["download"].result(raise_on_failure=False)
                 queue.leave(chain.batch, later=isinstance(report, StageReport) and report.postponed > 0)
             elif not pipeline.wait_for_more(settings, queue):
@@ -266,13 +272,17 @@ def _work(runner: TaskRunner[Any], settings: Settings, batches: list[Batch], lan
 
 
 def _finish(chain: _Chain) -> list[str]:
-    """Wait for a batch; a sentence if it did not go through. Raises UsageError if the set-up turned out wrong."""
+    """Wait for a batch; a sentence if it did not go through.
+
+    Raises UsageError if the set-up turned out wrong, OutageError if something was away for too long, and LostError if
+    another worker has taken the batch over.
+    """
     for stage, future in chain.futures.items():
         future.wait()
         state = future.state
         if not state.is_completed():
             error = future.result(raise_on_failure=False) if state.is_failed() else None
-            if isinstance(error, UsageError):
+            if isinstance(error, UsageError | OutageError | LostError):
                 raise error
             return [f"batch {chain.batch.index}, {stage}: {(state.message or state.name or '').partition(chr(10))[0]}"]
     return []
@@ -290,8 +300,8 @@ def _conclude(settings: Settings, refs: list[ClipRef], unfinished: list[str]) ->
     if not funnel.observed:
         code, clips = max(funnel.failed.items(), key=lambda item: item[1], default=("internal", funnel.clips))
         return _failed(f"None of {funnel.clips} clips could be measured; {clips} x {code}: {FailureCode(code).advice}")
-    for platform, until in funnel.postponed.items():
-        get_run_logger().warning("%s", pipeline.postponed(platform, until))
+    for platform, left_s in funnel.postponed.items():
+        get_run_logger().warning("%s", pipeline.postponed(platform, left_s))
     message = f"{funnel.accepted} of {funnel.clips} clips accepted, {funnel.sharded} in {len(funnel.shards)} shards"
     failed = sum(funnel.failed.values())
     get_run_logger().info(message)

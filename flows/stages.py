@@ -26,7 +26,7 @@ from prefect.logging import get_run_logger
 
 from curation import pipeline
 from curation.batches import Batch, StageReport, StageStopped
-from curation.ingest.failures import UsageError
+from curation.ingest.failures import LostError, OutageError, UsageError
 from curation.settings import Settings
 
 RETRY_DELAYS_S = [5.0, 60.0]
@@ -56,8 +56,8 @@ class Bar:
 
 
 def worth_retrying(_task: Any, _run: TaskRun, state: State[Any]) -> bool:
-    """A wrong set-up stays wrong however often it is tried."""
-    return not isinstance(state.data, UsageError)
+    """A wrong set-up stays wrong however often it is tried, an outage was waited for, and what was lost stays lost."""
+    return not isinstance(state.data, UsageError | OutageError | LostError)
 
 
 _stage = partial(
@@ -71,15 +71,19 @@ _stage = partial(
 
 
 @_stage(name="download")
-async def download(settings: Settings, batch: Batch, bar: Bar) -> StageReport:
+async def download(
+    settings: Settings, batch: Batch, bar: Bar, check: pipeline.Check = pipeline.nobody_else
+) -> StageReport:
     """Fetch and verify the batch's videos."""
-    return await _in_thread(partial(pipeline.download, settings, batch), bar)
+    return await _in_thread(partial(pipeline.download, settings, batch, check=check), bar)
 
 
 @_stage(name="observe")
-async def observe(settings: Settings, batch: Batch, bar: Bar) -> StageReport:
+async def observe(
+    settings: Settings, batch: Batch, bar: Bar, check: pipeline.Check = pipeline.nobody_else
+) -> StageReport:
     """Decode each clip once and store what is seen."""
-    return await _in_thread(partial(pipeline.observe, settings, batch), bar)
+    return await _in_thread(partial(pipeline.observe, settings, batch, check=check), bar)
 
 
 @_stage(name="judge")
@@ -89,9 +93,11 @@ async def judge(settings: Settings, batch: Batch) -> StageReport:
 
 
 @_stage(name="teach")
-async def teach(settings: Settings, batch: Batch, bar: Bar) -> StageReport:
+async def teach(
+    settings: Settings, batch: Batch, bar: Bar, check: pipeline.Check = pipeline.nobody_else
+) -> StageReport:
     """Run the depth teacher on accepted clips and write the batch's shard."""
-    return await _in_thread(partial(pipeline.teach, settings, batch), bar)
+    return await _in_thread(partial(pipeline.teach, settings, batch, check=check), bar)
 
 
 @dataclass

@@ -38,7 +38,10 @@ class Answer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A reserved time, `wait_s` seconds from now; or, with `blocked` set, none before the unix time `until`."""
+    """A reserved time, `wait_s` seconds from now; or, with `blocked` set, none before the unix time `until`.
+
+    `until` is by the catalog's clock and for people; a worker goes by `wait_s`, because its own clock may be wrong.
+    """
 
     wait_s: float
     blocked: FailureCode | None = None
@@ -63,7 +66,7 @@ class Turns(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Blocked:
-    """This service may not be asked before the unix time `until`."""
+    """This service may not be asked before the unix time `until` of the catalog's clock."""
 
     code: FailureCode
     until: float
@@ -78,10 +81,9 @@ class Gate:
         settings: DownloadSettings,
         *,
         sleep: Callable[[float], None] = time.sleep,
-        now: Callable[[], float] = time.time,
     ) -> None:
         self._catalog, self._settings = catalog, settings
-        self._sleep, self._now = sleep, now
+        self._sleep = sleep
 
     def wait(self, ref: ClipRef) -> Blocked | None:
         """Sleep until this video's platform may be asked; Blocked at once if that is over MAX_PATIENCE_S away."""
@@ -101,10 +103,9 @@ class Gate:
                 if turn.wait_s > 0:
                     self._sleep(turn.wait_s)
                 return None
-            left = turn.until - self._now()
-            if left > NAP_S:
+            if turn.wait_s > NAP_S:
                 return Blocked(turn.blocked, turn.until)
-            self._sleep(max(1.0, left))
+            self._sleep(max(1.0, turn.wait_s))
 
     def failed(self, ref: ClipRef, error: StageError) -> None:
         """A service that takes this machine for a robot, or asks for fewer requests, is left alone by all workers."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import pickle
+import signal
 import subprocess
 import sys
 import threading
@@ -15,6 +18,7 @@ from hypothesis import strategies as st
 
 from curation.catalog import Catalog
 from curation.claims import Claims, Queue
+from curation.ingest.failures import LostError
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,88 @@ def test_elsewhere_they_lapse(catalog: Catalog, tmp_path: Path):
         while not claims.take("x"):
             assert time.monotonic() < deadline
             time.sleep(0.1)
+
+
+STAND_STILL = """
+import sys
+from pathlib import Path
+from curation.catalog import Catalog
+from curation.claims import Claims
+from curation.ingest.failures import LostError
+with Claims(Catalog(sys.argv[1]), Path(sys.argv[2]), 1.5) as claims:
+    assert claims.take("x") and claims.take("y")
+    claims.check("x")
+    print("working", flush=True)
+    sys.stdin.readline()
+    for name in ("x", "y"):
+        try:
+            claims.check(name)
+            print("mine", flush=True)
+        except LostError:
+            print("lost", flush=True)
+"""
+
+
+def test_a_stopped_worker_s_claims_are_taken_over_and_it_learns_of_it(catalog: Catalog, tmp_path: Path):
+    command = [sys.executable, "-c", STAND_STILL, catalog.url, str(tmp_path / "a")]
+    worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert worker.stdout is not None and worker.stdout.readline() == "working\n"
+        with Claims(catalog, tmp_path / "a", 60) as claims:  # the same folder: its lock says that it lives
+            os.kill(worker.pid, signal.SIGSTOP)
+            deadline = time.monotonic() + 20
+            while not claims.take("x"):
+                assert time.monotonic() < deadline
+                claims.bury()
+                time.sleep(0.05)
+            os.kill(worker.pid, signal.SIGCONT)
+            said, _ = worker.communicate("go on\n", timeout=20)
+            assert said.split() == ["lost", "mine"], "y lapsed too, but nobody took it"
+            assert claims.held("x")
+            claims.check("x")
+    finally:
+        worker.kill()
+        worker.wait()
+
+
+def test_after_a_power_cut_the_next_run_starts_at_once(catalog: Catalog, tmp_path: Path):
+    """Signs without a lock, leases that have long to go, and a sign whose worker had no lease yet."""
+    signs = tmp_path / "a" / ".claims"
+    signs.mkdir(parents=True)
+    for owner in ("0" * 16, "1" * 16, "2" * 16):
+        (signs / owner).touch()
+    catalog.claim(["x"], "0" * 16, 3600)
+    catalog.claim(["y"], "1" * 16, 3600)
+    with Claims(catalog, tmp_path / "a", 60) as claims:
+        assert claims.take("x") and claims.take("y")
+    assert not list(signs.iterdir())
+
+
+def test_a_ticket_travels_and_says_when_the_work_is_another_s(catalog: Catalog, tmp_path: Path):
+    with Claims(catalog, tmp_path / "a", 0.3) as claims:
+        assert claims.take("x")
+        ticket = pickle.loads(pickle.dumps(claims.ticket("x")))
+        ticket()
+        catalog.release(claims._owner)  # as if it had lapsed
+        assert catalog.claim(["x"], "another", 60)
+        time.sleep(0.2)
+        with pytest.raises(LostError):
+            ticket()
+        with pytest.raises(LostError):
+            claims.check("x")
+        with pytest.raises(LostError):
+            claims.check("never taken")
+
+
+def test_the_end_of_a_worker_does_not_wait_for_a_database_that_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("curation.claims._GOODBYE_S", 0.5)
+    (tmp_path / "share").mkdir()
+    catalog = Catalog(f"sqlite:///{tmp_path / 'share' / 'catalog.sqlite'}")
+    with Claims(catalog, tmp_path / "a", 60) as claims:
+        assert claims.take("x")
+        (tmp_path / "share").rename(tmp_path / "away")
+        ending = time.monotonic()
+    assert time.monotonic() - ending < 10
 
 
 def test_turns_are_taken_one_after_the_other(catalog: Catalog, tmp_path: Path):

@@ -16,12 +16,17 @@ import sqlalchemy as sa
 from databases import Line, execute, restarting_server
 
 import curation.database
+from curation import pipeline
+from curation.batches import Batch
 from curation.catalog import Attempt, Catalog, ObservationFile
+from curation.claims import Claims, Queue
 from curation.database import Database
 from curation.ingest.failures import FailureCode, OutageError, UsageError
+from curation.ingest.politeness import Gate
 from curation.manifest import ClipRef
 from curation.outages import patience
 from curation.records import VideoFile
+from curation.settings import DownloadSettings, Settings
 
 SERVED = multiprocessing.get_context("forkserver")  # a fork of pytest would carry its threads' locks
 SERVED.set_forkserver_preload(["curation.catalog", "pytest"])
@@ -252,3 +257,61 @@ def test_a_defect_is_not_waited_for(tmp_path: Path) -> None:
     with pytest.raises((UsageError, sa.exc.DatabaseError)):
         database.run(wrong)
     assert len(calls) == 1
+
+
+# ------------------------------------------------------------------------------------------------------ wrong clocks
+
+
+@pytest.fixture(params=[-7200.0, 7200.0], ids=["slow", "fast"])
+def wrong_clock(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This worker's own clock is two hours off; the server's is right."""
+    right = time.time
+    monkeypatch.setattr(time, "time", lambda: right() + request.param)
+
+
+@pytest.mark.parametrize(("asked_s", "waited"), [(40.0, True), (900.0, False)])
+def test_a_worker_whose_clock_is_wrong_waits_as_long_as_any(
+    url: str, wrong_clock: None, asked_s: float, waited: bool
+) -> None:
+    catalog = Catalog(url)
+    ref = ClipRef("youtube", "abcdefghijk")
+    catalog.block("youtube", "default", FailureCode.RATE_LIMITED, asked_s)
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        catalog.unblock("youtube", "default", anyway=True)
+
+    gate = Gate(catalog, DownloadSettings(pause_s=(0.0, 0.0)), sleep=sleep)
+    blocked = gate.wait(ref)
+    if waited:
+        assert blocked is None and len(slept) == 1 and 30 < slept[0] <= 40
+    else:
+        assert blocked is not None and slept == []
+
+
+def test_a_run_whose_clock_is_wrong_neither_hangs_nor_gives_up(
+    url: str, tmp_path: Path, wrong_clock: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Settings(out=tmp_path, catalog_url=url, patience_s=60.0)
+    catalog = Catalog(url)
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        assert len(slept) < 3, "it would ask for hours"
+        slept.append(seconds)
+        catalog.unblock("youtube", "default", anyway=True)
+
+    catalog.block("youtube", "default", FailureCode.RATE_LIMITED, 900.0)
+    (block,) = catalog.blocks()
+    assert 890 < block.left_s <= 900
+    with Claims(catalog, tmp_path, 60) as claims:
+        queue = Queue(claims, [Batch(0, (), "one")], lambda _: False)
+        work = queue.take()
+        assert work is not None
+        queue.leave(work, later=True)
+        monkeypatch.setattr(pipeline.time, "sleep", sleep)
+        assert not pipeline.wait_for_more(settings, queue), "15 minutes are more than its patience"
+        catalog.unblock("youtube", "default", anyway=True)
+        catalog.block("youtube", "default", FailureCode.RATE_LIMITED, 30.0)
+        assert pipeline.wait_for_more(settings, queue) and slept, "30 seconds are not"

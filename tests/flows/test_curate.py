@@ -18,9 +18,11 @@ from servers import Fault, redirect, serve
 
 from curation import pipeline
 from curation.batches import Batch, StageReport
-from curation.ingest.failures import UsageError
+from curation.catalog import Catalog
+from curation.ingest.failures import OutageError, UsageError
 from curation.manifest import ClipRef
 from curation.settings import Settings
+from curation.state import State
 from flows import curate as curate_module
 from flows import stages
 from flows.curate import curate
@@ -142,8 +144,9 @@ class Stages:
             monkeypatch.setattr(pipeline, stage, self.make(stage, actions.get(stage)))
 
     def make(self, stage, action):
-        def run(settings, batch, progress=None):
+        def run(settings, batch, progress=None, check=pipeline.nobody_else):
             self.note("begin", stage, batch.index)
+            check()
             try:
                 if action:
                     action(batch, progress)
@@ -233,6 +236,36 @@ def test_a_wrong_set_up_found_late_is_not_retried_and_ends_the_run(service, monk
     assert tries == [1]
 
 
+def test_an_outage_ends_the_run_and_is_not_retried_again(service, monkeypatch, tmp_path):
+    tries = []
+
+    def away(batch, progress):
+        tries.append(1)
+        raise OutageError("The database was away.")
+
+    Stages(monkeypatch, observe=away)
+    with pytest.raises(OutageError, match="was away"):
+        work(tmp_path, make_batches(1))
+    assert tries == [1]
+
+
+def test_a_batch_that_another_worker_took_is_left_to_it(service, monkeypatch, tmp_path):
+    taken = []
+
+    def steal(batch, progress):
+        if not taken:  # this worker stood still, and another one came
+            catalog = Catalog(Settings(out=tmp_path).database)
+            catalog.release(catalog.leases()[0].owner)
+            taken.append(catalog.claim([batch.batch_id], "another", 2.0))
+
+    ran = Stages(monkeypatch, download=steal)
+    monkeypatch.setattr(State, "finished", lambda *_: False)  # by the catalog, in which these stages write nothing
+    assert work(tmp_path, make_batches(1)) == []
+    begun = [event for event in ran.events if event[:2] == ("begin", "observe")]
+    assert taken and len(begun) >= 2, "refused, and done when the other one was gone"
+    assert ran.events.count(("end", "teach", 0)) == 1
+
+
 def test_a_stage_that_takes_too_long_is_given_up_and_ends_at_its_next_clip(service, monkeypatch, tmp_path):
     ended = threading.Event()
 
@@ -297,7 +330,7 @@ def test_progress_is_shown_while_a_stage_runs(service, monkeypatch, tmp_path):
     monkeypatch.setattr(stages, "REFRESH_S", 0.05)
     seen = []
 
-    def slow(settings, batch, progress):
+    def slow(settings, batch, progress, check):
         progress(1, 3)
         deadline = time.monotonic() + 20
         while not seen and time.monotonic() < deadline:

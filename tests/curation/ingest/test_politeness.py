@@ -47,7 +47,7 @@ class Memory:
         key, now = (service, session), self.clock.time
         code, until = self.breakers.get(key, (None, 0.0))
         if until > now:
-            return Turn(0.0, code, until)
+            return Turn(until - now, code, until)
         times = self.times[key]
         at = max([now, *(t + pause_s for t in times[-1:])])
         if per_hour and len(times) >= per_hour:
@@ -84,7 +84,7 @@ def memory(clock):
 
 def gate(memory, **changes):
     turns: Turns = memory
-    return Gate(turns, DownloadSettings(**changes), sleep=memory.clock.sleep, now=memory.clock.now)
+    return Gate(turns, DownloadSettings(**changes), sleep=memory.clock.sleep)
 
 
 @settings(max_examples=60, deadline=None)
@@ -119,7 +119,6 @@ def gate_of(shared, per_hour, pause_s, slept):
         shared,
         DownloadSettings(videos_per_hour=per_hour, pause_s=pause_s),
         sleep=slept.append,
-        now=shared.clock.now,
     )
 
 
