@@ -1,7 +1,7 @@
 """The stages in order, for a batch of clips: download, observe, judge, teach. No engine in here.
 
 Every stage looks into the catalog and does only what is missing; what fails for a clip, whatever it is, is recorded
-there with its type and never raised: only a wrong set-up, a long outage or a lost lease ends a run. Any process may
+there with its type and never raised: only a wrong set-up, a long outage or a lost lease ends it. Any process may
 die anywhere: files are renamed into place first, completion is recorded last.
 """
 
@@ -25,7 +25,7 @@ from curation.catalog import Attempt, Catalog, ObservationFile, Output
 from curation.claims import Claims, Queue
 from curation.deadlines import time_limit
 from curation.files import sha256_file
-from curation.ingest.failures import ENDS_THE_RUN, FailureCode, StageError, UsageError
+from curation.ingest.failures import ENDS_THE_RUN, FailureCode, LostError, StageError, UsageError
 from curation.last_resort import check_debug_file, failure_of, keep_text
 from curation.manifest import ClipRef
 from curation.observe.people import find_weights
