@@ -162,7 +162,8 @@ def test_everything_comes_back_as_it_went_in(catalog: Catalog) -> None:
     history = catalog.clip(clip.clip_id[:9])
     assert history.ref == clip
     assert history.video == catalog.videos([clip.video_key])[clip.video_key]
-    assert [replace(attempt, worker="") for attempt in history.attempts] == tries
+    assert [replace(attempt, worker="", transient=False) for attempt in history.attempts] == tries
+    assert [attempt.transient for attempt in history.attempts] == [bool(t.code and t.code.transient) for t in tries]
     assert history.observation == observation(clip, digest)
     assert history.verdicts == (verdict(clip, "reject"),)
     assert history.outputs == (output(clip, digest),)
