@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import struct
 import subprocess
-import sys
+import tracemalloc
 import zlib
 from pathlib import Path
 
 import pytest
 from boxes import Box, Movie, _boxes
 from numbered import encode, ffmpeg, picture
+from peaks import peak_mb
 from scenes import Watcher
 
 from curation.ingest.container import container_format, refuse_tables, strip
@@ -21,6 +22,10 @@ from curation.observe.video import decode, index_video, with_index
 from curation.settings import ObserveSettings, VideoLimits
 
 H264 = ("-c:v", "libx264", "-preset", "ultrafast", "-pix_fmt", "yuv420p", "-bf", "0")
+IMPORTS = (
+    "from pathlib import Path\nfrom curation.observe.observe import *\nfrom curation.observe.video import *\n"
+    "from curation.ingest.failures import StageError\n"
+)
 SMALL = VideoLimits(max_pixels=96 * 64)
 LARGER = [picture(number, 640, 480) for number in range(4)]
 PICTURES = [picture(number) for number in range(8)]
@@ -31,20 +36,6 @@ def refused(act) -> str:
         act()
     assert caught.value.code is FailureCode.TOO_LARGE and "/" not in caught.value.message
     return caught.value.message
-
-
-def peak_mb(script: str, *arguments: str | Path) -> float:
-    """By how many MB the peak of a process grows over what its imports take; it may print before, not after."""
-    measured = (
-        "import resource, sys\nfrom pathlib import Path\n"
-        "from curation.observe.observe import *\nfrom curation.observe.video import *\n"
-        "from curation.ingest.failures import StageError\n"
-        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
-        f"before = peak()\n{script}\nprint(peak() - before)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", measured, *map(str, arguments)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return float(done.stdout.split()[-1])
 
 
 def huge_png(path: Path, side: int = 16000) -> Path:
@@ -93,7 +84,7 @@ def bombs(tmp_path_factory) -> list[Path]:
 
 def test_no_huge_picture_is_ever_decoded(bombs):
     script = (
-        "for name in sys.argv[1:]:\n    try:\n        print(verify(Path(name)).frames)\n"
+        f"{IMPORTS}start()\nfor name in sys.argv[1:]:\n    try:\n        print(verify(Path(name)).frames)\n"
         "    except StageError as error:\n        print(error.code)"
     )
     assert max(path.stat().st_size for path in bombs) < 2 << 20
@@ -219,7 +210,7 @@ def test_samples_that_are_only_counted_are_refused_before_a_list_of_them_is_made
 
 def test_a_table_of_few_bytes_takes_no_memory(tmp_path):
     path = table_bomb(encode(tmp_path / "film.mp4", PICTURES, *H264), tmp_path / "bomb.mp4", "samples")
-    script = "try:\n    verify(Path(sys.argv[1]))\nexcept StageError:\n    pass"
+    script = f"{IMPORTS}start()\ntry:\n    verify(Path(sys.argv[1]))\nexcept StageError:\n    pass"
     assert path.stat().st_size < 1 << 16
     assert peak_mb(script, path) < 60
 
@@ -242,18 +233,36 @@ def test_a_compressed_header_is_refused_unread(tmp_path):
     assert caught.value.code is FailureCode.WRONG_KIND
 
 
-def test_observing_takes_no_more_memory_for_more_frames(tmp_path):
-    """The same pictures at ten times the rate; also with a batch that samples never fill, and with no sample after."""
+def fast_film(path: Path, rate: int, seconds: int, size: str = "160x90") -> Path:
+    source = f"testsrc2=s={size}:r={rate}:d={seconds}"
+    ffmpeg("-f", "lavfi", "-i", source, "-c:v", "libx264", "-preset", "ultrafast", path)
+    return path
+
+
+def test_observing_takes_no_more_memory_for_more_frames(tmp_path, monkeypatch):
+    """With a batch that never fills up, and no sample that ends the waiting."""
+    monkeypatch.setattr("curation.observe.observe._WAITING", 16, raising=False)
+    settings = ObserveSettings(sample_fps=0.1)
     peaks = []
-    for rate in (24, 240):
-        path = tmp_path / f"{rate}.mp4"
-        source = f"testsrc2=s=160x90:r={rate}:d=3"
-        ffmpeg("-f", "lavfi", "-i", source, "-c:v", "libx264", "-preset", "ultrafast", "-g", "240", path)
-        script = (
-            "sys.path.insert(0, sys.argv[2])\nfrom scenes import Watcher\nfrom curation.manifest import ClipRef\n"
-            "from curation.settings import ObserveSettings\n"
-            "settings = ObserveSettings(sample_fps=0.1)\n"
-            "observe(ClipRef('local', 'x'), Path(sys.argv[1]), settings, Watcher(64))"
-        )
-        peaks.append(peak_mb(script, path, Path(__file__).parent))
-    assert peaks[1] < 1.3 * peaks[0] + 30, peaks
+    for rate in (24, 96):
+        path = fast_film(tmp_path / f"{rate}.mp4", rate, 2)
+        index_video(path)
+        tracemalloc.start()
+        try:
+            observe(ClipRef("local", "film"), path, settings, Watcher(64))
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+    assert peaks[1] < 1.1 * peaks[0], peaks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rate", "seconds", "size", "most_mb"), [(960, 20, "160x90", 700), (24, 1, "7680x4320", 1800)])
+def test_what_observing_takes(tmp_path, rate, seconds, size, most_mb):
+    """Half a gigabyte of it is the tracker's library."""
+    script = (
+        f"{IMPORTS}sys.path.insert(0, sys.argv[2])\nfrom scenes import Watcher\n"
+        "from curation.manifest import ClipRef\nfrom curation.settings import ObserveSettings\nstart()\n"
+        "observe(ClipRef('local', 'x'), Path(sys.argv[1]), ObserveSettings(), Watcher(16))"
+    )
+    assert peak_mb(script, fast_film(tmp_path / "film.mp4", rate, seconds, size), Path(__file__).parent) < most_mb
