@@ -93,7 +93,7 @@ def test_status_tells_data_sets_apart(curation, catalog: Catalog, tmp_path: Path
     catalog.register(refs)
     hashes = [catalog.put_provenance({"policy": {"name": "mine"}, "teacher": {"name": name}}) for name in ("a", "b")]
     for digest, clips in zip(hashes, (refs, refs[:1]), strict=True):
-        catalog.record_outputs(Output(ref.clip_id, digest, "s.parquet", 0, 1, 9, "0" * 64) for ref in clips)
+        catalog.record_outputs(Output(ref.clip_id, digest, 9) for ref in clips)
     _, printed = curation("status", "--out", tmp_path)
     for name, digest, clips in zip("ab", hashes, (2, 1), strict=True):
         assert re.search(rf"in shards of mine-{name}-{digest[:8]} .* {clips} .* {clips / 2:.1%}", printed)
