@@ -97,6 +97,8 @@ class State:
         from curation.shards.index import heal
         from curation.shards.writer import drop_clips, rewrite
 
+        if not (self.store.shared or self.store.path("shards").is_dir()):
+            return Index.empty()
         noted = self.catalog.clips_of_dataset(self.dataset_hash)  # before the index: what is noted later is in it
         index = heal(self.place(), rewrite, self.catalog.forgotten_clips)
         here = frozenset(index.table["clip_id"].to_pylist())

@@ -26,7 +26,7 @@ from curation import pipeline
 from curation.batches import Batch, Funnel, StageReport, read_batches
 from curation.ingest.failures import REPEATED, TRIES, FailureCode, LostError, OutageError, UsageError
 from curation.manifest import ClipRef, read_manifest
-from curation.settings import DownloadSettings, ObserveSettings, Settings, TeacherSettings
+from curation.settings import DownloadSettings, ObserveSettings, Settings, TeacherSettings, VideoLimits
 from flows import stages
 from flows.runners import RunnerName, make_task_runner
 
@@ -73,6 +73,7 @@ def curate(
     proxy_file: Path | None = None,
     batch_clips: Annotated[int, Field(ge=1)] = 32,
     workers: Annotated[int | None, Field(ge=1)] = None,
+    limits: VideoLimits = _DOWNLOAD.limits,
     clip_timeout_s: Annotated[float | None, Field(gt=0)] = None,
     debug_file: Path | None = None,
     shard_mb: Annotated[int, Field(ge=1)] = 512,
@@ -125,6 +126,7 @@ def curate(
         proxy_file: A file whose one line is the address of a proxy; never logged.
         batch_clips: Clips per batch, the unit of a task and of a shard.
         workers: Observing processes; empty is one per core.
+        limits: What a video file may ask of a process before it is refused: pixels, frames, tracks.
         clip_timeout_s: Seconds for one clip in a stage; empty is a generous limit by its length.
         debug_file: A file on the machine that works, where unexpected errors are kept with all they say.
         shard_mb: A shard file is closed before it grows beyond this.
@@ -159,6 +161,7 @@ def curate(
                 budget_mb=budget_mb,
                 cookies=cookies,
                 proxy_file=proxy_file,
+                limits=limits,
             ),
             observe=ObserveSettings(
                 detector=detector,
@@ -168,6 +171,7 @@ def curate(
                 prescreen_key_frames=prescreen_key_frames,
                 frame_long_side=frame_long_side,
                 device=device,
+                limits=limits,
             ),
             teacher=TeacherSettings(
                 kind=teacher,

@@ -119,6 +119,11 @@ class Index:
     retired: frozenset[str] = frozenset()
 
     @staticmethod
+    def empty(version: int = 0) -> Index:
+        """An index of nothing."""
+        return Index(version, _COLUMNS.empty_table())
+
+    @staticmethod
     def newest(versions: Callable[[], list[int]], fetch: Callable[[str], Path]) -> Index:
         """The highest version that can be read, else what is in index.parquet. Raises ShardError if there is neither.
 
@@ -472,7 +477,7 @@ def newest_index(place: Place) -> Index:
     try:
         return place.index()
     except ShardError:
-        return Index(max(place.versions(), default=0), _COLUMNS.empty_table())
+        return Index.empty(max(place.versions(), default=0))
 
 
 def _link(path: Path, target: Path) -> None:

@@ -21,7 +21,7 @@ from curation.batches import Batch, StageReport
 from curation.catalog import Catalog
 from curation.ingest.failures import OutageError, UsageError
 from curation.manifest import ClipRef
-from curation.settings import Settings
+from curation.settings import Settings, VideoLimits
 from curation.state import State
 from flows import curate as curate_module
 from flows import stages
@@ -46,7 +46,8 @@ REFS = tuple(ClipRef("local", f"clip{n}.mp4") for n in range(3))
 def leaves(model: type[BaseModel], prefix: str = "") -> dict[str, object]:
     found: dict[str, object] = {}
     for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+        nested = isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+        if nested and field.annotation is not VideoLimits:  # one parameter
             found |= leaves(field.annotation, f"{name}.")
         else:
             found[prefix + name] = field.default
@@ -63,7 +64,8 @@ def test_every_setting_is_a_parameter_with_the_same_default():
     assert {parameter_of(name) for name in settings} | OF_THE_FLOW == set(schema)
     for name, default in settings.items():
         shown = schema[parameter_of(name)].get("default")
-        assert shown == (list(default) if isinstance(default, tuple) else default) or name in ("out", "policy"), name
+        plain = default.model_dump() if isinstance(default, BaseModel) else default
+        assert shown == (list(plain) if isinstance(plain, tuple) else plain) or name in ("out", "policy"), name
     assert all(entry.get("description") for entry in schema.values())
 
 
@@ -83,6 +85,7 @@ def test_every_parameter_reaches_the_settings(service, monkeypatch, tmp_path):
         "patience_s": 60.0,
         "pause_s": [1.0, 2.0], "bytes_per_s": 10**6, "max_video_mb": 100, "min_free_mb": 10, "budget_mb": 1000,
         "cookies": tmp_path / "c", "proxy_file": tmp_path / "p", "clip_timeout_s": 60.0, "debug_file": tmp_path / "d",
+        "limits": VideoLimits(max_fps=10).model_dump(),
     }  # fmt: skip
     curate(manifest=manifest, out=tmp_path, **given, return_state=True)
     (settings,) = seen
