@@ -20,8 +20,8 @@ $(STAMP): pyproject.toml constraints.txt
 test: $(STAMP)  ## the fast tests, on two cores; says at its end what it left out
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test-slow: $(STAMP)  ## the tests that take minutes: real clips, full-size networks
-	$(BIN)/python -m pytest -m slow
+test-slow: $(STAMP)  ## the tests that take minutes: real clips, full-size networks, properties on all their examples
+	UNISH_TEST_EXAMPLES=all $(BIN)/python -m pytest -m "slow or hypothesis or many_examples"
 
 check: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check

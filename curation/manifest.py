@@ -6,11 +6,12 @@ that no title or uploader travels by accident. This module never touches the net
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
-import io
 import json
 import math
+import mmap
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,9 +23,20 @@ from urllib.parse import urlsplit
 from curation.addresses import address_allowed, host_listed
 from curation.files import atomic_path
 from curation.ingest.failures import UsageError
+from curation.pages import footer_size, pages
 
 COLUMNS = ("platform", "video_id", "start_s", "end_s", "split")
+MAX_ROWS = 10_000_000  # of one manifest, duplicates included
+MAX_LINE = 65_536  # bytes of a line of text, and of a text in a Parquet table
+MAX_PROBLEMS = 10_000  # a list of more helps nobody
 MAX_SECONDS = 10_000_000  # microseconds of longer times would no longer survive a float64 column
+
+_TOO_MANY = f"a manifest holds at most {MAX_ROWS} rows; divide it"
+_PIECE = 1 << 20
+_OPEN_LINES = 100  # that quotes may hold together; no value has a line break at all
+_FOOTER, _PAGE = 8 << 20, 16 << 20  # bytes of a Parquet file's footer, and of a page when it is decompressed
+_PREFIXED = 7  # the encoding in which a text may say that it begins as the one before: bytes that become gigabytes
+_BATCH = 8192
 
 # A segment of a local path: no leading dot, dash or space, no trailing dot or space, so neither "..", nor an option.
 _SEGMENT = r"[A-Za-z0-9_][A-Za-z0-9_.,+=@ -]{0,254}(?<![. ])"
@@ -165,11 +177,15 @@ def read_manifest(path: Path, *, http_hosts: Iterable[str] | None = (), allow_lo
     path = Path(path)
     hosts = None if http_hosts is None else tuple(http_hosts)
     problems: list[Problem] = []
-    refs: list[tuple[int, ClipRef]] = []
+    rows: dict[ClipRef, int] = {}
     for row, values in _rows(path, problems):
         ref = _parse(row, values, hosts, allow_loopback, problems)
         if ref is not None:
-            refs.append((row, ref))
+            rows.setdefault(ref, row)
+        if len(problems) > MAX_PROBLEMS:
+            raise ManifestError(path.name, problems)
+    refs = [(row, ref) for ref, row in rows.items()]
+    del rows
     merged = _merge(refs, problems)
     _find_rounded(refs, problems)
     if problems:
@@ -255,16 +271,46 @@ def _rows(path: Path, problems: list[Problem]) -> Iterator[tuple[int, _Row]]:
         yield from _parquet_rows(path, problems)
         return
     try:
-        data = path.read_bytes()
+        if _text_will_do(path, problems):
+            newline = "" if suffix == ".csv" else "\n"
+            with path.open(encoding="utf-8-sig", newline=newline) as stream:
+                yield from (_csv_rows if suffix == ".csv" else _jsonl_rows)(stream, problems)
     except OSError as error:
         raise UsageError(f"{path.name} cannot be read: {error.strerror}; check the rights of the file.") from error
+
+
+def _text_will_do(path: Path, problems: list[Problem]) -> bool:
+    """Whether a file is UTF-8 in lines of a bearable length and number; read in pieces, before anything else is."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    row, length = 1, 0
+    with path.open("rb") as stream:
+        while piece := stream.read(_PIECE):
+            waiting = len(decoder.getstate()[0])
+            try:
+                decoder.decode(piece)
+            except UnicodeDecodeError as error:
+                row += piece.count(b"\n", 0, max(0, error.start - waiting))
+                problems.append(Problem(row, "file", "save the file as UTF-8 text"))
+                return False
+            lines = re.split(rb"[\r\n]", piece)
+            lengths = [length + len(lines[0]), *map(len, lines[1:])]
+            if max(lengths) > MAX_LINE:
+                row += sum(
+                    line.count(b"\n") for line in re.split(rb"(?<=[\r\n])", piece)[: lengths.index(max(lengths))]
+                )
+                problems.append(Problem(row, "row", f"this line is longer than {MAX_LINE} bytes; correct it"))
+                return False
+            length = lengths[-1]
+            row += piece.count(b"\n")
+            if row > MAX_ROWS + 2:
+                problems.append(Problem(row, "file", _TOO_MANY))
+                return False
     try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        row = data.count(b"\n", 0, error.start) + 1
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError:
         problems.append(Problem(row, "file", "save the file as UTF-8 text"))
-        return
-    yield from (_csv_rows if suffix == ".csv" else _jsonl_rows)(text, problems)
+        return False
+    return True
 
 
 def _columns(names: Sequence[str], row: int, problems: list[Problem]) -> list[int | None] | None:
@@ -280,13 +326,24 @@ def _columns(names: Sequence[str], row: int, problems: list[Problem]) -> list[in
     return None if len(problems) > before else [names.index(name) if name in names else None for name in COLUMNS]
 
 
-def _csv_rows(text: str, problems: list[Problem]) -> Iterator[tuple[int, _Row]]:
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+def _csv_rows(stream: Iterable[str], problems: list[Problem]) -> Iterator[tuple[int, _Row]]:
+    open_lines = 0
+
+    def lines() -> Iterator[str]:
+        nonlocal open_lines
+        for line in stream:
+            open_lines += 1
+            if open_lines > _OPEN_LINES:
+                raise csv.Error("quotes hold too many lines together")
+            yield line
+
+    reader = csv.reader(lines(), strict=True)
     places: list[int | None] | None = None
     width = 0
     row = 1
     try:
         for values in reader:
+            open_lines = 0
             if values and any(value.strip() for value in values):
                 if places is None:
                     header = [value.strip() for value in values]
@@ -304,6 +361,8 @@ def _csv_rows(text: str, problems: list[Problem]) -> Iterator[tuple[int, _Row]]:
                     cells = [None if place is None else values[place].strip(" \t") for place in places]
                     yield row, (cells[0], cells[1], cells[2], cells[3], cells[4])
             row = reader.line_num + 1
+            if len(problems) > MAX_PROBLEMS:
+                return
     except csv.Error:
         problems.append(Problem(row, "row", "the quotes do not match or a field is far too long; correct the line"))
     if places is None and not problems:
@@ -314,9 +373,11 @@ class _Pairs(list[tuple[str, Any]]):
     """A JSON object as it was written, so that a key given twice is seen."""
 
 
-def _jsonl_rows(text: str, problems: list[Problem]) -> Iterator[tuple[int, _Row]]:
+def _jsonl_rows(stream: Iterable[str], problems: list[Problem]) -> Iterator[tuple[int, _Row]]:
     good: set[tuple[str, ...]] = set()  # names found right before; looking at them again would double the time
-    for row, line in enumerate(text.split("\n"), start=1):
+    for row, line in enumerate(stream, start=1):
+        if len(problems) > MAX_PROBLEMS:
+            return
         if not line or line.isspace():
             continue
         try:
@@ -339,27 +400,79 @@ def _parquet_rows(path: Path, problems: list[Problem]) -> Iterator[tuple[int, _R
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    def refuse(field: str, message: str) -> None:
+        problems.append(Problem(1, field, message))
+
     try:
-        table = pq.read_table(path, partitioning=None)  # a folder named a=b must not add a column
-        places = _columns(table.column_names, 1, problems)
+        if footer_size(path) > _FOOTER:
+            return refuse("file", f"its footer has more than {_FOOTER >> 20} MB; write it again")
+        bounds = {"thrift_string_size_limit": _FOOTER, "thrift_container_size_limit": _FOOTER}
+        with pq.ParquetFile(path, **bounds) as file:
+            footer, schema = file.metadata, file.schema_arrow
+        places = _columns(schema.names, 1, problems)
         if places is None:
-            return
+            return None
+        for name in (name for name in COLUMNS if name in schema.names):
+            if not _plain(kind := schema.field(name).type):
+                refuse(name, f"this column holds {str(kind)[:40]}; write text, or numbers for times")
+        if problems:
+            return None
+        if message := _unbearable(path, footer):
+            return refuse("file", message)
+        # Texts stay in the dictionary of their page, if they are in one, until their length is known.
+        with pq.ParquetFile(
+            path, metadata=footer, read_dictionary=schema.names, pre_buffer=False, buffer_size=_PIECE, **bounds
+        ) as file:
+            first = 1
+            for batch in file.iter_batches(_BATCH, columns=schema.names, use_threads=False):
+                columns: list[list[Any]] = []
+                for name, place in zip(COLUMNS, places, strict=True):
+                    column = None if place is None else batch.column(name)
+                    if column is not None and _longest(column) > MAX_LINE:
+                        return refuse(name, f"this column holds a text of more than {MAX_LINE} bytes; correct it")
+                    try:
+                        columns.append([None] * len(batch) if column is None else _values_of(column))
+                    except ValueError:  # text that is no UTF-8
+                        return refuse(name, "this column holds text that is not UTF-8; write it again")
+                yield from enumerate(zip(*columns, strict=True), start=first)
+                first += len(batch)
     except (pa.ArrowException, OSError, ValueError):
-        problems.append(Problem(1, "file", "this is no readable Parquet file; write it again"))
-        return
-    columns: list[list[Any]] = []
-    for name, place in zip(COLUMNS, places, strict=True):
-        column = None if place is None else table.column(place)
-        if column is not None and not _plain(column.type):
-            message = f"this column holds {str(column.type)[:40]}; write text, or numbers for times"
-            problems.append(Problem(1, name, message))
-            continue
-        try:
-            columns.append([None] * table.num_rows if column is None else _values_of(column))
-        except ValueError:  # text that is no UTF-8
-            problems.append(Problem(1, name, "this column holds text that is not UTF-8; write it again"))
-    if len(columns) == len(COLUMNS):
-        yield from enumerate(zip(*columns, strict=True), start=1)
+        refuse("file", "this is no readable Parquet file; write it again")
+
+
+def _unbearable(path: Path, footer: Any) -> str | None:
+    """Why a Parquet table takes too much to be read, told by its footer and by the heads of its pages alone."""
+    rows = 0
+    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        for group in range(footer.num_row_groups):
+            most = 0
+            for number in range(footer.num_columns):
+                values = 0
+                for page in pages(data, footer.row_group(group).column(number)):
+                    values += page.values
+                    if page.size > _PAGE:
+                        return f"a page of it becomes larger than {_PAGE >> 20} MB; write it again with smaller pages"
+                    if page.encoding == _PREFIXED:
+                        return "its text is in the encoding DELTA_BYTE_ARRAY; write it again in another"
+                most = max(most, values)
+            rows += most
+            if max(rows, footer.num_rows) > MAX_ROWS:
+                return _TOO_MANY
+    return None
+
+
+def _longest(column: Any) -> int:
+    """Bytes of the longest text in an Arrow column, 0 for numbers."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    values = column.dictionary if pa.types.is_dictionary(column.type) else column
+    if pa.types.is_string_view(values.type):
+        values = values.cast(pa.large_string())
+    texts = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
+    if not any(holds(values.type) for holds in texts):
+        return 0
+    return pc.max(pc.binary_length(values)).as_py() or 0
 
 
 def _values_of(column: Any) -> list[Any]:

@@ -20,6 +20,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one thread a process: they share the 
 import hypothesis
 import pytest
 import yaml
+from examples import examples
 
 from curation.ffmpeg import ffmpeg_exe
 from curation.settings import POLICIES
@@ -27,8 +28,8 @@ from curation.settings import POLICIES
 ROOT = Path(__file__).parent.parent
 
 # No test may fail because the machine is busy; and in CI a change decides, not chance, which draws other examples.
-hypothesis.settings.register_profile("local", deadline=None)
-hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("local", deadline=None, max_examples=examples(100))
+hypothesis.settings.register_profile("ci", deadline=None, max_examples=examples(100), derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
@@ -84,11 +85,20 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.line(f"{_slow.total()} slow tests, which take minutes (make test-slow runs them): {files}")
 
 
+@pytest.fixture(scope="session")
+def common(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of all processes of this session, for what is slow to make."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "common"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 @pytest.fixture(scope="session", autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def own_cache(common: Path) -> Iterator[None]:
     """Exported detectors go to a place of this session, not into the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("UNISH_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("UNISH_CACHE", str(common / "cache"))
         yield
 
 
@@ -148,12 +158,25 @@ def _ffmpeg(*arguments: str | Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def seer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights of a detector that is half sure of a person at every coarse grid point."""
+def seer(common: Path, own_cache: None) -> Path:
+    """Weights of a detector that is half sure of a person at every coarse grid point; exported already."""
+    from filelock import FileLock
+
+    from curation.files import sha256_file
+    from curation.observe.people import _exported
+
+    path = common / "seer.pt"
+    with FileLock(common / "seer.lock"):
+        if not path.exists():
+            _make_seer(path)
+        _exported(path, sha256_file(path))
+    return path
+
+
+def _make_seer(path: Path) -> None:
     import torch
     from ultralytics import YOLO
 
-    path = tmp_path_factory.mktemp("weights") / "seer.pt"
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = YOLO("yolo11n.yaml", task="detect")
@@ -164,7 +187,6 @@ def seer(tmp_path_factory: pytest.TempPathFactory) -> Path:
             if level == 2:
                 head[-1].bias.data[0] = 0.0
         model.save(path)
-    return path
 
 
 @pytest.fixture(scope="session")

@@ -32,6 +32,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from builders import DANCER, observations
+from examples import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from servers import FileServer, redirect, serve
@@ -290,11 +291,12 @@ def read_or_refused(path: Path, allow_loopback: bool = False) -> list[ClipRef] |
     return refs
 
 
-@pytest.mark.parametrize(("suffix", "examples"), [(".csv", 220), (".jsonl", 200), (".parquet", 130)])
-def test_any_manifest_is_read_or_refused_with_row_and_field(suffix: str, examples: int):
+@pytest.mark.many_examples
+@pytest.mark.parametrize(("suffix", "count"), [(".csv", 220), (".jsonl", 200), (".parquet", 130)])
+def test_any_manifest_is_read_or_refused_with_row_and_field(suffix: str, count: int):
     outcomes: Counter[str] = Counter()
 
-    @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=examples(count), deadline=None, suppress_health_check=list(HealthCheck))
     @given(FILES[suffix], st.booleans())
     def check(data: bytes, allow_loopback: bool) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -436,10 +438,11 @@ def loaded_or_refused(path: Path) -> Policy | None:
     return policy
 
 
+@pytest.mark.many_examples
 def test_any_policy_judges_or_is_refused_with_file_and_field():
     outcomes: Counter[str] = Counter()
 
-    @settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=examples(500), deadline=None, suppress_health_check=list(HealthCheck))
     @given(policy_files())
     def check(data: bytes) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -495,7 +498,7 @@ def good_or_one_sentence(code: int, out: str, err: str) -> None:
         assert all(line.startswith("  ") for line in err.splitlines()[1:]), "one sentence, and at most a list of rows"
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(60), deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.sampled_from(SUFFIXES).flatmap(lambda suffix: st.tuples(st.just(suffix), FILES[suffix])))
 def test_check_manifest_ends_well_or_with_one_sentence(file: tuple[str, bytes]):
     with tempfile.TemporaryDirectory() as folder:
@@ -506,12 +509,13 @@ def test_check_manifest_ends_well_or_with_one_sentence(file: tuple[str, bytes]):
         assert path.name in out + err
 
 
+@pytest.mark.many_examples
 def test_a_policy_on_the_command_line_ends_well_or_with_one_sentence(tmp_path: Path):
     Catalog(f"sqlite:///{tmp_path}/catalog.sqlite")
     neighbours(tmp_path)
     path = tmp_path / "p.yaml"
 
-    @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=examples(40), deadline=None, suppress_health_check=list(HealthCheck))
     @given(policy_files())
     def check(data: bytes) -> None:
         path.write_bytes(data)
@@ -569,6 +573,7 @@ def watched(server: FileServer, names: dict[str, str]) -> Iterator[Watch]:
         yield watch
 
 
+@pytest.mark.many_examples
 def test_no_request_goes_to_a_host_that_is_not_allowed(clips: Path, tmp_path: Path):
     site = tmp_path / "site"
     site.mkdir()
@@ -604,7 +609,7 @@ def test_no_request_goes_to_a_host_that_is_not_allowed(clips: Path, tmp_path: Pa
 
         with watched(server, names) as watch:
 
-            @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+            @settings(max_examples=examples(60), deadline=None, suppress_health_check=list(HealthCheck))
             @given(st.lists(usual | links, min_size=1, max_size=2, unique=True), st.booleans())
             def check(found: list[str], listed: bool) -> None:
                 path = tmp_path / "m.jsonl"
@@ -628,4 +633,4 @@ def test_no_request_goes_to_a_host_that_is_not_allowed(clips: Path, tmp_path: Pa
         assert watch.connected == {("127.0.0.1", int(port))}
         assert watch.looked_up <= {"127.0.0.1", "rebound.example.org", "open.example.org"}
         assert not other.requests
-        assert outcomes["refused"] and outcomes["manifest"] and outcomes.total() >= 60, outcomes
+        assert outcomes["refused"] and outcomes["manifest"] and outcomes.total() >= examples(60), outcomes

@@ -13,6 +13,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from examples import examples
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
@@ -224,7 +225,7 @@ def clips(draw):
     return draw(st.permutations(refs))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(clips(), st.sampled_from(SUFFIXES))
 def test_a_round_trip_keeps_every_clip_and_the_same_clips_give_the_same_bytes(refs, suffix):
     with tempfile.TemporaryDirectory() as folder:
@@ -701,7 +702,7 @@ _COLUMNS_OF_JUNK = st.one_of(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=examples(60))
 @given(st.dictionaries(st.sampled_from([*COLUMNS, "title"]), _COLUMNS_OF_JUNK, max_size=6))
 def test_junk_tables_never_raise_anything_else(columns):
     with tempfile.TemporaryDirectory() as folder:

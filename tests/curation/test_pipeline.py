@@ -282,8 +282,9 @@ def test_a_storage_given_later_takes_over_and_nothing_is_lost(settings: Settings
     assert {shard.file: shard.sha256 for shard in pull(moved.folder, tmp_path / "pulled")} == shards
 
 
+@pytest.mark.parametrize("waits_s", [(3.0, 6.0), pytest.param((1.5, 3.0, 5.0, 8.0), marks=pytest.mark.slow)])
 def test_killed_anywhere_and_run_again_gives_the_same_shards(
-    settings: Settings, tmp_path: Path, clips: Path, seer: Path
+    settings: Settings, tmp_path: Path, waits_s: tuple[float, ...]
 ):
     """kill -9 of the whole run at growing moments; what the last run leaves equals an undisturbed run's."""
     undisturbed = shard_bytes(pipeline.run(settings, REFS))
@@ -301,7 +302,7 @@ def test_killed_anywhere_and_run_again_gives_the_same_shards(
     script = tmp_path / "run.py"
     script.write_text(code)
     moments = 0
-    for wait_s in (1.5, 3.0, 5.0, 8.0):
+    for wait_s in waits_s:
         process = subprocess.Popen([sys.executable, script], stdin=subprocess.PIPE, start_new_session=True)
         assert process.stdin is not None
         process.stdin.write(pickle.dumps((killed, manifest)))

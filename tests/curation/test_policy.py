@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import yaml
 from builders import DANCER, Box, observations
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -346,7 +347,7 @@ def sampled_clips(draw):
     return replace(clip, times_s=times, sample_times_s=samples, active=(x1, 0.0, 1 - x2, 1.0), width=1000, height=1000)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(data=st.data(), clip=sampled_clips(), policy=st.sampled_from([DEFAULT, PAPER]))
 def test_the_prescreen_never_rejects_what_the_full_pass_accepts(data, clip, policy):
     samples = len(clip.sample_times_s)
@@ -384,7 +385,7 @@ boxes_strategy = st.lists(
 )
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(boxes=boxes_strategy, tighter=st.floats(0, 1))
 def test_judging_is_pure_and_a_stricter_tolerance_never_accepts_more(boxes, tighter: float):
     clip = observations(boxes)
@@ -465,7 +466,7 @@ def test_a_missing_policy_is_one_sentence(tmp_path: Path):
         load_policy(tmp_path / ("a" * 300))
 
 
-@settings(max_examples=100)
+@settings(max_examples=examples(100))
 @given(
     st.recursive(
         st.none() | st.booleans() | st.floats() | st.text(max_size=5),

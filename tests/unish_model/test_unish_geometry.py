@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import roma
 import torch
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import least_squares
@@ -26,7 +27,7 @@ def rotations(seed: int, *shape: int) -> torch.Tensor:
 
 
 @given(SEEDS)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 def test_nearest_rotation_is_the_procrustes_solution_with_its_gradient(seed: int) -> None:
     matrix = normal(seed, 20, 3, 3)
     singular = torch.linalg.svdvals(matrix)
@@ -42,7 +43,7 @@ def test_nearest_rotation_is_the_procrustes_solution_with_its_gradient(seed: int
 
 
 @given(SEEDS)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 def test_inverse_se3_undoes_a_transform(seed: int) -> None:
     transform = geometry.se3(rotations(seed, 5), normal(seed, 5, 3))
     points = normal(seed + 1, 5, 3)
@@ -75,7 +76,7 @@ def pinhole_points(focal: float, shift: float, height: int = 40, width: int = 60
 
 
 @given(st.floats(0.4, 4), st.floats(-1, 1.5))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 def test_focal_and_shift_of_a_pinhole_are_found(focal: float, shift: float) -> None:
     fit = geometry.recover_focal_shift(pinhole_points(focal, shift))
     assert fit.valid.all()
@@ -109,7 +110,7 @@ def test_guarded_fits_keep_points_in_front_and_focal_positive(seed: int) -> None
 
 
 @given(SEEDS)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 def test_levenberg_marquardt_stops_where_scipy_stops(seed: int) -> None:
     """Three hard one-parameter problems at once, each against SciPy's MINPACK by itself."""
     a, b = normal(seed, 3, 40), normal(seed + 1, 3, 40)
@@ -128,7 +129,7 @@ def test_levenberg_marquardt_stops_where_scipy_stops(seed: int) -> None:
 
 
 @given(SEEDS, st.booleans())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 def test_roe_scale_cannot_be_improved(seed: int, points: bool) -> None:
     shape = (4, 15, 3) if points else (4, 15)
     source, target = normal(seed, *shape), normal(seed + 1, *shape)
@@ -146,7 +147,7 @@ def test_roe_scale_cannot_be_improved(seed: int, points: bool) -> None:
 
 
 @given(SEEDS)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=examples(15), deadline=None)
 def test_roe_affine_is_the_best_line_of_all(seed: int) -> None:
     source = normal(seed, 2, 14)
     target = 2 * source - 1 + normal(seed + 1, 2, 14) ** 5

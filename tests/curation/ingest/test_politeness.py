@@ -6,6 +6,7 @@ import itertools
 from collections import defaultdict
 
 import pytest
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -87,7 +88,7 @@ def gate(memory, **changes):
     return Gate(turns, DownloadSettings(**changes), sleep=memory.clock.sleep)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     per_hour=st.integers(1, 30),
     least=st.floats(0.5, 60),

@@ -10,6 +10,7 @@ import av
 import cv2
 import numpy as np
 import pytest
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -174,7 +175,7 @@ def test_a_grey_ramp_stays_grey_and_rises(transfer):
     assert (grey[0] == 0).all() and (grey[-1] == 255).all() and len(np.unique(grey[:, 0])) == 256
 
 
-@settings(max_examples=20)
+@settings(max_examples=examples(20))
 @given(seed=st.integers(0, 1000), transfer=st.sampled_from(["pq", "hlg"]))
 def test_a_pixel_does_not_depend_on_any_other(seed, transfer):
     rng = np.random.default_rng(seed)

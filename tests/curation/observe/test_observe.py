@@ -189,12 +189,12 @@ def test_the_prescreen_sees_key_frames_only_that_the_full_pass_samples_too(dance
 
 def test_what_the_prescreen_rejects_is_rejected_by_the_full_pass(tmp_path):
     """With a key frame at every sample, nobody in nearly all of them is enough."""
-    for seen in (0, 5, 54, 60):
+    for seen in (5, 54, 60):
         frames = [scene(n) if n < seen else np.full((108, 192, 3), 90, np.uint8) for n in range(COUNT)]
         path = encode(tmp_path / f"{seen}.mp4", frames, "-c:v", "libx264", "-pix_fmt", "yuv420p", "-g", "5", "-bf", "0")
         found = prescreen(ref(), path, SETTINGS, Watcher(), DEFAULT.prescreen_share)
-        full, _ = observe(ref(), path, SETTINGS, Watcher())
         assert found is not None
+        full = observe(ref(), path, SETTINGS, Watcher())[0] if seen < 60 else None
         for policy, enough in ((DEFAULT, 54), (PAPER, 60)):
             single = next(result for result in judge(found, policy).criteria if result.criterion == "single")
             assert (single.outcome == "fail") is (seen < enough)

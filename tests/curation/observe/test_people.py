@@ -224,7 +224,7 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, monkeypatch, content)
     assert [file for file in (tmp_path / "cache" / "openvino").iterdir() if file.suffix != ".pt"] == []
 
 
-@pytest.mark.parametrize("bare", [False, True])
+@pytest.mark.parametrize("bare", [True, pytest.param(False, marks=pytest.mark.slow)])  # each exports anew
 def test_a_checkpoint_that_lacks_what_the_exporter_reads_works(seer, tmp_path, monkeypatch, bare):
     """ultralytics exports and fuses with the layout's file name and the picture size of training, where they are."""
     import torch

@@ -5,6 +5,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 import pytest
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numbered import number_of
@@ -152,7 +153,7 @@ def test_the_thumbnail_is_the_small_picture(video, name):
         assert np.abs(small.astype(int) - expected).mean() < 4
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(
     stored=st.tuples(st.integers(2, 300), st.integers(2, 300)),
     sizes=st.tuples(*[st.integers(1, 120)] * 4),

@@ -9,6 +9,7 @@ from types import ModuleType
 import blosc2
 import numpy as np
 import pytest
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -151,7 +152,7 @@ def test_packed_depth_is_the_same_in_another_process_with_other_threads(bench: M
 
 
 @given(hnp.arrays(np.bool_, SHAPES))
-@settings(max_examples=50)
+@settings(max_examples=examples(50))
 def test_masks_survive(mask: np.ndarray) -> None:
     assert np.array_equal(codec.unpack_mask(codec.pack_mask(mask), *mask.shape), mask)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -60,7 +61,7 @@ def test_what_is_no_depth_is_invalid_and_zero(folder):
     np.testing.assert_array_equal(answer.depth_m[0], np.where(expected, 2, 0))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     source_height=st.integers(60, 200),
     stretch=st.floats(0.93, 1.07),
@@ -89,7 +90,7 @@ def test_a_pixel_keeps_its_depth_and_its_ray(folder, source_height, stretch, row
 
 
 @given(factor=st.sampled_from([3, 5, 7]), seed=st.integers(0, 1000))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=examples(10), deadline=None)
 def test_enlarging_by_an_odd_factor_and_back_loses_nothing(folder, factor, seed):
     depth = np.random.default_rng(seed).uniform(1, 5, (2, 14, 28)).astype(np.float32)
     large = depth.repeat(factor, axis=1).repeat(factor, axis=2)
@@ -114,7 +115,7 @@ def constant_maps(values: list[float]) -> np.ndarray:
     return np.ones((len(values), 28, 42), np.float32) * np.array(values, np.float32)[:, None, None]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(data=st.data(), count=st.integers(1, 40), rate=st.sampled_from([6, 24, 30000 / 1001, 50, 60]))
 def test_frames_find_the_depth_of_their_own_time(folder, data, count, rate):
     """Any order, any surplus, times rounded to milliseconds: the map of the same video frame is taken."""
