@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
@@ -71,14 +72,17 @@ def restarting_server() -> Iterator[tuple[str, Callable[..., None]]]:
 
 
 class Line:
-    """A TCP line to a database that breaks when a commit is answered: done there, unknown here. `lose`: how often."""
+    """A TCP line to a database that breaks when a commit is answered: done there, unknown here.
+
+    lose: how often that is still to happen; pause_s: how long nobody gets through after it.
+    """
 
     def __init__(self, url: str) -> None:
         parsed = sa.make_url(url)
         self._server = parsed.host, parsed.port
         self._door = socket.create_server(("127.0.0.1", 0))
         self.url = parsed.set(port=self._door.getsockname()[1]).render_as_string(hide_password=False)
-        self.lose = 0
+        self.lose, self.pause_s, self._open_at = 0, 0.0, 0.0
         threading.Thread(target=self._accept, daemon=True).start()
 
     def close(self) -> None:
@@ -88,6 +92,7 @@ class Line:
         with suppress(OSError):
             while True:
                 client = self._door.accept()[0]
+                time.sleep(max(0.0, self._open_at - time.monotonic()))
                 threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
     def _serve(self, client: socket.socket) -> None:
@@ -96,9 +101,14 @@ class Line:
             back = threading.Thread(target=self._answer, args=(server, client, committing), daemon=True)
             back.start()
             with suppress(OSError):
+                commits = 0
                 while data := client.recv(2**16):
-                    if b"COMMIT" in data and self.lose:
+                    commits += data.count(b"COMMIT")
+                    if (
+                        b"COMMIT" in data and commits > 1 and self.lose
+                    ):  # the first one is that of the connection's settings
                         self.lose -= 1
+                        self._open_at = time.monotonic() + self.pause_s
                         committing.set()
                     server.sendall(data)
 
