@@ -95,7 +95,7 @@ def test_a_restart_is_not_seen_in_the_result(
                 time.sleep(0.01)
             server[1]("restart", "-m", mode)
         for writer in writers:
-            writer.join(timeout=120)
+            writer.join(timeout=60 + 2 * rounds)
         assert [writer.exitcode for writer in writers] == [0] * len(writers)
         return everything(url)
 
