@@ -20,7 +20,7 @@ from curation.batches import read_batches
 from curation.catalog import Attempt, Catalog, ObservationFile
 from curation.cli import main
 from curation.files import sha256_file
-from curation.ingest.failures import TRIES, FailureCode, StageError, UsageError
+from curation.ingest.failures import TRIES, FailureCode, OutageError, StageError, UsageError
 from curation.last_resort import check_debug_file, failure_of, keep_text, remove_entries
 from curation.manifest import ClipRef
 from curation.observe.observations import read_observations, write_observations
