@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,7 @@ from curation.tables import metadata
 
 SCHEMA = "0003"  # the newest migration; lets an up-to-date database open without loading alembic
 LOCK_TIMEOUT_S = 60.0
+_ROOM_BYTES = 2**16  # with less, SQLite can write nothing
 _MIGRATION_LOCK = 0x756E6973  # PostgreSQL advisory lock: "unis"
 _NAME = "The catalog's database"
 # A server that is gone without a word is noticed within a minute or so, and not after the hours that TCP allows.
@@ -92,8 +94,15 @@ class Database:
         if not isinstance(error, DBAPIError):
             return None
         if isinstance(error.orig, sqlite3.Error):
-            return _sqlite_away(error.orig, self._opened)
+            return None if self._disk_full() else _sqlite_away(error.orig, self._opened)
         return _postgresql_away(error, self._opened)
+
+    def _disk_full(self) -> bool:
+        """Whether SQLite's disk has no room: it then reports an I/O error, like one of a disk that is away."""
+        try:
+            return shutil.disk_usage(Path(str(self._engine.url.database)).parent).free < _ROOM_BYTES
+        except OSError:
+            return False
 
     def now(self, connection: sa.Connection) -> float:
         """Unix time by the one clock that all processes share: the server's, or for SQLite this machine's."""
@@ -304,14 +313,12 @@ def _postgresql_away(error: DBAPIError, opened: bool) -> str | None:
 def _refusal(error: DatabaseError) -> UsageError | OutageError:
     """What is wrong, in words of our own: the driver's name the host, the user and the path."""
     said = str(error.orig).lower()
-    if "is full" in said or "no space left" in said:
-        return OutageError("The catalog's disk is full; free some space and run again: what is done is kept.")
+    if any(sign in said for sign in ("is full", "no space left", "disk i/o error")):
+        return OutageError("The catalog's disk has no room; free some space and run again: what is done is kept.")
     for sign, advice in (
         ("readonly", "it is read-only; make the file and its folder writable, or choose another --out"),
         ("read-only", "it is read-only; give a user and a server that may write"),
         ("unable to open", "its file cannot be opened; check that the folder exists and is writable"),
-        ("disk is full", "the disk is full; free some space and run again"),
-        ("disk I/O error", "its disk cannot be written, as when it is full; free some space and run again"),
         ("not a database", "the file is something else; move it away, or choose another --out"),
         ("malformed", "the file is damaged; restore it from a backup, or move it away and run again"),
         (_NO_SUCH_HOST, "its host is not known; correct the name in the URL"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -34,7 +34,7 @@ class Derived:
     place: str
     clips: Naming
 
-    def ids(self, names: Iterator[str]) -> dict[str, list[str]]:
+    def ids(self, names: Iterable[str]) -> dict[str, list[str]]:
         """Of these names below the folder those of this kind, by the id they carry; unfinished files too."""
         pattern = re.escape(self.place).replace(re.escape("{" + self.clips + "}"), r"\.?([0-9a-f]{16})")
         pattern = pattern.replace(re.escape("{" + self.clips + ":.2}"), "[0-9a-f]{2}")

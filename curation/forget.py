@@ -7,14 +7,13 @@ of what was derived (`derived.jsonl`) and the catalog's list of what is forgotte
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from contextlib import suppress
+from collections.abc import Collection
 from pathlib import Path
 
 from curation.derived import Derived, registered
 from curation.last_resort import remove_entries
 from curation.shards.index import heal, newest_index
-from curation.shards.schema import ShardError
+from curation.shards.remote import RemotePlace
 from curation.shards.writer import drop_clips, rewrite
 from curation.state import State
 
@@ -23,10 +22,10 @@ def remove_forgotten(state: State, clip_ids: Collection[str] = ()) -> None:
     """Delete or rewrite every file of this run that holds something of a forgotten video. Safe to repeat.
 
     clip_ids: the forgotten clips, as `Catalog.forget` names them; only debug files need them, because an entry there is
-    about a clip and may be of one that never got further. Raises UsageError or OutageError where files cannot be
-    reached.
+    about a clip and may be of one that never got further. Out of reach until it wakes: what a stopped process has not
+    finished writing. Raises ShardError where a shard cannot be read, OutageError where the storage is away.
     """
-    store, names = state.store, [*_names(state.settings.out), *state.store.names("")]
+    store, names = state.store, state.store.names("")
     for kind in registered(state.settings.out):
         if kind.clips == "entries":
             remove_entries(Path(kind.place), clip_ids)
@@ -34,20 +33,23 @@ def remove_forgotten(state: State, clip_ids: Collection[str] = ()) -> None:
             for folder in _folders(state, kind):
                 _take_out(state, folder)
         else:
-            found = kind.ids(iter(names))
+            found = kind.ids(names)
             ask = state.catalog.forgotten_clips if kind.clips == "clip_id" else state.catalog.forgotten_videos
             store.drop(sorted({name for key in ask(found) for name in found[key]}))
 
 
 def _take_out(state: State, folder: str) -> None:
-    place = state.place(folder)
-    for damaged in place.folder.glob("*.damaged"):  # nobody can say what is in it
-        damaged.unlink(missing_ok=True)
-    gone = state.catalog.forgotten_clips
-    with suppress(ShardError):  # a folder that is not there
-        heal(place, rewrite, gone)
-        if found := gone(newest_index(place).table["clip_id"].to_pylist()):
-            drop_clips(place, found)
+    place, gone = state.place(folder), state.catalog.forgotten_clips
+    shared = isinstance(place, RemotePlace)
+    if not (shared or place.folder.is_dir()):
+        return
+    with place.alone():  # which also takes away what writers that died left half done
+        # nobody can say what is in a damaged file; and a copy of what is behind a URL is only scratch
+        for path in place.folder.glob("shard-*" if shared else "*.damaged"):
+            path.unlink(missing_ok=True)
+    heal(place, rewrite, gone)
+    if found := gone(newest_index(place).table["clip_id"].to_pylist()):
+        drop_clips(place, found)
 
 
 def _folders(state: State, kind: Derived) -> list[str]:
@@ -55,7 +57,3 @@ def _folders(state: State, kind: Derived) -> list[str]:
         return [kind.place]
     root = state.settings.out
     return [path.relative_to(root).as_posix() for path in root.glob(kind.place) if path.is_dir()]
-
-
-def _names(root: Path) -> Iterator[str]:
-    return (path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())

@@ -18,7 +18,7 @@ from curation.forget import remove_forgotten
 from curation.ingest.failures import FailureCode
 from curation.last_resort import keep_text
 from curation.manifest import ClipRef
-from curation.settings import DownloadSettings, ObserveSettings, Settings, TeacherSettings
+from curation.settings import Settings
 from curation.shards.reader import ShardReader, verify
 from curation.state import State, frames_name, observation_name, state_of
 
@@ -26,17 +26,8 @@ GONE, KEPT = ClipRef("local", "bars.mp4"), ClipRef("local", "set.mp4", 0, 1_500_
 
 
 @pytest.fixture
-def settings(tmp_path: Path, clips: Path, seer: Path, tolerant: Path) -> Settings:
-    ready = Settings(
-        out=tmp_path / "out",
-        policy=tolerant,
-        download=DownloadSettings(local_root=clips),
-        observe=ObserveSettings(detector=str(seer), detector_long_side=192, frame_long_side=126),
-        teacher=TeacherSettings(kind="none"),
-        workers=1,
-        debug_file=tmp_path / "debug.txt",
-    )
-    return pipeline.preflight(ready)
+def settings(settings: Settings, tmp_path: Path) -> Settings:
+    return pipeline.preflight(settings.model_copy(update={"debug_file": tmp_path / "debug.txt"}))
 
 
 @pytest.fixture
@@ -75,11 +66,15 @@ def test_nothing_of_a_forgotten_clip_stays(settings: Settings, state: State) -> 
     parts.mkdir(parents=True)
     (parts / "film.part").write_bytes(pictures[1])
     (folder / "shard-0.parquet.damaged").write_bytes(pictures[2])
+    unfinished = out / "staging" / "0123456789abcdef"
+    unfinished.mkdir(parents=True)
+    for place in (folder, unfinished):
+        (place / ".staged.killed.parquet").write_bytes(pictures[3])
     keep_text(settings.debug_file, [GONE], "observe", ValueError(GONE.video_id))
     keep_text(settings.debug_file, [KEPT], "observe", ValueError("of another clip"))
     window = reader.frames(KEPT.clip_id).rgb
 
-    assert len(traces(out.parent, GONE, pictures)) > 8
+    assert len(traces(out.parent, GONE, pictures)) > 10
     forgotten = Catalog(settings.database).forget([GONE])
     remove_forgotten(state, forgotten.clip_ids)
 

@@ -34,19 +34,6 @@ from curation.shards.remote import pull
 from curation.state import FOLDERS, frames_name, state_of
 
 
-@pytest.fixture
-def settings(tmp_path: Path, clips: Path, seer: Path, tolerant: Path) -> Settings:
-    return Settings(
-        out=tmp_path / "out",
-        policy=tolerant,
-        download=DownloadSettings(local_root=clips),
-        observe=ObserveSettings(detector=str(seer), detector_long_side=192, frame_long_side=126),
-        teacher=TeacherSettings(kind="none"),
-        batch_clips=4,
-        workers=2,
-    )
-
-
 def local(name: str, start_s: float | None = None, end_s: float | None = None) -> ClipRef:
     def micro(value: float | None) -> int | None:
         return None if value is None else round(value * 1e6)
