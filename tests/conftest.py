@@ -33,7 +33,7 @@ hypothesis.settings.register_profile("ci", deadline=None, max_examples=examples(
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
-LONGEST = ("flows/", "curation/test_pipeline.py", "curation/test_many_workers.py", "curation/test_catalog.py")
+LONGEST = ("flows/", "curation/test_pipeline.py", "curation/test_last_resort.py", "curation/test_catalog.py")
 
 
 @pytest.hookimpl(trylast=True)

@@ -89,7 +89,8 @@ def s3() -> Iterator[str]:
         yield url
 
 
-@pytest.mark.parametrize(("count", "batch"), [(9, 2), pytest.param(200, 4, marks=pytest.mark.slow)])
+@pytest.mark.slow  # a minute of both cores for the shorter one: four programs that each load a detector
+@pytest.mark.parametrize(("count", "batch"), [(9, 2), (200, 4)])
 def test_a_killed_worker_s_share_goes_to_the_other_and_the_result_is_the_same(
     tmp_path: Path, clips: Path, seer: Path, tolerant: Path, postgres: str, s3: str, count: int, batch: int
 ):
