@@ -163,8 +163,9 @@ def seer(common: Path, own_cache: None) -> Path:
     from filelock import FileLock
 
     from curation.files import sha256_file
-    from curation.observe.people import _exported
+    from curation.observe.people import _exported, _keep_quiet
 
+    _keep_quiet()  # before anything imports what would report home
     path = common / "seer.pt"
     with FileLock(common / "seer.lock"):
         if not path.exists():
