@@ -26,7 +26,7 @@ class Fault:
     headers: added, or put in place of the usual ones; None as a value leaves the header out.
     cut: the body ends after this many bytes, while Content-Length promises all of it.
     hang: no answer until the server closes; with `cut`, no more of the body.
-    drip_s: the body comes byte by byte, with this many seconds before each.
+    drip_s: the body comes in pieces of `drip` bytes, with this many seconds before each.
     ignore_range: the whole file, whatever part is asked for.
     ignore_condition: the part that is asked for, whatever If-Range says.
     """
@@ -37,6 +37,7 @@ class Fault:
     cut: int | None = None
     hang: bool = False
     drip_s: float | None = None
+    drip: int = 1
     ignore_range: bool = False
     ignore_condition: bool = False
 
@@ -163,10 +164,10 @@ class FileServer:
         if fault.drip_s is None:
             request.wfile.write(body)
         else:
-            for byte in body:
+            for first in range(0, len(body), fault.drip):
                 if self.closing.wait(fault.drip_s):
                     break
-                request.wfile.write(bytes([byte]))
+                request.wfile.write(body[first : first + fault.drip])
         request.wfile.flush()
         if fault.hang:
             self.closing.wait()

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import http.client
 import socket
+import ssl
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from urllib.parse import urlsplit
 import urllib3
 import yt_dlp.globals
 from yt_dlp import YoutubeDL
-from yt_dlp.networking._helper import create_connection
+from yt_dlp.networking._helper import create_connection, make_ssl_context
 from yt_dlp.networking._requests import RequestsHTTPAdapter, RequestsRH
 from yt_dlp.networking.exceptions import RequestError
 
@@ -130,10 +131,21 @@ class _Adapter(RequestsHTTPAdapter):
         return super().send(request, *args, **options)
 
 
+@functools.cache
+def _ssl_context(**options: Any) -> ssl.SSLContext:
+    """One for all downloads of a process: reading the certificates takes longer than a small file's transfer."""
+    return make_ssl_context(**options)
+
+
 class _GuardedRH(RequestsRH):
     def __init__(self, guard: Guard, pace: Pace | None, **options: Any) -> None:
         self._guard, self._pace = guard, pace
         super().__init__(**options)
+
+    def _make_sslcontext(self, legacy_ssl_support: bool | None = None) -> ssl.SSLContext:
+        legacy = self.legacy_ssl_support if legacy_ssl_support is None else legacy_ssl_support
+        certificates = {"use_certifi": not self.prefer_system_certs, **self._client_cert}
+        return _ssl_context(verify=self.verify, legacy_support=legacy, **certificates)
 
     def _create_instance(self, cookiejar: Any, legacy_ssl_support: bool | None = None) -> Any:
         session = super()._create_instance(cookiejar, legacy_ssl_support)

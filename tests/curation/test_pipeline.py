@@ -269,7 +269,7 @@ def test_a_storage_given_later_takes_over_and_nothing_is_lost(settings: Settings
     assert {shard.file: shard.sha256 for shard in pull(moved.folder, tmp_path / "pulled")} == shards
 
 
-@pytest.mark.parametrize("waits_s", [(3.0, 6.0), pytest.param((1.5, 3.0, 5.0, 8.0), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("waits_s", [(3.0,), pytest.param((1.5, 3.0, 5.0, 8.0), marks=pytest.mark.slow)])
 def test_killed_anywhere_and_run_again_gives_the_same_shards(
     settings: Settings, tmp_path: Path, waits_s: tuple[float, ...]
 ):
@@ -414,7 +414,8 @@ def test_a_short_no_is_waited_for_within_the_run(settings: Settings, clips: Path
         assert funnel.failed == {"rate_limited": 1} and funnel.observed == 1 and not funnel.postponed
 
 
-@pytest.mark.parametrize("seconds", ["1", "6"])  # over while other clips are measured, and after
+# over while other clips are measured, and after
+@pytest.mark.parametrize("seconds", ["1", pytest.param("6", marks=pytest.mark.slow)])
 def test_postponed_clips_are_come_back_to_within_the_run(
     settings: Settings, clips: Path, monkeypatch: pytest.MonkeyPatch, seconds: str
 ):

@@ -117,6 +117,7 @@ def test_no_other_user_sees_a_file_or_the_string(service):
         assert service.string.partition(":")[2] not in said.stdout + said.stderr
 
 
+@pytest.mark.slow
 def test_a_wrong_set_up_fails_with_its_sentence_and_no_traceback(service, tmp_path):
     settings = parameters(manifest=tmp_path / "none.csv", out=tmp_path)
     done = command("prefect", "deployment", "run", "curate", "--watch", *settings)
@@ -177,6 +178,7 @@ def begin(service, clips, detector, tmp_path):
         yield Begin(service, files, settings | {"http_hosts": [files.host], "allow_loopback": True})
 
 
+@pytest.mark.slow
 def test_a_killed_server_is_put_right_by_the_next_start_and_stop_leaves_nothing(service, begin):
     from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
     from prefect.client.schemas.objects import StateType

@@ -83,7 +83,7 @@ def test_a_date_is_seconds_or_none():
 def test_a_body_that_never_ends_is_given_up_by_its_average(place, length: dict):
     """Faster than the floor of one window, so that only the average over all tells."""
     (place.server.folder / "slow.mp4").write_bytes(bytes(300_000))  # at most 4 kB/s: over a minute
-    place.server.script("/slow.mp4", Fault(headers=length, drip_s=0.00025))
+    place.server.script("/slow.mp4", Fault(headers=length, drip_s=0.05, drip=200))
     began = time.monotonic()
     error = place.failure("/slow.mp4", timeout_s=0.3, retries=3)
     assert (error.code, place.waits) == (FailureCode.TIMEOUT, []), "it is not begun again within the same call"

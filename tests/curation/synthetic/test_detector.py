@@ -62,6 +62,7 @@ def test_it_finds_the_dancer(model):
     assert np.mean(found) >= 0.8, found
 
 
+@pytest.mark.slow
 def test_calibration_moves_the_best_cut_off_to_a_quarter(tmp_path: Path):
     pytest.importorskip("ultralytics")
     from curation.synthetic.train_detector import CUT_OFF, calibrate

@@ -76,6 +76,7 @@ def test_scenes_are_those_of_their_seed_and_points_lie_behind_their_pixels(tmp_p
     assert np.isinf(points[0][pictures.depth_m[0] == 0]).any(-1).all()
 
 
+@pytest.mark.slow
 def test_the_same_seed_and_steps_give_the_same_weights(tmp_path: Path):
     import torch
 

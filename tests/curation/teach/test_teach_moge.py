@@ -53,6 +53,7 @@ def full_network(full_checkpoint, full_teacher):
     del full_teacher.network.normal_head
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_the_full_network_meets_the_golden_numbers(golden, full_network, case, monkeypatch):
     import torch
@@ -91,6 +92,7 @@ def test_the_full_network_meets_the_golden_numbers(golden, full_network, case, m
         assert error <= gate * np.abs(golden_value[finite]).max(), key
 
 
+@pytest.mark.slow
 def test_the_full_teacher_gives_what_the_golden_network_gives(golden, full_teacher, full_checkpoint):
     images = np.load(golden / "unish" / "moge2.npz")["B2_84x126_n60_image_u8"].transpose(0, 2, 3, 1)
     frames = make_frames(images)
