@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,9 @@ Result = TypeVar("Result")
 
 DIED = "the process that worked on it died: out of memory, or a crash in a decoder"
 _LONGEST_S = 1e6  # what a timer can wait for
+# Never a fork of this process: decoders and OpenVINO hold threads, and a forked copy of their locks may hang. On Linux
+# a fork of a process that has no threads and has imported torch already, which takes each of them seconds.
+_CONTEXT: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
 
 
 class WorkerError(Exception):
@@ -147,11 +151,11 @@ class _Child:
     _start = threading.Lock()  # multiprocessing's list of children is not for several threads
 
     def __init__(self) -> None:
-        # Spawned, not forked: decoders and OpenVINO hold threads, and a forked copy of their locks may hang.
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_work, args=(theirs,), name="worker", daemon=True)
+        self._pipe, theirs = _CONTEXT.Pipe()
+        self._process = _CONTEXT.Process(target=_work, args=(theirs,), name="worker", daemon=True)
         with self._start:
+            if sys.platform == "linux":
+                _CONTEXT.set_forkserver_preload(["curation.forks"])
             self._process.start()
         theirs.close()  # the only other end is the process's: its death ends every wait here
 
