@@ -14,6 +14,7 @@ import os
 import pickle
 import signal
 import sys
+import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -30,9 +31,7 @@ Result = TypeVar("Result")
 
 DIED = "the process that worked on it died: out of memory, or a crash in a decoder"
 _LONGEST_S = 1e6  # what a timer can wait for
-# Never a fork of this process: decoders and OpenVINO hold threads, and a forked copy of their locks may hang. On Linux
-# a fork of a process that has no threads and has imported torch already, which takes each of them seconds.
-_CONTEXT: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+_SOCKET = 74  # bytes of a temporary folder's path in which the socket of a fork server has a name short enough
 
 
 class WorkerError(Exception):
@@ -145,17 +144,28 @@ def _pool(workers: int) -> _Pool:
         return _current
 
 
+def _context() -> Any:
+    """How processes are made. Never as a fork of this one: decoders and OpenVINO hold threads and their locks.
+
+    On Linux as a fork of one that has no threads and has imported torch already, which takes each of them seconds.
+    """
+    if sys.platform != "linux" or len(os.fsencode(tempfile.gettempdir())) > _SOCKET:
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["curation.forks"])
+    return context
+
+
 class _Child:
     """One process and this end of its pipe. One thread uses it; any may kill it."""
 
     _start = threading.Lock()  # multiprocessing's list of children is not for several threads
 
     def __init__(self) -> None:
-        self._pipe, theirs = _CONTEXT.Pipe()
-        self._process = _CONTEXT.Process(target=_work, args=(theirs,), name="worker", daemon=True)
+        context = _context()
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_work, args=(theirs,), name="worker", daemon=True)
         with self._start:
-            if sys.platform == "linux":
-                _CONTEXT.set_forkserver_preload(["curation.forks"])
             self._process.start()
         theirs.close()  # the only other end is the process's: its death ends every wait here
 

@@ -97,6 +97,7 @@ def test_a_hub_that_is_out_of_order_is_asked_once(tmp_path):
     assert requests == [f"HEAD /{MODEL}/resolve/main/model.pt"]
 
 
+@pytest.mark.slow
 def test_weights_are_fetched_once_and_then_found_without_network(tmp_path, small_checkpoint):
     with hub(small_checkpoint) as (address, requests):
         (checked, _), _ = check_in_process(tmp_path, HF_ENDPOINT=address)
