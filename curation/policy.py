@@ -26,6 +26,8 @@ from curation.records import WHOLE, CriterionResult, Outcome, Part, Verdict
 # The order in which a first reason is named.
 CRITERIA = ("too_short", "hdr", "shot", "single", "height", "border", "overlap")
 PERSON = "person"
+# How far off the edge of a picture over its copy may be, over the longer side: half a pixel of what it is measured in.
+_EDGE_ERROR = 0.5 / 256
 # Whoever comes within this share of the whole picture's border does so inside any bars: those of two opposite sides
 # are thick at a ratio of 0.8 at least.
 _MARGIN_IN_BARS = 0.4
@@ -281,19 +283,21 @@ def judge(observations: Observations, policy: Policy) -> Verdict:
 def part_taken(observations: Observations, policy: Policy) -> Part:
     """The part of the picture that the policy takes: the whole, or what lies over a blurred copy of itself.
 
-    In whole pixels, and one inside the measured edge, which is known to half a pixel of a thumbnail.
+    In whole pixels, and inside the measured edge by what it may be off, which is at least a pixel.
     """
     if policy.border.copies != "crop" or observations.surround != "copy":
         return WHOLE
     x1, y1, x2, y2 = observations.active
-    (left, right), (top, bottom) = _inwards(x1, x2, observations.width), _inwards(y1, y2, observations.height)
+    width, height = observations.width, observations.height
+    margin = max(1.0, _EDGE_ERROR * max(width, height))
+    (left, right), (top, bottom) = _inwards(x1, x2, width, margin), _inwards(y1, y2, height, margin)
     return (left, top, right, bottom) if left < right and top < bottom else WHOLE  # too small a picture is refused
 
 
-def _inwards(low: float, high: float, pixels: int) -> tuple[float, float]:
+def _inwards(low: float, high: float, pixels: int, margin: float) -> tuple[float, float]:
     """Both ends of a side, fractions; where it ends with the whole picture it stays."""
-    first = math.ceil(low * pixels) + 1 if low > 0 else 0
-    last = math.floor(high * pixels) - 1 if high < 1 else pixels
+    first = math.ceil(low * pixels + margin) if low > 0 else 0
+    last = math.floor(high * pixels - margin) if high < 1 else pixels
     return first / pixels, last / pixels
 
 
