@@ -255,7 +255,7 @@ def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 def judge(observations: Observations, policy: Policy) -> Verdict:
     """What the policy says of these measurements: accept if all pass, reject if any fails, unknown otherwise."""
-    observations = _within(observations, part_taken(observations, policy))
+    observations = _taken(observations, policy)
     people = _Subjects(observations, policy)
     if observations.kind == "keyframes":
         results = _judge_prescreen(observations, policy, people)
@@ -301,12 +301,12 @@ def _inwards(low: float, high: float, pixels: int, margin: float) -> tuple[float
     return first / pixels, last / pixels
 
 
-def _within(observations: Observations, part: Part) -> Observations:
-    """The measurements as they are of this part of the picture alone; boxes with no more than half in it are left out.
+def _taken(observations: Observations, policy: Policy) -> Observations:
+    """The measurements as they are of the part that the policy takes; boxes with no more than half in it are left out.
 
-    Nobody in the picture reaches out of it, so these are seen in its blurred copy.
+    Nobody in the inner picture reaches out of it, so these are seen in its blurred copy.
     """
-    if part == WHOLE:
+    if (part := part_taken(observations, policy)) == WHOLE:
         return observations
     x1, y1, x2, y2 = part
     moved = (observations.box_xyxy - np.array([x1, y1] * 2)) / np.array([x2 - x1, y2 - y1] * 2)
@@ -331,7 +331,7 @@ def subject_boxes(observations: Observations, policy: Policy) -> tuple[NDArray[n
 
     The boxes are fractions of the part of the picture that the policy takes.
     """
-    observations = _within(observations, part_taken(observations, policy))
+    observations = _taken(observations, policy)
     people = _Subjects(observations, policy)
     boxes = np.full((people.samples, 4), np.nan, np.float32)
     confidence = np.full(people.samples, np.nan, np.float32)
