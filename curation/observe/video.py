@@ -679,7 +679,7 @@ def pictures(index: VideoIndex, numbers: Sequence[int], width: int, height: int,
     return [found[number] for number in numbers]
 
 
-def _by_pyav(index: VideoIndex, wanted: list[int], width: int, height: int, part: Part) -> dict[int, RGB]:
+def _by_pyav(index: VideoIndex, wanted: list[int], width: int, height: int, part: Part = WHOLE) -> dict[int, RGB]:
     pictures = {}
     # One pass per group of neighbouring frames; each starts at the key frame before it.
     for group in np.split(np.asarray(wanted, np.intp), np.flatnonzero(np.diff(wanted) > 300) + 1):
@@ -688,7 +688,9 @@ def _by_pyav(index: VideoIndex, wanted: list[int], width: int, height: int, part
     return pictures
 
 
-def _by_decord(index: VideoIndex, wanted: list[int], width: int, height: int, part: Part) -> dict[int, RGB] | None:
+def _by_decord(
+    index: VideoIndex, wanted: list[int], width: int, height: int, part: Part = WHOLE
+) -> dict[int, RGB] | None:
     """None where decord's idea of the file differs from PyAV's.
 
     decord ignores edit lists, rotates by itself, cannot open AV1, converts 10 bits differently, and loses count after
