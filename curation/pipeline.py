@@ -29,9 +29,9 @@ from curation.ingest.failures import ENDS_THE_RUN, FailureCode, LostError, Stage
 from curation.last_resort import check_debug_file, failure_of, keep_text
 from curation.manifest import ClipRef
 from curation.observe.people import find_weights
-from curation.policy import Policy, find_policy, load_policy, subject_boxes
+from curation.policy import Policy, find_policy, load_policy, part_taken, subject_boxes
 from curation.policy import judge as judge_observations
-from curation.records import ClipSample, Verdict
+from curation.records import WHOLE, ClipSample, Verdict
 from curation.settings import Settings
 from curation.state import FOLDERS, State, forget_cached, frames_name, observation_name, state_of
 from curation.storage import Store
@@ -660,7 +660,7 @@ def _observe_clip(task: _ObserveTask) -> _Observed:
 
 
 def _observe_here(task: _ObserveTask) -> _Observed:
-    """Prescreen, measure, and keep the frames of a clip that the policy accepts."""
+    """Prescreen, measure, and keep the frames of a clip that the policy accepts with its whole picture."""
     from curation.observe.observations import write_observations
     from curation.observe.observe import detector_for, observe, prescreen
     from curation.observe.samples import write_frames
@@ -674,7 +674,8 @@ def _observe_here(task: _ObserveTask) -> _Observed:
     observations = prescreen(task.ref, video, settings, detector, task.policy.prescreen_share)
     if observations is None or judge_observations(observations, task.policy).decision != "reject":
         observations, frames = observe(task.ref, video, settings, detector)
-        if judge_observations(observations, task.policy).decision == "accept":
+        accepted = judge_observations(observations, task.policy).decision == "accept"
+        if accepted and part_taken(observations, task.policy) == WHOLE:
             write_frames(frames, store.path(frames_name(task.ref)))
             store.put(frames_name(task.ref))
     name = observation_name(task.ref)
@@ -695,7 +696,8 @@ def _sample(state: State, ref: ClipRef, teacher: Any) -> ClipSample:
     observations = state.readable([file]).get(ref.clip_id)
     if observations is None:
         raise StageError(FailureCode.NETWORK, "the measurements are not here; they will be made by the next run")
-    kept = state.store.get(frames_name(ref))
+    part = part_taken(observations, state.policy)
+    kept = state.store.get(frames_name(ref)) if part == WHOLE else None  # these are of the whole picture
     frames = None if kept is None else read_frames(kept)
     if (
         frames is None
@@ -705,7 +707,7 @@ def _sample(state: State, ref: ClipRef, teacher: Any) -> ClipSample:
         video = state.videos([ref]).get(ref.video_key)
         if video is None or (path := state.store.get(state.name_of(video.path), video.size_bytes)) is None:
             raise StageError(FailureCode.NETWORK, _NOT_HERE)
-        frames = sample_frames(ref, path, settings)
+        frames = sample_frames(ref, path, settings, part)
     boxes, confidence = subject_boxes(observations, state.policy)
     boxes *= np.array([frames.width, frames.height] * 2, np.float32)
     return ClipSample(
@@ -715,5 +717,5 @@ def _sample(state: State, ref: ClipRef, teacher: Any) -> ClipSample:
         boxes=boxes,
         box_confidence=confidence,
         depth=teacher(frames, ref.clip_id),
-        provenance=state.dataset | {"teacher": teacher.provenance},
+        provenance=state.dataset | {"teacher": teacher.provenance} | ({} if part == WHOLE else {"crop": list(part)}),
     )

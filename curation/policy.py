@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -20,12 +21,13 @@ from curation.files import sha256_json
 from curation.ingest.failures import UsageError
 from curation.observe.observations import Observations
 from curation.observe.sampling import TIE_S
-from curation.records import CriterionResult, Outcome, Verdict
+from curation.records import WHOLE, CriterionResult, Outcome, Part, Verdict
 
 # The order in which a first reason is named.
 CRITERIA = ("too_short", "hdr", "shot", "single", "height", "border", "overlap")
 PERSON = "person"
-_WHOLE = (0.0, 0.0, 1.0, 1.0)
+# How far off the edge of a picture over its copy may be, over the longer side: half a pixel of what it is measured in.
+_EDGE_ERROR = 0.5 / 256
 # Whoever comes within this share of the whole picture's border does so inside any bars: those of two opposite sides
 # are thick at a ratio of 0.8 at least.
 _MARGIN_IN_BARS = 0.4
@@ -97,7 +99,7 @@ class BorderRule(_Part):
 
     margin: float = Field(ge=0, lt=0.5)
     inside_bars: bool
-    copies: Literal["refuse", "keep"]
+    copies: Literal["refuse", "keep", "crop"]
     tolerance: float = _Share
 
 
@@ -253,6 +255,7 @@ def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 def judge(observations: Observations, policy: Policy) -> Verdict:
     """What the policy says of these measurements: accept if all pass, reject if any fails, unknown otherwise."""
+    observations = _taken(observations, policy)
     people = _Subjects(observations, policy)
     if observations.kind == "keyframes":
         results = _judge_prescreen(observations, policy, people)
@@ -277,8 +280,58 @@ def judge(observations: Observations, policy: Policy) -> Verdict:
     )
 
 
+def part_taken(observations: Observations, policy: Policy) -> Part:
+    """The part of the picture that the policy takes: the whole, or what lies over a blurred copy of itself.
+
+    In whole pixels, and inside the measured edge by what it may be off, which is at least a pixel.
+    """
+    if policy.border.copies != "crop" or observations.surround != "copy":
+        return WHOLE
+    x1, y1, x2, y2 = observations.active
+    width, height = observations.width, observations.height
+    margin = max(1.0, _EDGE_ERROR * max(width, height))
+    (left, right), (top, bottom) = _inwards(x1, x2, width, margin), _inwards(y1, y2, height, margin)
+    return (left, top, right, bottom) if left < right and top < bottom else WHOLE  # too small a picture is refused
+
+
+def _inwards(low: float, high: float, pixels: int, margin: float) -> tuple[float, float]:
+    """Both ends of a side, fractions; where it ends with the whole picture it stays."""
+    first = math.ceil(low * pixels + margin) if low > 0 else 0
+    last = math.floor(high * pixels - margin) if high < 1 else pixels
+    return first / pixels, last / pixels
+
+
+def _taken(observations: Observations, policy: Policy) -> Observations:
+    """The measurements as they are of the part that the policy takes; boxes with no more than half in it are left out.
+
+    Nobody in the inner picture reaches out of it, so these are seen in its blurred copy.
+    """
+    if (part := part_taken(observations, policy)) == WHOLE:
+        return observations
+    x1, y1, x2, y2 = part
+    moved = (observations.box_xyxy - np.array([x1, y1] * 2)) / np.array([x2 - x1, y2 - y1] * 2)
+    boxes = moved.clip(0, 1).astype(np.float32)
+    kept = np.flatnonzero(2 * _area(boxes) > _area(moved))
+    return replace(
+        observations,
+        width=round(observations.width * (x2 - x1)),
+        height=round(observations.height * (y2 - y1)),
+        surround="none",
+        active=WHOLE,
+        box_sample=observations.box_sample[kept],
+        box_xyxy=boxes[kept],
+        box_class=tuple(observations.box_class[n] for n in kept),
+        box_confidence=observations.box_confidence[kept],
+        box_track=observations.box_track[kept],
+    )
+
+
 def subject_boxes(observations: Observations, policy: Policy) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """The subject's box in every sample: (s, 4) xyxy fractions of the picture and (s,) confidence; NaN where unseen."""
+    """The subject's box in every sample: (s, 4) xyxy and (s,) confidence; NaN where unseen.
+
+    The boxes are fractions of the part of the picture that the policy takes.
+    """
+    observations = _taken(observations, policy)
     people = _Subjects(observations, policy)
     boxes = np.full((people.samples, 4), np.nan, np.float32)
     confidence = np.full(people.samples, np.nan, np.float32)
@@ -509,11 +562,11 @@ def _height(policy: Policy, people: _Subjects) -> CriterionResult:
 
 def _border(observations: Observations, policy: Policy, people: _Subjects) -> CriterionResult:
     rule = policy.border
-    refused = rule.copies == "refuse" and observations.surround == "copy"
+    refused = rule.copies != "keep" and observations.surround == "copy"
     reasons = ["the picture lies within a blurred copy of itself, which this policy refuses"] if refused else []
     if not people.seen:
         return _result("border", reasons or ["no person to measure"], "fail" if refused else "unknown")
-    touching = _touching(observations, people, observations.active if rule.inside_bars else _WHOLE, rule.margin)
+    touching = _touching(observations, people, observations.active if rule.inside_bars else WHOLE, rule.margin)
     share = float(touching.any(1).mean())
     if share > rule.tolerance:
         reasons.append(f"within {rule.margin:.1%} of the border in {share:.0%} of the samples")
@@ -522,9 +575,7 @@ def _border(observations: Observations, policy: Policy, people: _Subjects) -> Cr
     return _result("border", reasons, touching=share)
 
 
-def _touching(
-    observations: Observations, people: _Subjects, active: tuple[float, float, float, float], margin: float
-) -> NDArray[np.bool_]:
+def _touching(observations: Observations, people: _Subjects, active: Part, margin: float) -> NDArray[np.bool_]:
     """(seen, 4): where the subject's box comes within the margin of the left, top, right and bottom of `active`."""
     x1, y1, x2, y2 = active
     boxes = observations.box_xyxy[people.seen]
@@ -600,16 +651,17 @@ def _judge_prescreen(observations: Observations, policy: Policy, people: _Subjec
         def count(which: Iterable[int]) -> int:
             return len(np.unique(ticks[list(which)]))
 
-        wrong = count(n for n, box in enumerate(people.subject) if box is None or people.others[n])
+        certain = policy.border.copies != "crop"  # otherwise whoever is seen may be seen in a blurred copy
+        wrong = count(n for n, box in enumerate(people.subject) if box is None or (certain and people.others[n]))
         if wrong / samples > policy.single.tolerance:
             reasons["single"].append(f"not exactly one person in {wrong} of at most {samples} samples")
         faint = count(np.flatnonzero(people.faint))
-        if faint / samples > policy.single.faint_share:
+        if certain and faint / samples > policy.single.faint_share:
             reasons["single"].append(f"another person is faintly seen in {faint} of at most {samples} samples")
-        touching = _touching(observations, people, _WHOLE, min(policy.border.margin, _MARGIN_IN_BARS)).any(1)
+        touching = _touching(observations, people, WHOLE, min(policy.border.margin, _MARGIN_IN_BARS)).any(1)
         seen = np.flatnonzero([box is not None for box in people.subject])
         at_border = count(seen[touching])
-        if at_border / samples > policy.border.tolerance:
+        if certain and at_border / samples > policy.border.tolerance:
             reasons["border"] = [f"at the border in {at_border} of at most {samples} samples"]
     return tuple(
         CriterionResult(name, "fail" if reasons[name] else "unknown", tuple(reasons[name] or ["only key frames seen"]))

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 Outcome = Literal["pass", "fail", "unknown"]
 Decision = Literal["accept", "reject", "unknown"]
+Part = tuple[float, float, float, float]  # x1, y1, x2, y2 of a part of the picture as displayed, fractions of it
+WHOLE: Part = (0.0, 0.0, 1.0, 1.0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,9 +19,9 @@ from curation.observe.hdr import OPERATOR
 from curation.observe.observations import Observations
 from curation.observe.people import find_weights
 from curation.observe.sampling import SAMPLER
-from curation.policy import Policy, describe, load_policy
+from curation.policy import Policy, describe, load_policy, part_taken
 from curation.policy import judge as judge_observations
-from curation.records import Verdict, VideoFile
+from curation.records import WHOLE, Verdict, VideoFile
 from curation.settings import Settings
 from curation.shards.index import Index, Place, ShardEntry, newest_index
 from curation.storage import Store
@@ -213,7 +213,8 @@ class State:
         needed = {ref.clip_id for ref in self.to_observe(batch.refs)}
         untaught = self.to_teach(batch.refs)
         frames = self.store.sizes_of([frames_name(ref) for ref in untaught])
-        needed |= {ref.clip_id for ref, size in zip(untaught, frames, strict=True) if size is None}
+        cropped = self._cropped(untaught)
+        needed |= {r.clip_id for r, size in zip(untaught, frames, strict=True) if size is None or r.clip_id in cropped}
         wanted = [ref for ref in batch.refs if ref.clip_id in needed and ref.clip_id not in blocked]
         if not wanted:
             return []
@@ -221,6 +222,13 @@ class State:
         retry = {FailureCode.CORRUPT.value, FailureCode.NO_VIDEO.value} & set(self.settings.retry)
         anew = {a.clip_id for a in self.catalog.failures(wanted) if a.code and a.code.value in retry}
         return [ref for ref in wanted if ref.video_key not in here or ref.clip_id in anew]
+
+    def _cropped(self, refs: Sequence[ClipRef]) -> frozenset[str]:
+        """Clips of which a part of the picture is taken: kept frames, which are of the whole, are no use for them."""
+        if self.policy.border.copies != "crop":
+            return frozenset()
+        read = self.readable(list(self.catalog.observations(refs).values()))
+        return frozenset(clip_id for clip_id, found in read.items() if part_taken(found, self.policy) != WHOLE)
 
     def to_observe(self, refs: Sequence[ClipRef]) -> list[ClipRef]:
         """Clips without measurements by this detector, or with key frames only that leave the policy undecided."""

@@ -31,11 +31,10 @@ from curation.observe.video import (
     to_rgb,
     with_index,
 )
-from curation.records import Frames
+from curation.records import WHOLE, Frames, Part
 from curation.settings import ObserveSettings
 
 JPEG_QUALITY = 95
-_WHOLE = (0.0, 0.0, 1.0, 1.0)
 _WAITING = 256  # thumbnails, at most 50 MB
 _BAR_NOISE = 12  # grey levels that compression adds to a uniform bar
 
@@ -106,7 +105,7 @@ def _observe(
     flush()
     times = index.times_s[samples]
     active = bars.active()
-    surround: Surround = "none" if active == _WHOLE else "bars"
+    surround: Surround = "none" if active == WHOLE else "bars"
     if surround == "none" and (inner := copies.inner()) is not None:
         active, surround = inner, "copy"
     observations = _assemble(
@@ -142,23 +141,23 @@ def prescreen(
     none = ShotMeasures(*(np.zeros(0, np.float32) for _ in ShotMeasures._fields))
     return _assemble(
         ref, index, "keyframes", transfer, first, last, index.times_s[numbers], found, tracks, none,
-        "none", _WHOLE, settings, detector,
+        "none", WHOLE, settings, detector,
     )  # fmt: skip
 
 
-def sample_frames(ref: ClipRef, path: Path, settings: ObserveSettings) -> Frames:
-    """The clip's training frames alone, by random access: the same bytes as `observe` gives, without measuring."""
+def sample_frames(ref: ClipRef, path: Path, settings: ObserveSettings, part: Part = WHOLE) -> Frames:
+    """The clip's training frames alone, by random access: of the whole picture the same bytes as `observe` gives."""
 
     def read(index: VideoIndex) -> Frames:
         first, last = index.span(ref.start_s, ref.end_s)
         numbers = first + sample_indices(index.times_s[first:last], settings.sample_fps)
         _refuse_long(len(numbers), settings)
-        width, height = training_grid(index, settings.frame_long_side)
+        width, height = training_grid(index, settings.frame_long_side, part)
         jpeg: list[bytes] = []
-        for picture in pictures(index, numbers.tolist(), width, height):
+        for picture in pictures(index, numbers.tolist(), width, height, part):
             check_time()
             jpeg.append(_jpeg(picture))
-        stretch = grid_stretch(index, width, height)
+        stretch = grid_stretch(index, width, height, part)
         return Frames(width=width, height=height, times_s=index.times_s[numbers], jpeg=tuple(jpeg), stretch=stretch)
 
     return with_index(path, read, settings.limits)
@@ -170,15 +169,22 @@ def _refuse_long(samples: int, settings: ObserveSettings) -> None:
         raise StageError(FailureCode.TOO_LARGE, text)
 
 
-def training_grid(index: VideoIndex, long_side: int) -> tuple[int, int]:
+def training_grid(index: VideoIndex, long_side: int, part: Part = WHOLE) -> tuple[int, int]:
     """Width and height with the longer side `long_side`, both multiples of 14 (one patch of the networks)."""
-    scale = long_side / max(index.width, index.height)
-    return tuple(max(14, round(side * scale / 14) * 14) for side in (index.width, index.height))  # type: ignore[return-value]
+    sides = _sides(index, part)
+    scale = long_side / max(sides)
+    return tuple(max(14, round(side * scale / 14) * 14) for side in sides)  # type: ignore[return-value]
 
 
-def grid_stretch(index: VideoIndex, width: int, height: int) -> float:
-    """Horizontal over vertical scale of a width x height grid against the picture as displayed; 1 is none."""
-    return (width / index.width) / (height / index.height)
+def grid_stretch(index: VideoIndex, width: int, height: int, part: Part = WHOLE) -> float:
+    """Horizontal over vertical scale of a width x height grid against this part as displayed; 1 is none."""
+    sides = _sides(index, part)
+    return (width / sides[0]) / (height / sides[1])
+
+
+def _sides(index: VideoIndex, part: Part) -> tuple[float, float]:
+    """Width and height of a part of the picture as displayed, pixels."""
+    return index.width * (part[2] - part[0]), index.height * (part[3] - part[1])
 
 
 def detector_for(settings: ObserveSettings, weights: str) -> Detector:
@@ -191,7 +197,7 @@ def detector_for(settings: ObserveSettings, weights: str) -> Detector:
 def _assemble(
     ref: ClipRef, index: VideoIndex, kind: Any, transfer: Transfer, first: int, last: int, times: NDArray[np.float64],
     found: list[Detections], tracks: list[NDArray[np.int32]], shots: ShotMeasures,
-    surround: Surround, active: tuple[float, float, float, float], settings: ObserveSettings, detector: Detector,
+    surround: Surround, active: Part, settings: ObserveSettings, detector: Detector,
 ) -> Observations:  # fmt: skip
     counts = [len(result.klass) for result in found]
     end = index.end_s if ref.end_s is None or last == len(index.times_s) else float(index.times_s[last])
@@ -259,10 +265,10 @@ class _BarFinder:
             np.minimum(self._low, bgr, out=self._low)
             np.maximum(self._high, bgr, out=self._high)
 
-    def active(self) -> tuple[float, float, float, float]:
+    def active(self) -> Part:
         """x1, y1, x2, y2 of the picture inside the bars, fractions of the whole."""
         if self._low is None or self._high is None:
-            return _WHOLE
+            return WHOLE
         low, high = self._low.astype(np.int16), self._high.astype(np.int16)
         top, bottom = _bars(low, high)
         left, right = _bars(low.swapaxes(0, 1), high.swapaxes(0, 1))

@@ -15,7 +15,7 @@ import errno
 import functools
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -43,7 +43,7 @@ from curation.ingest.container import (
 from curation.ingest.failures import FailureCode, StageError
 from curation.observe.hdr import to_sdr, transfer_of
 from curation.observe.packets import NONE, Demuxer, Packets, film_candidates, film_stream, packet_of, steady_rate
-from curation.records import VideoFile
+from curation.records import WHOLE, Part, VideoFile
 from curation.settings import VideoLimits
 
 # Asked times may be rounded to milliseconds, as some containers round theirs.
@@ -636,11 +636,16 @@ def halved(stored: RGB, index: VideoIndex, width: int, height: int) -> RGB:
     return stored
 
 
-def resize(stored: RGB, index: VideoIndex, width: int, height: int) -> RGB:
+def resize(stored: RGB, index: VideoIndex, width: int, height: int, part: Part = WHOLE) -> RGB:
     """Upright (height, width, 3) picture from a stored one; applies pixel aspect and display matrix with the scaling.
 
-    Halved and then interpolated: a third of the time of an area filter, which OpenCV does slowly for odd factors.
+    Halved and then interpolated: a third of the time of an area filter, which OpenCV does slowly for odd factors. Of a
+    part only its own pixels are read, the nearest whole ones as stored.
     """
+    if part != WHOLE:
+        turned = upright(stored, index)
+        x1, y1, x2, y2 = (round(at * side) for at, side in zip(part, turned.shape[1::-1] * 2, strict=True))
+        stored, index = turned[y1:y2, x1:x2], replace(index, rotation=0, mirrored=False)
     size = (height, width) if index.rotation % 180 else (width, height)
     return upright(cv2.resize(halved(stored, index, width, height), size, interpolation=cv2.INTER_LINEAR), index)
 
@@ -661,29 +666,31 @@ def frames_at(index: VideoIndex, times_s: Sequence[float], width: int, height: i
     return pictures(index, index.on_screen(np.asarray(times_s, np.float64)).tolist(), width, height)
 
 
-def pictures(index: VideoIndex, numbers: Sequence[int], width: int, height: int) -> list[RGB]:
-    """The frames of these numbers, as upright (height, width, 3) RGB; random access.
+def pictures(index: VideoIndex, numbers: Sequence[int], width: int, height: int, part: Part = WHOLE) -> list[RGB]:
+    """The frames of these numbers, or a part of each, as upright (height, width, 3) RGB; random access.
 
     Uses decord where it reads the file as PyAV does, PyAV otherwise. Holds one frame of full size at a time. Raises
     StageError(CORRUPT), and IndexDiffers as `decode`.
     """
     wanted = sorted(set(numbers))
-    found = _by_decord(index, wanted, width, height)
+    found = _by_decord(index, wanted, width, height, part)
     if found is None:
-        found = _by_pyav(index, wanted, width, height)
+        found = _by_pyav(index, wanted, width, height, part)
     return [found[number] for number in numbers]
 
 
-def _by_pyav(index: VideoIndex, wanted: list[int], width: int, height: int) -> dict[int, RGB]:
+def _by_pyav(index: VideoIndex, wanted: list[int], width: int, height: int, part: Part = WHOLE) -> dict[int, RGB]:
     pictures = {}
     # One pass per group of neighbouring frames; each starts at the key frame before it.
     for group in np.split(np.asarray(wanted, np.intp), np.flatnonzero(np.diff(wanted) > 300) + 1):
         for number, frame in decode(index, int(group[0]), int(group[-1]) + 1, only=group.tolist()):
-            pictures[number] = resize(to_rgb(frame), index, width, height)
+            pictures[number] = resize(to_rgb(frame), index, width, height, part)
     return pictures
 
 
-def _by_decord(index: VideoIndex, wanted: list[int], width: int, height: int) -> dict[int, RGB] | None:
+def _by_decord(
+    index: VideoIndex, wanted: list[int], width: int, height: int, part: Part = WHOLE
+) -> dict[int, RGB] | None:
     """None where decord's idea of the file differs from PyAV's.
 
     decord ignores edit lists, rotates by itself, cannot open AV1, converts 10 bits differently, and loses count after
@@ -702,8 +709,9 @@ def _by_decord(index: VideoIndex, wanted: list[int], width: int, height: int) ->
         starts = reader.get_frame_timestamp(range(len(reader)))[:, 0].astype(np.float64)
         if not np.allclose(starts - starts[0], index.times_s, atol=2 * TIME_TOLERANCE_S):
             return None
-        found = {number: resize(reader[number].asnumpy(), index, width, height) for number in wanted}
+        found = {number: resize(reader[number].asnumpy(), index, width, height, part) for number in wanted}
     except decord.DECORDError:
         return None
     ends = sorted({wanted[0], wanted[-1]})
-    return found if all(np.array_equal(found[n], _by_pyav(index, [n], width, height)[n]) for n in ends) else None
+    same = all(np.array_equal(found[n], _by_pyav(index, [n], width, height, part)[n]) for n in ends)
+    return found if same else None

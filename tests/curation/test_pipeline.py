@@ -29,6 +29,7 @@ from curation.observe.observe import sample_frames
 from curation.observe.samples import write_frames
 from curation.observe.sampling import SAMPLER
 from curation.settings import DownloadSettings, ObserveSettings, Settings, TeacherSettings
+from curation.shards.codec import decode_jpeg
 from curation.shards.reader import ShardReader, verify
 from curation.shards.remote import pull
 from curation.state import FOLDERS, frames_name, state_of
@@ -171,6 +172,55 @@ def test_frames_kept_by_a_run_with_other_settings_are_not_taken(settings: Settin
     (batch,) = read_batches(REFS[:1], ready)
     assert pipeline.teach(ready, batch).done == 1
     assert shard_bytes(pipeline.funnel(ready, REFS[:1])) == first
+
+
+def test_a_clip_over_a_blurred_copy_of_itself_trains_with_the_inner_picture_alone(settings: Settings, tmp_path: Path):
+    """Also where an earlier run under another policy had kept frames of the whole picture, and its video is gone."""
+    made = tmp_path / "made"
+    made.mkdir()
+
+    def make(name: str, *source: str | Path) -> Path:
+        fine = ["-c:v", "libx264", "-preset", "ultrafast", "-qp", "4"]
+        subprocess.run([ffmpeg_exe(), "-v", "error", *source, *fine, made / name], check=True)
+        return made / name
+
+    pattern = "testsrc2=s=640x360:r=12,crop=384:360:200:0,format=yuv420p"
+    inner = make("inner.mp4", "-f", "lavfi", "-i", pattern, "-t", "2")
+    graph = "split[a][b];[a]scale=640:600,crop=640:360,gblur=sigma=12[back];[back][b]overlay=128:0"
+    make("reposted.mp4", "-i", inner, "-filter_complex", graph)
+    refs, runs = [local("reposted")], {}
+    for copies in ("keep", "crop"):
+        policy = tmp_path / f"{copies}.yaml"
+        values = yaml.safe_load(settings.policy.read_text())
+        values["border"]["copies"] = copies
+        policy.write_text(yaml.safe_dump(values))
+        changes = {"policy": policy, "download": DownloadSettings(local_root=made)}
+        runs[copies] = settings.model_copy(update=changes)
+
+    ready = pipeline.preflight(runs["keep"])
+    (batch,) = read_batches(refs, ready)
+    pipeline.download(ready, batch)
+    pipeline.observe(ready, batch)
+    assert (ready.out / frames_name(refs[0])).exists()
+    shutil.rmtree(ready.out / "videos")
+    assert pipeline.judge_all(runs["crop"]) == 1
+    funnel = pipeline.run(runs["crop"], refs)
+    assert funnel.sharded == 1 and funnel.folder != pipeline.funnel(ready, refs).folder
+    assert not list((ready.out / "frames").glob("*"))
+
+    verify(Path(funnel.folder))
+    window = ShardReader(Path(funnel.folder)).frames(refs[0].clip_id)
+    x1, y1, x2, y2 = np.array(window.provenance["crop"]) * [640, 360, 640, 360]
+    assert (y1, y2) == (0, 360) and 128 < x1 <= 134 and 506 <= x2 < 512 and {x1 % 1, x2 % 1} == {0}
+    height, width = window.rgb.shape[1:3]
+    assert (height, width) == (126, 126) and window.stretch == pytest.approx(360 / (x2 - x1))
+    alone = make("alone.mp4", "-i", inner, "-vf", f"format=gbrp,crop={x2 - x1}:360:{x1 - 128}:0,format=yuv444p")
+    expected = [decode_jpeg(jpeg) for jpeg in sample_frames(local("alone"), alone, ready.observe).jpeg]
+    difference = np.abs(window.rgb.astype(int) - expected).mean((0, 3))
+    assert difference.mean() < 2
+    for outermost in (difference[0], difference[-1], difference[:, 0], difference[:, -1]):
+        assert outermost.mean() < 2
+    np.testing.assert_allclose(window.boxes, [[0, 0, width, height]] * 12)  # what this detector sees is all of it
 
 
 def test_what_another_sampler_measured_is_measured_anew_and_never_mixed(settings: Settings, monkeypatch):

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from curation.ingest.failures import UsageError
 from curation.observe.observations import Observations
 from curation.observe.sampling import sample_indices
-from curation.policy import CRITERIA, Policy, _stands_out, judge, load_policy, subject_boxes
+from curation.policy import CRITERIA, Policy, _stands_out, judge, load_policy, part_taken, subject_boxes
 from curation.settings import POLICIES
 
 DEFAULT = load_policy(Path("default"))
@@ -264,6 +264,77 @@ def test_a_copy_of_the_picture_around_it_is_refused_or_kept_and_never_hides_a_tr
     assert judged([[DANCER]] * 18, surround="bars", active=inside["active"]).decision == "accept"
 
 
+def cropping(policy: Policy = DEFAULT) -> Policy:
+    return Policy.model_validate(policy.model_dump() | {"border": policy.border.model_dump() | {"copies": "crop"}})
+
+
+def test_of_a_picture_over_its_copy_the_inner_one_is_judged_alone():
+    inside = {"surround": "copy", "active": (0.25, 0.0, 0.75, 1.0)}
+    assert part_taken(observations(**inside), cropping()) == (484 / 1920, 0, 1436 / 1920, 1)
+    assert part_taken(observations(**inside), DEFAULT) == part_taken(observations(), cropping()) == (0, 0, 1, 1)
+    alone = [person(0.3, 0.1, 0.6, 0.9)]
+    copies = [person(0.0, 0.0, 0.24, 1.0), person(0.8, 0.0, 1.0, 1.0), person(0.0, 0.0, 1.0, 1.0)]
+    for policy in (cropping(), cropping(PAPER)):
+        assert judged([alone] * 18, policy, **inside) == judged([copies + alone] * 18, policy, **inside)
+        assert judged([alone] * 18, policy, **inside).decision == "accept"
+        assert judged([[person(0.248, 0.1, 0.6, 0.9)]] * 18, policy, **inside).first_reason == "border"
+        assert judged([copies] * 18, policy, **inside).first_reason == "single"
+    small = {"width": 16, "height": 16, "surround": "copy", "active": (0.45, 0.0, 0.55, 1.0)}
+    assert outcome(judged([alone] * 18, cropping(), **small), "border") == "fail", "nothing would be left of it"
+
+
+@st.composite
+def reposted_clips(draw):
+    """A clip by itself, and the same over a copy of itself. Powers of two everywhere: single precision is exact."""
+    place = st.integers(0, 64).map(lambda n: n / 64)
+    span = st.tuples(place, place).filter(lambda ends: ends[0] < ends[1])
+    box = st.builds(
+        lambda name, sure, x, y: (name, sure, (x[0], y[0], x[1], y[1])),
+        st.sampled_from(["person", "person", "chair"]), st.sampled_from([0.2, 0.4, 0.6, 0.9]), span, span,
+    )  # fmt: skip
+    groups = draw(st.lists(st.lists(box, max_size=3), min_size=1, max_size=6))
+    sides, whole = [draw(st.sampled_from([256, 512])), draw(st.sampled_from([256, 512]))], 1024
+    along = draw(st.integers(0, 1))  # the side on which the inner picture has a surround
+    first = draw(st.integers(64, whole - sides[along] - 64))
+    last = first + sides[along]
+
+    def moved(xyxy):
+        ends = list(xyxy)
+        for n in (along, along + 2):
+            ends[n] = (first + xyxy[n] * sides[along]) / whole
+        return tuple(ends)
+
+    def beside(name_sure_xyxy):
+        """A box of the copy, that reaches no further into the picture than out of it."""
+        name, sure, xyxy = name_sure_xyxy
+        ends, reach = list(xyxy), 32
+        low, high = (xyxy[along], xyxy[along + 2])
+        if draw(st.booleans()):
+            ends[along], ends[along + 2] = (first - reach - 32 * (1 - low)) / whole, (first + reach * high) / whole
+        else:
+            ends[along], ends[along + 2] = (last - reach * (1 - low)) / whole, (last + reach + 32 * high) / whole
+        return name, sure, tuple(ends)
+
+    both = [
+        [*map(beside, draw(st.lists(box, max_size=2))), *((name, sure, moved(xyxy)) for name, sure, xyxy in group)]
+        for group in groups
+    ]
+    active, size = [0.0, 0.0, 1.0, 1.0], list(sides)
+    edge = 2 + draw(st.sampled_from([0.0, 0.5]))  # a margin of 2 pixels of 1024, and what is rounded
+    active[along], active[along + 2], size[along] = (first - edge) / whole, (last + edge) / whole, whole
+    alone = observations(groups, width=sides[0], height=sides[1])
+    return alone, observations(both, width=size[0], height=size[1], surround="copy", active=tuple(active))
+
+
+@settings(max_examples=examples(150))
+@given(clips=reposted_clips(), policy=st.sampled_from([DEFAULT, PAPER]))
+def test_a_picture_over_its_copy_is_judged_as_the_picture_alone(clips, policy):
+    alone, reposted = clips
+    assert judge(reposted, cropping(policy)) == judge(alone, cropping(policy))
+    for ours, others in zip(subject_boxes(reposted, cropping(policy)), subject_boxes(alone, policy), strict=True):
+        np.testing.assert_array_equal(ours, others)
+
+
 def test_things_overlap_or_are_a_second_label_for_the_dancer():
     ball = thing("sports ball", 0.6, 0.4, 0.8, 0.45, 0.88)
     assert judged([[DANCER, ball]] * 18).first_reason == "overlap"
@@ -288,6 +359,7 @@ def key_frames(full: Observations, keys) -> Observations:
     return replace(
         full,
         kind="keyframes",
+        surround="none",
         active=(0.0, 0.0, 1.0, 1.0),
         times_s=np.zeros(0),
         **none,
@@ -344,7 +416,8 @@ def sampled_clips(draw):
     end = times[-1] + draw(st.sampled_from([0.0, 1e-4, 1 / 24, 5.0]))
     clip = observations(boxes, fps=1.0, seconds=len(times), provenance=SAMPLED, start_s=times[0], end_s=end)
     x1, x2 = active
-    return replace(clip, times_s=times, sample_times_s=samples, active=(x1, 0.0, 1 - x2, 1.0), width=1000, height=1000)
+    clip = replace(clip, surround=draw(st.sampled_from(["bars", "copy"])), active=(x1, 0.0, 1 - x2, 1.0))
+    return replace(clip, times_s=times, sample_times_s=samples, width=1000, height=1000)
 
 
 @settings(max_examples=examples(150), deadline=None)
@@ -360,6 +433,7 @@ def test_the_prescreen_never_rejects_what_the_full_pass_accepts(data, clip, poli
     for part in ("single", "border"):
         values[part]["tolerance"] = data.draw(st.sampled_from([0.0, 0.1, 0.3, 0.5]))
     values["border"]["margin"] = data.draw(st.sampled_from([0.0, 0.01, 0.1, 0.45]))
+    values["border"]["copies"] = data.draw(st.sampled_from(["refuse", "keep", "crop"]))
     policy = Policy.model_validate(values)
     seen, full = judge(key_frames(clip, keys), policy), judge(clip, policy)
     assert full.decision == "reject" or seen.decision != "reject"
@@ -405,6 +479,8 @@ def test_judging_is_pure_and_a_stricter_tolerance_never_accepts_more(boxes, tigh
 def test_the_hash_follows_the_thresholds_and_not_the_name():
     values = DEFAULT.model_dump()
     assert Policy.model_validate({**values, "name": "mine", "detector": "other.pt"}).hash == DEFAULT.hash
+    hashes = {DEFAULT.model_copy(update={"border": border}).hash for border in (DEFAULT.border, cropping().border)}
+    assert len(hashes) == 2
     values["height"]["min_mean"] = 0.41
     assert Policy.model_validate(values).hash != DEFAULT.hash
 

@@ -18,7 +18,7 @@ from curation.ingest.failures import FailureCode, StageError
 from curation.manifest import ClipRef
 from curation.observe.observe import observe, prescreen, sample_frames, training_grid
 from curation.observe.samples import read_frames, write_frames
-from curation.observe.video import index_video
+from curation.observe.video import index_video, pictures
 from curation.policy import judge, load_policy
 from curation.settings import ObserveSettings
 
@@ -223,6 +223,19 @@ def test_frames_say_how_far_they_are_stretched(video, name):
     expected = pytest.approx((518 / 96) / (350 / 64))
     assert observe(ref(), made.path, SETTINGS, Watcher())[1].stretch == expected
     assert sample_frames(ref(), made.path, SETTINGS).stretch == expected
+
+
+@pytest.mark.parametrize("name", ["plain.mp4", "rotated.mp4", "anamorphic.mp4"])
+def test_frames_of_a_part_are_that_part_of_the_frames(video, name):
+    """Half of 96 x 64 as displayed."""
+    path, part = video(name).path, (0.25, 0.0, 0.75, 1.0)
+    index = index_video(path)
+    (whole,), (half,) = pictures(index, [3], 96, 64), pictures(index, [3], 48, 64, part)
+    inside = slice(1, -1)  # beyond the outermost column, whose neighbour is left out, all is the same
+    np.testing.assert_allclose(half[:, inside].astype(int), whole[:, 24:72][:, inside], atol=1)
+    frames = sample_frames(ref(), path, SETTINGS, part)
+    assert (frames.width, frames.height) == (392, 518)
+    assert frames.stretch == pytest.approx((392 / 48) / (518 / 64))
 
 
 def test_frames_are_kept_until_the_shard_is_written(dance, tmp_path):
