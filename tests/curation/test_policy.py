@@ -12,7 +12,7 @@ import pytest
 import yaml
 from builders import DANCER, Box, observations
 from examples import examples
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from curation.ingest.failures import UsageError
@@ -326,7 +326,7 @@ def reposted_clips(draw):
     return alone, observations(both, width=size[0], height=size[1], surround="copy", active=tuple(active))
 
 
-@settings(max_examples=examples(150))
+@settings(max_examples=examples(150), suppress_health_check=list(HealthCheck))
 @given(clips=reposted_clips(), policy=st.sampled_from([DEFAULT, PAPER]))
 def test_a_picture_over_its_copy_is_judged_as_the_picture_alone(clips, policy):
     alone, reposted = clips
