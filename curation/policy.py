@@ -35,7 +35,7 @@ _MARGIN_IN_BARS = 0.4
 _Share = Field(ge=0, le=1)
 _MAX_COUNT = 1_000_000  # of samples or frames: more than any clip has
 _MOST = 1e9  # of any figure: it must fit into the single precision of the measurements
-_MAX_BYTES = 1 << 20  # of a policy file
+_MAX_BYTES = 1 << 16  # of a policy file: many times what ours have, and read within seconds
 
 
 class _Part(BaseModel):
@@ -233,7 +233,7 @@ def _read(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UsageError(f"The policy {path} cannot be read: {error.strerror}.") from error
     if len(data) > _MAX_BYTES:
-        raise UsageError(f"The policy {path.name} is over {_MAX_BYTES >> 20} MiB: that is no policy file.")
+        raise UsageError(f"The policy {path.name} is over {_MAX_BYTES >> 10} KiB: that is no policy file.")
     try:
         values = yaml.load(data.decode("utf-8-sig"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
