@@ -12,7 +12,7 @@ from pathlib import Path
 
 from curation.derived import Derived, registered
 from curation.last_resort import remove_entries
-from curation.shards.index import heal, newest_index
+from curation.shards.index import Place, heal, newest_index
 from curation.shards.remote import RemotePlace
 from curation.shards.writer import drop_clips, rewrite
 from curation.state import State
@@ -43,13 +43,20 @@ def _take_out(state: State, folder: str) -> None:
     shared = isinstance(place, RemotePlace)
     if not (shared or place.folder.is_dir()):
         return
-    with place.alone():  # which also takes away what writers that died left half done
-        # nobody can say what is in a damaged file; and a copy of what is behind a URL is only scratch
-        for path in place.folder.glob("shard-*" if shared else "*.damaged"):
-            path.unlink(missing_ok=True)
+    _sweep(place)
     heal(place, rewrite, gone)
     if found := gone(newest_index(place).table["clip_id"].to_pylist()):
         drop_clips(place, found)
+    _sweep(place)  # healing may have put damaged files aside
+
+
+def _sweep(place: Place) -> None:
+    """Delete what nobody can say what is in it, and what writers that died left half done."""
+    # a copy of what is behind a URL is only scratch
+    pattern = "shard-*" if isinstance(place, RemotePlace) else "*.damaged"
+    with place.alone():
+        for path in place.folder.glob(pattern):
+            path.unlink(missing_ok=True)
 
 
 def _folders(state: State, kind: Derived) -> list[str]:

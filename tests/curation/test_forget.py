@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -18,8 +19,11 @@ from curation.forget import remove_forgotten
 from curation.ingest.failures import FailureCode
 from curation.last_resort import keep_text
 from curation.manifest import ClipRef
+from curation.records import ClipSample, Frames
 from curation.settings import Settings
+from curation.shards.codec import encode_jpeg
 from curation.shards.reader import ShardReader, verify
+from curation.shards.writer import write_shards
 from curation.state import State, frames_name, observation_name, state_of
 
 GONE, KEPT = ClipRef("local", "bars.mp4"), ClipRef("local", "set.mp4", 0, 1_500_000)
@@ -163,3 +167,35 @@ def test_a_list_cut_short_by_a_crash_is_still_a_list(tmp_path: Path) -> None:
     assert registered(tmp_path) == kinds
     register(tmp_path, Derived("debug", "/somewhere/debug.txt", "entries"))
     assert registered(tmp_path)[-1].kind == "debug", "the cut line ends before the next one begins"
+
+
+# --- a data set alone, without the stages that make one
+
+SET = "shards/set"
+
+
+def bare(out: Path, storage: str | None = None) -> State:
+    """A run that knows both clips and has said that it writes a data set, but has no files yet."""
+    state = State(Settings(out=out, storage=storage))
+    state.catalog.register([GONE, KEPT])
+    register(out, Derived("shards", SET, "index"))
+    return state
+
+
+def sample(ref: ClipRef) -> ClipSample:
+    """Two frames of noise."""
+    noise = np.random.default_rng(int(ref.clip_id, 16))
+    jpeg = tuple(encode_jpeg(noise.integers(0, 256, (28, 42, 3), np.uint8)) for _ in range(2))
+    nowhere = np.full((2, 4), np.nan, np.float32)
+    return ClipSample(ref.clip_id, None, Frames(42, 28, np.arange(2.0), jpeg), nowhere, nowhere[:, 0], None, {})
+
+
+def test_a_damaged_shard_goes_the_first_time(tmp_path: Path) -> None:
+    state = bare(tmp_path / "out")
+    (shard,) = write_shards(map(sample, [GONE, KEPT]), state.settings.out / SET, max_bytes=2**30)
+    path = state.settings.out / SET / shard.file
+    path.write_bytes(path.read_bytes()[:-30])
+    state.catalog.forget([GONE])
+    remove_forgotten(state)
+    assert traces(tmp_path, GONE, list(sample(GONE).frames.jpeg)) == []
+    assert not list(path.parent.glob("*.damaged"))
