@@ -7,12 +7,15 @@ of what was derived (`derived.jsonl`) and the catalog's list of what is forgotte
 
 from __future__ import annotations
 
+import fcntl
+import shutil
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 
 from curation.derived import Derived, registered
 from curation.last_resort import remove_entries
-from curation.shards.index import Place, heal, newest_index
+from curation.shards.index import VERSIONS, Place, heal, newest_index, version_name
 from curation.shards.remote import RemotePlace
 from curation.shards.writer import drop_clips, rewrite
 from curation.state import State
@@ -36,6 +39,10 @@ def remove_forgotten(state: State, clip_ids: Collection[str] = ()) -> None:
             found = kind.ids(names)
             ask = state.catalog.forgotten_clips if kind.clips == "clip_id" else state.catalog.forgotten_videos
             store.drop(sorted({name for key in ask(found) for name in found[key]}))
+    for scratch in state.settings.out.glob(
+        ".index.*"
+    ):  # a living reader whose copy of an index this is fetches it anew
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _take_out(state: State, folder: str) -> None:
@@ -43,20 +50,35 @@ def _take_out(state: State, folder: str) -> None:
     shared = isinstance(place, RemotePlace)
     if not (shared or place.folder.is_dir()):
         return
-    _sweep(place)
+    _sweep(state, place, folder)
     heal(place, rewrite, gone)
     if found := gone(newest_index(place).table["clip_id"].to_pylist()):
         drop_clips(place, found)
-    _sweep(place)  # healing may have put damaged files aside
+    _sweep(state, place, folder)  # healing may have put damaged files aside
 
 
-def _sweep(place: Place) -> None:
-    """Delete what nobody can say what is in it, and what writers that died left half done."""
-    # a copy of what is behind a URL is only scratch
-    pattern = "shard-*" if isinstance(place, RemotePlace) else "*.damaged"
+def _sweep(state: State, place: Place, folder: str) -> None:
+    """Delete what writers that died left half done, damaged files, and versions of the index before the newest.
+
+    What a living writer is at is spared where it is locked; it does again what was taken from it elsewhere.
+    """
     with place.alone():
-        for path in place.folder.glob(pattern):
-            path.unlink(missing_ok=True)
+        patterns = ["*.damaged"]  # nobody can say what is in there
+        if isinstance(place, RemotePlace):
+            subfolders = (folder, f"{folder}/{VERSIONS}")
+            state.store.drop(
+                f"{each}/{name}" for each in subfolders for name in state.store.sizes(each) if name[0] == "."
+            )
+            if place.folder.is_dir():
+                with Place(place.folder).alone():  # which sweeps there
+                    pass
+            patterns = ["[!.]*", f"{VERSIONS}/*"]  # a copy of what is behind a URL is only scratch
+        for path in [path for pattern in patterns for path in place.folder.glob(pattern)]:
+            with suppress(FileNotFoundError, BlockingIOError), path.open("r+b") as stream:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+        newest = newest_index(place).version
+        place.delete(version_name(number) for number in place.versions() if number < newest)
 
 
 def _folders(state: State, kind: Derived) -> list[str]:
