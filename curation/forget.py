@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import fcntl
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from curation.derived import Derived, registered
+from curation.ingest.failures import UsageError
 from curation.last_resort import remove_entries
 from curation.shards.index import VERSIONS, Place, heal, newest_index, version_name
 from curation.shards.remote import RemotePlace
@@ -21,28 +23,45 @@ from curation.shards.writer import drop_clips, rewrite
 from curation.state import State
 
 
-def remove_forgotten(state: State, clip_ids: Collection[str] = ()) -> None:
+def remove_forgotten(state: State) -> None:
     """Delete or rewrite every file of this run that holds something of a forgotten video. Safe to repeat.
 
-    clip_ids: the forgotten clips, as `Catalog.forget` names them; only debug files need them, because an entry there is
-    about a clip and may be of one that never got further. Out of reach until it wakes: what a stopped process has not
-    finished writing. Raises ShardError where a shard cannot be read, OutageError where the storage is away.
+    Out of reach until it wakes: what a stopped process has not finished writing. Raises ShardError where a shard cannot
+    be read, and UsageError where a debug file cannot be changed, when all else is done; OutageError at once where the
+    catalog or the storage is away.
     """
-    store, names = state.store, state.store.names("")
-    for kind in registered(state.settings.out):
+    faults = []
+    for work in _works(state):
+        try:
+            work()
+        except UsageError as error:  # a ShardError is one
+            faults.append(error)
+    if faults:
+        raise faults[0]
+
+
+def _works(state: State) -> Iterator[Callable[[], object]]:
+    """What is to be done, in parts of which each can fail without harm to the others."""
+    store, catalog, out = state.store, state.catalog, state.settings.out
+    names = store.names("")
+
+    def drop(kind: Derived) -> None:
+        found = kind.ids(names)
+        gone = catalog.forgotten_clips if kind.clips == "clip_id" else catalog.forgotten_videos
+        store.drop(sorted({name for key in gone(found) for name in found[key]}))
+
+    def gone(ids: frozenset[str]) -> frozenset[str]:
+        return catalog.forgotten_clips(ids) | catalog.forgotten_videos(ids)
+
+    for kind in registered(out):
         if kind.clips == "entries":
-            remove_entries(Path(kind.place), clip_ids)
+            yield partial(remove_entries, Path(kind.place), gone)
         elif kind.clips == "index":
-            for folder in _folders(state, kind):
-                _take_out(state, folder)
+            yield from (partial(_take_out, state, folder) for folder in _folders(state, kind))
         else:
-            found = kind.ids(names)
-            ask = state.catalog.forgotten_clips if kind.clips == "clip_id" else state.catalog.forgotten_videos
-            store.drop(sorted({name for key in ask(found) for name in found[key]}))
-    for scratch in state.settings.out.glob(
-        ".index.*"
-    ):  # a living reader whose copy of an index this is fetches it anew
-        shutil.rmtree(scratch, ignore_errors=True)
+            yield partial(drop, kind)
+    for scratch in out.glob(".index.*"):  # a living reader whose copy of an index this is fetches it anew
+        yield partial(shutil.rmtree, scratch, ignore_errors=True)
 
 
 def _take_out(state: State, folder: str) -> None:

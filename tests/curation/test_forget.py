@@ -20,7 +20,7 @@ from curation.batches import read_batches
 from curation.catalog import Catalog, forgotten_clip_digest
 from curation.derived import REGISTRY, Derived, register, registered
 from curation.forget import remove_forgotten
-from curation.ingest.failures import FailureCode
+from curation.ingest.failures import FailureCode, UsageError
 from curation.last_resort import keep_text
 from curation.manifest import ClipRef
 from curation.records import ClipSample, Frames
@@ -30,6 +30,7 @@ from curation.shards.codec import encode_jpeg
 from curation.shards.index import Index, Place
 from curation.shards.reader import ShardReader, verify
 from curation.shards.remote import RemotePlace, add_shards
+from curation.shards.schema import ShardError
 from curation.shards.writer import drop_clips, remove_clips, write_shards
 from curation.state import State, frames_name, observation_name, state_of
 
@@ -86,8 +87,8 @@ def test_nothing_of_a_forgotten_clip_stays(settings: Settings, state: State) -> 
     window = reader.frames(KEPT.clip_id).rgb
 
     assert len(traces(out.parent, GONE, pictures)) > 10
-    forgotten = Catalog(settings.database).forget([GONE])
-    remove_forgotten(state, forgotten.clip_ids)
+    Catalog(settings.database).forget([GONE])
+    remove_forgotten(state)
 
     assert traces(out.parent, GONE, pictures) == []
     verify(folder)
@@ -318,3 +319,39 @@ def delete_no_version(place: Place, names: Iterable[str]) -> None:
         if name.startswith(".index"):
             raise KeyboardInterrupt
         (place.folder / name).unlink()
+
+
+def test_entries_of_a_debug_file_need_no_ids(tmp_path: Path) -> None:
+    state, debug = bare(tmp_path / "out"), tmp_path / "debug.txt"
+    register(state.settings.out, Derived("debug", str(debug), "entries"))
+    unknown = ClipRef(GONE.platform, GONE.video_id, 0, 1_000_000)  # of the same video, and never registered
+    for ref in (GONE, KEPT, unknown):
+        keep_text(debug, [ref], "observe", ValueError(f"about {ref.video_id}"))
+    keep_text(debug, [], "teach", ValueError("about no clip"))
+    state.catalog.forget([GONE])
+    remove_forgotten(state)
+    assert traces(tmp_path, GONE, [unknown.clip_id.encode()]) == []
+    assert debug.read_text().count("ValueError") == 2
+
+
+def test_a_kind_that_cannot_be_done_keeps_no_other(tmp_path: Path) -> None:
+    state, debug = bare(tmp_path / "out"), tmp_path / "debug.txt"
+    out = state.settings.out
+    for kind in (Derived("debug", str(debug), "entries"), Derived("frames", "frames/{clip_id}", "clip_id")):
+        register(out, kind)
+    register(out, Derived("unfinished shards", "staging/*", "index"))
+    keep_text(debug, [GONE], "observe", ValueError())
+    debug.chmod(0o644)
+    write_shards(map(sample, [GONE, KEPT]), out / SET, max_bytes=2**30)
+    for name in (frames_name(GONE), "staging/a/shard-0.parquet"):
+        (out / name).parent.mkdir(parents=True)
+        pq.write_table(pa.table({"clip_id": [KEPT.clip_id]}), out / name)
+    write_shards(map(sample, [GONE, KEPT]), out / "staging" / "b", max_bytes=2**30)
+    state.catalog.forget([GONE])
+    with pytest.raises(UsageError, match="debug file"):
+        remove_forgotten(state)
+    assert traces(tmp_path, GONE, list(sample(GONE).frames.jpeg)) == ["debug.txt"]
+    debug.chmod(0o600)
+    with pytest.raises(ShardError, match="shard-0"):
+        remove_forgotten(state)
+    assert traces(tmp_path, GONE, []) == []
