@@ -14,6 +14,8 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+import pyarrow as pa
+
 from curation.derived import Derived, registered
 from curation.ingest.failures import UsageError
 from curation.last_resort import remove_entries
@@ -26,15 +28,15 @@ from curation.state import State
 def remove_forgotten(state: State) -> None:
     """Delete or rewrite every file of this run that holds something of a forgotten video. Safe to repeat.
 
-    Out of reach until it wakes: what a stopped process has not finished writing. Raises ShardError where a shard cannot
-    be read, and UsageError where a debug file cannot be changed, when all else is done; OutageError at once where the
-    catalog or the storage is away.
+    Out of reach until it wakes: what a stopped process has not finished writing. What cannot be done is raised when all
+    else is done: UsageError of a debug file that cannot be changed, ShardError or pyarrow's errors of a shard that
+    cannot be read, OSError of a full disk. OutageError is raised at once where the catalog or the storage is away.
     """
-    faults = []
+    faults: list[Exception] = []
     for work in _works(state):
         try:
             work()
-        except UsageError as error:  # a ShardError is one
+        except (UsageError, OSError, pa.ArrowInvalid) as error:  # a ShardError is a UsageError
             faults.append(error)
     if faults:
         raise faults[0]

@@ -334,24 +334,36 @@ def test_entries_of_a_debug_file_need_no_ids(tmp_path: Path) -> None:
     assert debug.read_text().count("ValueError") == 2
 
 
-def test_a_kind_that_cannot_be_done_keeps_no_other(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rotten", [False, True])
+def test_a_kind_that_cannot_be_done_keeps_no_other(tmp_path: Path, rotten: bool) -> None:
     state, debug = bare(tmp_path / "out"), tmp_path / "debug.txt"
     out = state.settings.out
-    for kind in (Derived("debug", str(debug), "entries"), Derived("frames", "frames/{clip_id}", "clip_id")):
-        register(out, kind)
+    register(out, Derived("debug", str(debug), "entries"))
     register(out, Derived("unfinished shards", "staging/*", "index"))
+    register(out, Derived("frames", "frames/{clip_id}", "clip_id"))
     keep_text(debug, [GONE], "observe", ValueError())
     debug.chmod(0o644)
-    write_shards(map(sample, [GONE, KEPT]), out / SET, max_bytes=2**30)
-    for name in (frames_name(GONE), "staging/a/shard-0.parquet"):
-        (out / name).parent.mkdir(parents=True)
-        pq.write_table(pa.table({"clip_id": [KEPT.clip_id]}), out / name)
-    write_shards(map(sample, [GONE, KEPT]), out / "staging" / "b", max_bytes=2**30)
+    for folder in (SET, "staging/a", "staging/b", "staging/c"):
+        (shard,) = write_shards(map(sample, [GONE, KEPT]), out / folder, max_bytes=2**30)
+    bad = out / "staging" / "b" / shard.file
+    if rotten:
+        data = bad.read_bytes()
+        bad.write_bytes(bytes(len(data) // 2) + data[len(data) // 2 :])
+    else:
+        pq.write_table(pa.table({"clip_id": [KEPT.clip_id]}), bad)
+    (out / frames_name(GONE)).parent.mkdir()
+    (out / frames_name(GONE)).write_bytes(b"frames")
     state.catalog.forget([GONE])
     with pytest.raises(UsageError, match="debug file"):
         remove_forgotten(state)
-    assert traces(tmp_path, GONE, list(sample(GONE).frames.jpeg)) == ["debug.txt"]
+    assert {name.rpartition("/")[0] for name in traces(tmp_path, GONE, [])} <= {
+        "",
+        "out/staging/b",
+        "out/staging/b/.index",
+    }
     debug.chmod(0o600)
-    with pytest.raises(ShardError, match="shard-0"):
+    with pytest.raises(OSError if rotten else ShardError, match="header" if rotten else shard.file):
         remove_forgotten(state)
-    assert traces(tmp_path, GONE, []) == []
+    bad.unlink()
+    remove_forgotten(state)
+    assert traces(tmp_path, GONE, list(sample(GONE).frames.jpeg)) == []
