@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from curation.files import fsync
+from curation.files import cut_short, fsync
 
 REGISTRY = "derived.jsonl"
 Naming = Literal["clip_id", "video_key", "index", "entries"]
@@ -54,10 +54,9 @@ def register(folder: Path, derived: Derived) -> None:
     new = not path.exists()
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
-        size = os.fstat(handle).st_size
-        torn = size > 0 and os.pread(handle, 1, size - 1) != b"\n"
         line = json.dumps(asdict(derived), sort_keys=True)
-        os.write(handle, (("\n" if torn else "") + line + "\n").encode())  # in one piece: others append too
+        # in one piece: others append too
+        os.write(handle, (("\n" if cut_short(handle) else "") + line + "\n").encode())
         os.fsync(handle)
     finally:
         os.close(handle)

@@ -42,6 +42,12 @@ def fsync(path: Path) -> None:
         os.close(handle)
 
 
+def cut_short(handle: int) -> bool:
+    """Whether the last line of an open text file lacks its end, because a crash or a full disk cut it short."""
+    size = os.fstat(handle).st_size
+    return size > 0 and os.pread(handle, 1, size - 1) != b"\n"
+
+
 def sha256_file(path: Path) -> str:
     """Hex SHA-256 of a file's bytes."""
     with path.open("rb") as stream:

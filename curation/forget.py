@@ -7,35 +7,63 @@ of what was derived (`derived.jsonl`) and the catalog's list of what is forgotte
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import fcntl
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
+import pyarrow as pa
+
 from curation.derived import Derived, registered
+from curation.ingest.failures import UsageError
 from curation.last_resort import remove_entries
-from curation.shards.index import heal, newest_index
+from curation.shards.index import VERSIONS, Place, heal, newest_index, version_name
 from curation.shards.remote import RemotePlace
 from curation.shards.writer import drop_clips, rewrite
 from curation.state import State
 
 
-def remove_forgotten(state: State, clip_ids: Collection[str] = ()) -> None:
+def remove_forgotten(state: State) -> None:
     """Delete or rewrite every file of this run that holds something of a forgotten video. Safe to repeat.
 
-    clip_ids: the forgotten clips, as `Catalog.forget` names them; only debug files need them, because an entry there is
-    about a clip and may be of one that never got further. Out of reach until it wakes: what a stopped process has not
-    finished writing. Raises ShardError where a shard cannot be read, OutageError where the storage is away.
+    Out of reach until it wakes: what a stopped process has not finished writing. What cannot be done is raised when all
+    else is done: UsageError of a debug file that cannot be changed, ShardError or pyarrow's errors of a shard that
+    cannot be read, OSError of a full disk. OutageError is raised at once where the catalog or the storage is away.
     """
-    store, names = state.store, state.store.names("")
-    for kind in registered(state.settings.out):
+    faults: list[Exception] = []
+    for work in _works(state):
+        try:
+            work()
+        except (UsageError, OSError, pa.ArrowInvalid) as error:  # a ShardError is a UsageError
+            faults.append(error)
+    if faults:
+        raise faults[0]
+
+
+def _works(state: State) -> Iterator[Callable[[], object]]:
+    """What is to be done, in parts of which each can fail without harm to the others."""
+    store, catalog, out = state.store, state.catalog, state.settings.out
+    names = store.names("")
+
+    def drop(kind: Derived) -> None:
+        found = kind.ids(names)
+        gone = catalog.forgotten_clips if kind.clips == "clip_id" else catalog.forgotten_videos
+        store.drop(sorted({name for key in gone(found) for name in found[key]}))
+
+    def gone(ids: frozenset[str]) -> frozenset[str]:
+        return catalog.forgotten_clips(ids) | catalog.forgotten_videos(ids)
+
+    for kind in registered(out):
         if kind.clips == "entries":
-            remove_entries(Path(kind.place), clip_ids)
+            yield partial(remove_entries, Path(kind.place), gone)
         elif kind.clips == "index":
-            for folder in _folders(state, kind):
-                _take_out(state, folder)
+            yield from (partial(_take_out, state, folder) for folder in _folders(state, kind))
         else:
-            found = kind.ids(names)
-            ask = state.catalog.forgotten_clips if kind.clips == "clip_id" else state.catalog.forgotten_videos
-            store.drop(sorted({name for key in ask(found) for name in found[key]}))
+            yield partial(drop, kind)
+    for scratch in out.glob(".index.*"):  # a living reader whose copy of an index this is fetches it anew
+        yield partial(shutil.rmtree, scratch, ignore_errors=True)
 
 
 def _take_out(state: State, folder: str) -> None:
@@ -43,13 +71,35 @@ def _take_out(state: State, folder: str) -> None:
     shared = isinstance(place, RemotePlace)
     if not (shared or place.folder.is_dir()):
         return
-    with place.alone():  # which also takes away what writers that died left half done
-        # nobody can say what is in a damaged file; and a copy of what is behind a URL is only scratch
-        for path in place.folder.glob("shard-*" if shared else "*.damaged"):
-            path.unlink(missing_ok=True)
+    _sweep(state, place, folder)
     heal(place, rewrite, gone)
     if found := gone(newest_index(place).table["clip_id"].to_pylist()):
         drop_clips(place, found)
+    _sweep(state, place, folder)  # healing may have put damaged files aside
+
+
+def _sweep(state: State, place: Place, folder: str) -> None:
+    """Delete what writers that died left half done, damaged files, and versions of the index before the newest.
+
+    What a living writer is at is spared where it is locked; it does again what was taken from it elsewhere.
+    """
+    with place.alone():
+        patterns = ["*.damaged"]  # nobody can say what is in there
+        if isinstance(place, RemotePlace):
+            subfolders = (folder, f"{folder}/{VERSIONS}")
+            state.store.drop(
+                f"{each}/{name}" for each in subfolders for name in state.store.sizes(each) if name[0] == "."
+            )
+            if place.folder.is_dir():
+                with Place(place.folder).alone():  # which sweeps there
+                    pass
+            patterns = ["[!.]*", f"{VERSIONS}/*"]  # a copy of what is behind a URL is only scratch
+        for path in [path for pattern in patterns for path in place.folder.glob(pattern)]:
+            with suppress(FileNotFoundError, BlockingIOError), path.open("r+b") as stream:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+        newest = newest_index(place).version
+        place.delete(version_name(number) for number in place.versions() if number < newest)
 
 
 def _folders(state: State, kind: Derived) -> list[str]:

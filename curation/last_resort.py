@@ -7,17 +7,19 @@ entry begins with the clips and the video it is about, so that it can be found w
 from __future__ import annotations
 
 import fcntl
+import glob
 import json
 import os
 import re
 import stat
+import tempfile
 import time
 import traceback
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from curation.files import fsync
+from curation.files import cut_short, fsync
 from curation.ingest.container import DISK_ERRORS, DISK_FULL
 from curation.ingest.failures import FailureCode, StageError, UsageError
 from curation.manifest import ClipRef
@@ -29,6 +31,7 @@ _FULL = re.compile(  # pyarrow, torch and SQLite have the system's error in thei
 )
 _NO_MEMORY = re.compile(r"^CUDA out of memory|Insufficient memory|DefaultCPUAllocator: can't allocate memory")
 _ENTRY = re.compile(rb'\{"clips": \[')  # no line of a traceback begins so: they are indented
+_UNFINISHED = ".unfinished"  # how the name of a file ends that is to take the debug file's place
 
 
 def failure_of(error: BaseException) -> StageError:
@@ -79,42 +82,63 @@ def keep_text(path: Path, refs: Sequence[ClipRef], stage: str, error: BaseExcept
     said = "".join(traceback.format_exception(error))
     entry = json.dumps(head) + "\n" + "".join(f"  {line}\n" for line in said.splitlines()) + "\n"
     with _locked(path) as handle, os.fdopen(os.dup(handle), "ab") as file:
-        file.write(entry.encode("utf-8", "backslashreplace"))
+        file.write((("\n" if cut_short(handle) else "") + entry).encode("utf-8", "backslashreplace"))
 
 
-def remove_entries(path: Path, clip_ids: Collection[str]) -> int:
-    """Take all entries about these clips out of a debug file; how many there were. No file, no entry.
+def remove_entries(path: Path, gone: Callable[[frozenset[str]], frozenset[str] | set[str]]) -> int:
+    """Take all entries about clips or videos that are gone out of a debug file; how many there were. No file, no entry.
 
-    A new file takes the old one's place in one step. Writers of other processes wait meanwhile.
+    gone: which of these clip ids and video keys, those of all entries, are to go. An entry whose first line a full disk
+    or a crash cut short goes as well. A new file takes the old one's place in one step. Writers of other processes wait
+    meanwhile.
     """
     if not path.exists():
+        _drop_unfinished(path)
         return 0
-    removed = 0
     with _locked(path) as handle:
-        kept: list[bytes] = []
-        keep = True
+        _drop_unfinished(path)
         with os.fdopen(os.dup(handle), "rb") as file:
             file.seek(0)
-            for line in file:
-                if _ENTRY.match(line):
-                    keep = not set(json.loads(line)["clips"]) & set(clip_ids)
-                    removed += not keep
-                if keep:
-                    kept.append(line)
+            lines = file.readlines()
+        about = {number: _about(line) for number, line in enumerate(lines) if _ENTRY.match(line)}
+        going = gone(frozenset().union(*(ids for ids in about.values() if ids)))
+        kept: list[bytes] = []
+        removed, keep = 0, True
+        for number, line in enumerate(lines):
+            if number in about:
+                ids = about[number]
+                keep = ids is not None and ids.isdisjoint(going)
+                removed += not keep
+            if keep:
+                kept.append(line)
         if removed:
-            beside = path.with_name(f".{path.name}.{os.getpid()}")
-            new = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+            new, beside = tempfile.mkstemp(prefix=f".{path.name}.", suffix=_UNFINISHED, dir=path.parent)
             try:
                 with os.fdopen(new, "wb") as file:
                     file.writelines(kept)
                     file.flush()
                     os.fsync(file.fileno())
-                beside.rename(path)
+                Path(beside).rename(path)
             except BaseException:
-                beside.unlink(missing_ok=True)
+                Path(beside).unlink(missing_ok=True)
                 raise
             fsync(path.parent)
     return removed
+
+
+def _about(head: bytes) -> frozenset[str] | None:
+    """The ids of the clips and of the video that an entry is about; None if its first line was cut short."""
+    try:
+        value = json.loads(head)
+    except ValueError:
+        return None
+    return frozenset({*value["clips"], value["video"]} - {""})
+
+
+def _drop_unfinished(path: Path) -> None:
+    """Delete what a removal that was killed left: it holds entries. Nobody lives who writes one: the caller waited."""
+    for beside in path.parent.glob(f"{glob.escape(f'.{path.name}.')}*{_UNFINISHED}"):
+        beside.unlink(missing_ok=True)
 
 
 @contextmanager

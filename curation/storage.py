@@ -98,8 +98,11 @@ class Store:
             self._fs.makedirs(folder, exist_ok=True)
             try:
                 self._fs.put_file(str(path), beside)
-                self._compare(path, beside)
-                self._fs.mv(beside, target)
+                try:
+                    self._compare(path, beside)
+                    self._fs.mv(beside, target)
+                except FileNotFoundError:  # who takes forgotten clips away took this too: it is sent once more
+                    raise _Garbled from None
             except BaseException:
                 with suppress(Exception):
                     self._fs.rm_file(beside)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -97,7 +97,9 @@ class RemotePlace(Place):
             if names[0] == version_name(0):
                 return True
             version, copy = (scratch.get(f"{self._name}/{name}") for name in names)
-            return version is not None and copy is not None and version.read_bytes() == copy.read_bytes()
+            with suppress(FileNotFoundError):  # who takes forgotten clips away may take the scratch folder too
+                return version is not None and copy is not None and version.read_bytes() == copy.read_bytes()
+            return False
 
     def _send_index(self, index: Index, file: str, send: Callable[[str], T]) -> T:
         name = f"{self._name}/{file}"
@@ -125,12 +127,16 @@ class RemotePlace(Place):
 
 def add_shards(place: RemotePlace, staging: Path, entries: Iterable[ShardEntry], gone: Gone = nobody) -> None:
     """Send shards that were written to `staging`, then the index. gone: as for `commit`."""
+    import fcntl
+
     entries = list(entries)
     place.folder.mkdir(parents=True, exist_ok=True)
     for entry in entries:
-        (staging / entry.file).replace(place.folder / entry.file)
-        place.send(entry.file)
-        (place.folder / entry.file).unlink()  # what is there decides from now on: others may rewrite it
+        with (staging / entry.file).open("r+b") as living:
+            fcntl.flock(living, fcntl.LOCK_EX)  # who takes forgotten clips away spares it
+            path = (staging / entry.file).replace(place.folder / entry.file)
+            place.send(entry.file)
+            path.unlink()  # what is there decides from now on: others may rewrite it
     commit(place, rewrite, fresh=entries, gone=gone)
 
 

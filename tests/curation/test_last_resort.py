@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import resource
+import signal
 import stat
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -168,19 +170,68 @@ def test_any_exception_has_a_type_and_fixed_words(error: BaseException, code: st
 
 def test_entries_of_a_clip_can_be_removed(tmp_path: Path):
     path = tmp_path / "debug.txt"
-    assert remove_entries(path, [GOOD.clip_id]) == 0 and not path.exists()
+    assert remove_entries(path, {GOOD.clip_id}.intersection) == 0 and not path.exists()
     for refs in ([GOOD], [BAD], [GOOD, BAD], [local("set")]):
         try:
             raise ValueError(f'about {refs[0].video_id}\n{{"clips": []}}\r\n\x85é\ud800')
         except ValueError as error:
             keep_text(path, refs, "observe", error)
     assert path.read_text().count("Traceback") == 4
-    assert remove_entries(path, {GOOD.clip_id}) == 2
+    assert remove_entries(path, {GOOD.clip_id}.intersection) == 2
     kept = path.read_text()
     assert GOOD.clip_id not in kept and GOOD.video_id not in kept and kept.count("Traceback") == 2
     assert stat.S_IMODE(path.stat().st_mode) == 0o600 and list(tmp_path.iterdir()) == [path]
     keep_text(path, [GOOD], "teach", ValueError("more"))
-    assert remove_entries(path, {"0" * 16}) == 0 and path.read_text().startswith(kept)
+    assert remove_entries(path, {"0" * 16}.intersection) == 0 and path.read_text().startswith(kept)
+
+
+@pytest.fixture
+def full_after() -> Iterator[Callable[[Path, int], None]]:
+    """Let this process write no file beyond the present size of this one and so many bytes."""
+    before, action = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda path, more: resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + more, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, action)
+
+
+@pytest.mark.parametrize("written", [5, 20, 130])  # before the first id, within it, and within the text
+def test_an_entry_cut_short_by_a_full_disk_hides_no_other(
+    tmp_path: Path, full_after: Callable[[Path, int], None], written: int
+):
+    path = tmp_path / "debug.txt"
+    keep_text(path, [local("set")], "observe", ValueError("of another clip"))
+    before = path.read_bytes()
+    with pytest.raises(OSError, match="too large"):
+        full_after(path, written)
+        keep_text(path, [BAD], "observe", ValueError("secret title"))
+    assert path.stat().st_size == len(before) + written
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    keep_text(path, [GOOD], "observe", ValueError("secret title"))
+    assert remove_entries(path, {GOOD.clip_id, BAD.clip_id}.intersection) == (1 if written == 5 else 2)
+    rest = path.read_bytes()
+    assert rest.startswith(before) and b"secret" not in rest and BAD.clip_id[:5].encode() not in rest
+
+
+def test_a_killed_removal_leaves_nothing_for_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path, killed = tmp_path / "debug.txt", tmp_path / "killed"
+    for ref in (GOOD, BAD):
+        keep_text(path, [ref], "observe", ValueError())
+    real, left = Path.rename, []
+
+    def rename(beside: Path, target: Path) -> Path:
+        killed.write_bytes(beside.read_bytes())
+        left.append(beside)
+        return real(beside, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    assert remove_entries(path, {GOOD.clip_id}.intersection) == 1
+    monkeypatch.undo()
+    for before in (True, False):
+        left[0].write_bytes(killed.read_bytes())
+        if not before:
+            path.unlink()
+        assert remove_entries(path, {BAD.clip_id}.intersection) == before
+        assert not left[0].exists()
 
 
 @pytest.mark.parametrize("what", ["link", "readable", "folder", "fifo", "no folder"])
