@@ -35,6 +35,7 @@ INDEX_NAME = "index.parquet"
 VERSIONS = ".index"  # the folder of the index's versions; other tools pass by names that begin with a dot
 REBUILD = "rebuild the index with: curation verify --repair"
 _VERSION = re.compile(r"(\d{8})\.parquet")
+_SHARD = re.compile(r"shard-[^/\\\0]*\.parquet")  # those of shard_paths, and nothing that leads out of the folder
 _RETIRED_KEY = b"unish:retired"
 _LOCK_TIMEOUT_S = 600.0  # many writers may stand in line
 LOCK_LEASE_S = 30.0  # without a sign of life for so long, a writer that holds the folder is gone around
@@ -78,6 +79,13 @@ class ShardEntry:
 def shard_paths(folder: Path) -> list[Path]:
     """The shard files of a folder, indexed or not, by name."""
     return sorted(folder.glob("shard-*.parquet"))
+
+
+def _check_names(names: Iterable[object], path: Path) -> None:
+    """Raise ShardError unless all are names of shards within a folder: an index may come from anybody."""
+    for name in names:
+        if not isinstance(name, str) or not _SHARD.fullmatch(name):
+            raise ShardError(f"{path} names a file that cannot be a shard, {str(name)[:100]!r}; {REBUILD}.")
 
 
 def open_shard(path: Path) -> pq.ParquetFile:
@@ -158,7 +166,9 @@ class Index:
         metadata = table.schema.metadata or {}
         if table.schema.names != _COLUMNS.names or metadata.get(VERSION_KEY) != b"%d" % SCHEMA_VERSION:
             raise ShardError(f"{path} is not an index of schema version {SCHEMA_VERSION}; {REBUILD}.")
-        return Index(version, table.cast(_COLUMNS), frozenset(json.loads(metadata.get(_RETIRED_KEY, b"[]"))))
+        index = Index(version, table.cast(_COLUMNS), frozenset(json.loads(metadata.get(_RETIRED_KEY, b"[]"))))
+        _check_names([*index.table["file"].unique().to_pylist(), *index.retired], path)
+        return index
 
     def entries(self) -> tuple[ShardEntry, ...]:
         """All shards, by file name."""
@@ -213,6 +223,7 @@ def scan_shard(path: Path, name: str | None = None) -> ShardEntry:
     Raises ShardError unless every clip has row groups of its own, one after the other.
     """
     shard, name = open_shard(path), name or path.name
+    _check_names([name], path)
     clips: dict[str, ClipEntry] = {}
     for group in range(shard.num_row_groups):
         rows = shard.read_row_group(group, columns=["clip_id", "split"], use_threads=False)
