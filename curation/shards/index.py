@@ -7,6 +7,9 @@ or finds a higher version, has worked from an old index: it reads again and star
 for hours and wakes when its lock has gone to others undoes nothing. Readers take the highest version; index.parquet is
 a copy of it for other tools, replaced last.
 
+A file is deleted only when a version that counts has retired its name, and a retired name is never given again: a file
+with the same clips gets another one. So whoever deletes, however late, deletes nothing that a later version names.
+
 Whatever a crash left, on either side of the new version, is found and put right by the next `commit`. A clip exists
 once in a folder: where two files hold it, the one written last keeps it.
 """
@@ -21,14 +24,14 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from curation.files import atomic_path, fsync, sha256_file
+from curation.files import atomic_path, fsync, sha256_file, sha256_json
 from curation.shards.schema import SCHEMA_VERSION, VERSION_KEY, ShardError, check_schema
 
 INDEX_NAME = "index.parquet"
@@ -120,7 +123,7 @@ def read_index(folder: Path) -> tuple[ShardEntry, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """One version of an index: a row for each clip, and the names of files that it no longer counts."""
+    """One version of an index: a row for each clip, and the names of all files that were ever deleted."""
 
     version: int
     table: pa.Table
@@ -215,6 +218,22 @@ def index_versions(names: Iterable[str]) -> list[int]:
 def version_name(number: int) -> str:
     """The name of a version below the folder of shards."""
     return f"{VERSIONS}/{number:08d}.parquet"
+
+
+def unused_name(name: str, retired: frozenset[str]) -> str:
+    """This name of a shard or, where it is retired, the first one made from it that is not."""
+    while name in retired:
+        name = f"shard-{sha256_json(name)[:16]}.parquet"
+    return name
+
+
+def rename_retired(folder: Path, entry: ShardEntry, retired: frozenset[str]) -> ShardEntry:
+    """The same file under a name that is not retired, if it has one that is."""
+    name = unused_name(entry.file, retired)
+    if name == entry.file:
+        return entry
+    (folder / entry.file).replace(folder / name)
+    return replace(entry, file=name, clips=tuple(replace(clip, file=name) for clip in entry.clips))
 
 
 def scan_shard(path: Path, name: str | None = None) -> ShardEntry:
@@ -365,14 +384,18 @@ class Place:
 
 @dataclass(slots=True)
 class _Change:
-    """A new version of an index, and what is to be done with files once it counts, or if it does not."""
+    """A new version of an index, and what is to be done once it counts.
+
+    found: the clips to be removed that were there. lost: clips just written that it does not name.
+    doomed: files to delete, all of them retired in it.
+    """
 
     base: int
     needless: bool
     index: Index
     found: frozenset[str]
-    written: set[str] = field(default_factory=set)
-    doomed: set[str] = field(default_factory=set)
+    lost: frozenset[str]
+    doomed: frozenset[str]
 
 
 Rewrite = Callable[[Path, frozenset[str]], ShardEntry]
@@ -398,29 +421,42 @@ def commit(
     fresh: shards just written; their clips replace those of the same id in other files.
     rewrite: writes a file with only the given clips of another one beside that; called for files that lose some.
     gone: which of these clips were forgotten; asked of clips that no index names yet, which are then left out.
-    trust_index: False reads every file anew instead of believing the index where sizes agree.
+    trust_index: False reads every file anew instead of believing the index where sizes agree, and takes back files that
+    it retired.
+
+    Raises ShardError, after all else is done, if somebody took a fresh shard away before it was in the index.
     """
     fresh = list(fresh)
+    mine: set[str] = set()
     with place.alone():
         while True:
-            change = _plan(place, rewrite, fresh, remove, gone, trust_index)
+            before = place.versions()
+            try:
+                change = _plan(place, rewrite, fresh, remove, gone, trust_index, mine)
+            except ShardError:
+                if place.versions() == before:
+                    raise
+                continue  # whoever made another version may have deleted what was to be read
             number = change.index.version
-            if change.needless:
-                if not place.published():
-                    place.publish(change.index)
-                return change.found
-            created = place.create(change.index)
-            if created and [version for version in place.versions() if version > change.base] == [number]:
+            created = not change.needless and place.create(change.index)
+            if change.needless or (
+                created and [version for version in place.versions() if version > change.base] == [number]
+            ):
                 break
             # Another version was made meanwhile. Of two writers that look after they wrote, one sees the other.
+            # Shards written for this one stay until the next one retires them: the other may have written the same.
             place.delete([version_name(number)] if created else [])
-            place.delete(change.written - newest_index(place).sizes().keys())
-        place.delete(change.doomed - newest_index(place).sizes().keys())  # others may have written one of them again
-        if max(place.versions()) == number:
+        place.delete(change.doomed)
+        if not place.published() if change.needless else max(place.versions()) == number:
             place.publish(change.index)
         # at once: an old version names clips that may have to go
         place.delete(version_name(old) for old in place.versions() if old < number)
-        return change.found
+    if change.lost:
+        raise ShardError(
+            f"{', '.join(sorted(change.lost))}: taken out of {place.folder} by another process while it was written; "
+            "write it again if it is to stay."
+        )
+    return change.found
 
 
 def heal(place: Place, rewrite: Rewrite, gone: Gone) -> Index:
@@ -441,19 +477,22 @@ def _plan(
     remove: frozenset[str],
     gone: Gone,
     trust_index: bool,
+    mine: set[str],
 ) -> _Change:
-    """The next version, with its shards already written."""
+    """The next version, with its shards already written; `mine` collects their names over all attempts."""
     newest = newest_index(place)
     files = place.files()
     written = {entry.file: entry for entry in fresh if entry.file in files}
-    retired = (newest.retired & files.keys()) - written.keys()
+    # Of an attempt that came too late, and no part of the folder: it was made from an old index.
+    useless = mine - newest.sizes().keys()
+    ignored = (useless | newest.retired if trust_index else useless) - written.keys()
     named = newest.sizes() if trust_index else {}
-    believed = {name for name, size in named.items() if files.get(name) == size} - written.keys() - retired
+    believed = {name for name, size in named.items() if files.get(name) == size} - written.keys() - ignored
     known = newest.rows("file", believed)
     new = [
         written.get(name) or scan_shard(place.fetch(name), name)
         for name in files
-        if name not in believed and name not in retired
+        if name not in believed and name not in ignored
     ]
     ids = frozenset(clip.clip_id for entry in new for clip in entry.clips)
     remove |= gone(ids) if ids else frozenset()
@@ -463,24 +502,30 @@ def _plan(
     # fresh ones beat all, then those written last
     entries = sorted([*touched.values(), *new], key=lambda entry: (entry.file in written, order[entry.file]))
     owner = {clip.clip_id: entry.file for entry in entries for clip in entry.clips}
-    kept, made, doomed = [], set(), set(retired)
+    kept, doomed = [], set(ignored & files.keys())
     for entry in entries:
         held = {clip.clip_id for clip in entry.clips}
         keep = frozenset(clip_id for clip_id in held - remove if owner[clip_id] == entry.file)
-        if keep == held:
+        if keep == held and entry.file not in newest.retired:
             kept.append(entry)
             continue
         doomed.add(entry.file)
         if keep:
-            kept.append(rewrite(place.fetch(entry.file), keep))
-            place.send(kept[-1].file)
-            made.add(kept[-1].file)
+            made = rename_retired(place.folder, rewrite(place.fetch(entry.file), keep), newest.retired)
+            mine.add(made.file)
+            place.send(made.file)
+            kept.append(made)
     doomed -= {entry.file for entry in kept}
     index = known.rows("file", touched, others=True).with_entries(kept)
-    needless = newest.version > 0 and not doomed | newest.retired and index.table.equals(newest.table)
+    lost = frozenset(clip.clip_id for entry in fresh for clip in entry.clips) - remove
+    lost -= frozenset(index.rows("clip_id", lost).table["clip_id"].to_pylist()) if lost else frozenset()
+    index = replace(index, version=newest.version, retired=newest.retired | doomed)
+    needless = newest.version > 0 and index.retired == newest.retired and index.table.equals(newest.table)
     if not needless:
-        index = replace(index, version=place.next_version(newest.version), retired=frozenset(doomed))
-    return _Change(newest.version, needless, index, remove & owner.keys(), made, doomed)
+        index = replace(index, version=place.next_version(newest.version))
+    return _Change(
+        newest.version, needless, index, remove & owner.keys(), lost - gone(lost) if lost else lost, frozenset(doomed)
+    )
 
 
 def newest_index(place: Place) -> Index:

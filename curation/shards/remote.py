@@ -19,8 +19,10 @@ from curation.shards.index import (
     ShardEntry,
     commit,
     index_versions,
+    newest_index,
     nobody,
     read_index,
+    rename_retired,
     version_name,
 )
 from curation.shards.schema import ShardError
@@ -125,8 +127,9 @@ class RemotePlace(Place):
 
 def add_shards(place: RemotePlace, staging: Path, entries: Iterable[ShardEntry], gone: Gone = nobody) -> None:
     """Send shards that were written to `staging`, then the index. gone: as for `commit`."""
-    entries = list(entries)
     place.folder.mkdir(parents=True, exist_ok=True)
+    retired = newest_index(place).retired
+    entries = [rename_retired(staging, entry, retired) for entry in entries]
     for entry in entries:
         (staging / entry.file).replace(place.folder / entry.file)
         place.send(entry.file)

@@ -19,7 +19,19 @@ from numpy.typing import NDArray
 from curation.files import sha256_json
 from curation.records import ClipSample
 from curation.shards.codec import decode_jpeg, depth_range, encode_depth, pack_mask, usable
-from curation.shards.index import Gone, Place, ShardEntry, commit, nobody, open_shard, publish, scan_shard, staged
+from curation.shards.index import (
+    Gone,
+    Place,
+    ShardEntry,
+    commit,
+    newest_index,
+    nobody,
+    open_shard,
+    publish,
+    scan_shard,
+    staged,
+    unused_name,
+)
 from curation.shards.schema import (
     PROVENANCE_KEY,
     ROWS_PER_GROUP,
@@ -195,10 +207,14 @@ class _Shard:
         return self._sink.tell() + table.nbytes + provenance + footer
 
     def publish(self) -> ShardEntry:
-        """Finish the file and give it its final name, made from its clips and their provenance."""
+        """Finish the file and give it its final name, made from its clips and their provenance.
+
+        Where a file of that name was deleted from the folder, it gets another: whoever deletes may do so twice.
+        """
         self._writer.add_key_value_metadata({PROVENANCE_KEY.decode(): _provenance_json(self._provenance)})
         self.close()
         name = f"shard-{sha256_json([SCHEMA_VERSION, self._clips])[:16]}.parquet"
+        name = unused_name(name, newest_index(Place(self._path.parent)).retired)
         entry = scan_shard(self._path, name)
         publish(self._path, name)
         return entry
