@@ -184,16 +184,15 @@ class _Shard:
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         self._path = path
         self._sink = pa.OSFile(str(path), "wb")
-        self._writer = pq.ParquetWriter(
-            self._sink, schema.with_metadata({VERSION_KEY: SCHEMA.metadata[VERSION_KEY]}), **_options(schema)
-        )
+        self._schema = _file_schema(schema)
+        self._writer = pq.ParquetWriter(self._sink, self._schema, **_options(schema))
         self._clips: list[tuple[str, str]] = []
         self._provenance: dict[str, Any] = {}
         self._groups = 0
 
     def add(self, table: pa.Table) -> None:
         """Append one clip in row groups of its own."""
-        self._writer.write_table(table, row_group_size=ROWS_PER_GROUP)
+        self._writer.write_table(table.cast(self._schema), row_group_size=ROWS_PER_GROUP)
         key = table["provenance"][0].as_py()
         self._clips.append((table["clip_id"][0].as_py(), key))
         self._provenance[key] = json.loads(table.schema.metadata[PROVENANCE_KEY])[key]
@@ -223,6 +222,22 @@ class _Shard:
         """Close the file; again does nothing."""
         self._writer.close()
         self._sink.close()
+
+
+def _file_schema(schema: pa.Schema) -> pa.Schema:
+    """The schema that a file of these columns gets, the same whether they were just made or read from another shard."""
+    columns = [field.with_type(_plain(field.type)) for field in schema]
+    return pa.schema(columns, {VERSION_KEY: SCHEMA.metadata[VERSION_KEY]})
+
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    """A type whose lists call their values "item", as Arrow does; read from Parquet, they are called "element"."""
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
+        return kind
+    value = kind.value_field.with_name("item").with_type(_plain(kind.value_type))
+    if pa.types.is_fixed_size_list(kind):
+        return pa.list_(value, kind.list_size)
+    return pa.large_list(value) if pa.types.is_large_list(kind) else pa.list_(value)
 
 
 @contextmanager
