@@ -22,6 +22,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -42,6 +43,8 @@ _SHARD = re.compile(r"shard-[^/\\\0]*\.parquet")  # those of shard_paths, and no
 _RETIRED_KEY = b"unish:retired"
 _LOCK_TIMEOUT_S = 600.0  # many writers may stand in line
 LOCK_LEASE_S = 30.0  # without a sign of life for so long, a writer that holds the folder is gone around
+_PATIENCE = 5  # times an index is looked for again while a version of it is listed that is not there
+_DAMAGE = (pa.ArrowException, OSError, ValueError, LookupError)  # what reading damaged Parquet raises
 _COLUMNS = pa.schema(  # those of ClipEntry in its order, then those of its shard
     [
         ("clip_id", pa.string()),
@@ -93,14 +96,21 @@ def _check_names(names: Iterable[object], path: Path) -> None:
 
 def open_shard(path: Path) -> pq.ParquetFile:
     """A memory-mapped shard of the version this program reads. Raises ShardError if it is missing or something else."""
-    try:
+    with reading(path):
         shard = pq.ParquetFile(path, memory_map=True)
+        check_schema(shard.schema_arrow, shard.metadata.metadata or {}, str(path))
+    return shard
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Raise ShardError for whatever the libraries raise over a shard that is missing, or damaged, where it is read."""
+    try:
+        yield
     except FileNotFoundError as error:
         raise _lacking(path) from error
-    except (pa.ArrowInvalid, OSError) as error:
+    except _DAMAGE as error:
         raise ShardError(f"{path} is not a readable Parquet file; restore it, or move it out of the folder.") from error
-    check_schema(shard.schema_arrow, shard.metadata.metadata or {}, str(path))
-    return shard
 
 
 def _lacking(path: Path) -> ShardError:
@@ -123,11 +133,15 @@ def read_index(folder: Path) -> tuple[ShardEntry, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """One version of an index: a row for each clip, and the names of all files that were ever deleted."""
+    """One version of an index: a row for each clip, and the names of all files that were ever deleted.
+
+    sound: whether the highest version says so; else that one is damaged, and this is what could be read in its place.
+    """
 
     version: int
     table: pa.Table
     retired: frozenset[str] = frozenset()
+    sound: bool = True
 
     @staticmethod
     def empty(version: int = 0) -> Index:
@@ -138,40 +152,53 @@ class Index:
     def newest(versions: Callable[[], list[int]], fetch: Callable[[str], Path]) -> Index:
         """The highest version that can be read, else what is in index.parquet. Raises ShardError if there is neither.
 
+        Its number is that of the highest version, readable or not.
         fetch: gives the path of a file by its name in the folder; of nothing if there is none.
         """
+        listed: list[int] = []
+        unchanged = 0
         while True:
             numbers = sorted(versions(), reverse=True)
+            unchanged = unchanged + 1 if numbers == listed else 0
+            listed = numbers
             fault: ShardError | None = None
             for number in numbers:
+                path = fetch(version_name(number))
                 try:
-                    return Index.read(fetch(version_name(number)), number)
+                    index = Index.read(path, number)
+                    return replace(index, version=numbers[0], sound=number == numbers[0])
                 except FileNotFoundError:
-                    break  # a writer went on, and dropped what was listed
+                    if unchanged < _PATIENCE:
+                        break  # a writer went on, and dropped what was listed
+                    fault = fault or ShardError(f"{path} is listed and cannot be opened; {REBUILD}.")
                 except ShardError as error:
                     fault = fault or error
             else:
                 path = fetch(INDEX_NAME)
                 try:
-                    return Index.read(path, numbers[0] if numbers else 0)
+                    return replace(Index.read(path, max(numbers, default=0)), sound=not numbers)
                 except FileNotFoundError as error:
                     raise fault or ShardError(f"{path} is missing; name a folder of shards, or {REBUILD}.") from error
+            if unchanged:
+                time.sleep(0.05)
 
     @staticmethod
     def read(path: Path, version: int) -> Index:
         """The index in this file. Raises FileNotFoundError, or ShardError if it is not one."""
         try:
-            table = pq.read_table(path)
+            with pq.ParquetFile(path, page_checksum_verification=True) as file:
+                table = file.read()
+            metadata = table.schema.metadata or {}
+            if table.schema.names != _COLUMNS.names or metadata.get(VERSION_KEY) != b"%d" % SCHEMA_VERSION:
+                raise ShardError(f"{path} is not an index of schema version {SCHEMA_VERSION}; {REBUILD}.")
+            table, retired = table.cast(_COLUMNS), json.loads(metadata.get(_RETIRED_KEY, b"[]"))
+            table.validate(full=True)
+            _check_names([*table["file"].unique().to_pylist(), *retired], path)
         except FileNotFoundError:
             raise
-        except (pa.ArrowInvalid, OSError) as error:
+        except (*_DAMAGE, TypeError) as error:
             raise ShardError(f"{path} is not a readable index; {REBUILD}.") from error
-        metadata = table.schema.metadata or {}
-        if table.schema.names != _COLUMNS.names or metadata.get(VERSION_KEY) != b"%d" % SCHEMA_VERSION:
-            raise ShardError(f"{path} is not an index of schema version {SCHEMA_VERSION}; {REBUILD}.")
-        index = Index(version, table.cast(_COLUMNS), frozenset(json.loads(metadata.get(_RETIRED_KEY, b"[]"))))
-        _check_names([*index.table["file"].unique().to_pylist(), *index.retired], path)
-        return index
+        return Index(version, table, frozenset(retired))
 
     def entries(self) -> tuple[ShardEntry, ...]:
         """All shards, by file name."""
@@ -207,7 +234,7 @@ class Index:
         """Write it to a file."""
         retired = json.dumps(sorted(self.retired)).encode()
         metadata = {VERSION_KEY: str(SCHEMA_VERSION).encode(), _RETIRED_KEY: retired}
-        pq.write_table(self.table.replace_schema_metadata(metadata), path, compression="zstd")
+        pq.write_table(self.table.replace_schema_metadata(metadata), path, compression="zstd", write_page_checksum=True)
 
 
 def index_versions(names: Iterable[str]) -> list[int]:
@@ -245,8 +272,9 @@ def scan_shard(path: Path, name: str | None = None) -> ShardEntry:
     _check_names([name], path)
     clips: dict[str, ClipEntry] = {}
     for group in range(shard.num_row_groups):
-        rows = shard.read_row_group(group, columns=["clip_id", "split"], use_threads=False)
-        clip_id, split = rows["clip_id"][0].as_py(), rows["split"][0].as_py()
+        with reading(path):
+            rows = shard.read_row_group(group, columns=["clip_id", "split"], use_threads=False)
+            clip_id, split = rows["clip_id"][0].as_py(), rows["split"][0].as_py()
         clip = clips.get(clip_id, ClipEntry(clip_id, split, name, group, 0, 0))
         if len(rows["clip_id"].unique()) > 1 or clip.row_group + clip.row_groups != group:
             raise ShardError(
@@ -326,7 +354,7 @@ class Place:
                 sound.add(name)
             except FileNotFoundError:
                 continue
-            except (OSError, pa.ArrowInvalid):
+            except _DAMAGE:
                 (self.folder / name).rename(self.folder / f"{name}.damaged")
         return frozenset(sound)
 
@@ -378,7 +406,7 @@ class Place:
             return True
         try:
             return (self.folder / version_name(newest)).read_bytes() == (self.folder / INDEX_NAME).read_bytes()
-        except FileNotFoundError:
+        except OSError:
             return False
 
 
@@ -520,7 +548,8 @@ def _plan(
     lost = frozenset(clip.clip_id for entry in fresh for clip in entry.clips) - remove
     lost -= frozenset(index.rows("clip_id", lost).table["clip_id"].to_pylist()) if lost else frozenset()
     index = replace(index, version=newest.version, retired=newest.retired | doomed)
-    needless = newest.version > 0 and index.retired == newest.retired and index.table.equals(newest.table)
+    needless = trust_index and newest.sound and newest.version > 0
+    needless = needless and index.retired == newest.retired and index.table.equals(newest.table)
     if not needless:
         index = replace(index, version=place.next_version(newest.version))
     return _Change(

@@ -390,3 +390,43 @@ def test_a_shard_from_a_backup_is_taken_back_by_a_rebuild(make_clip, tmp_path: P
     assert clips_of(tmp_path) == {make_clip(0).clip_id, make_clip(1).clip_id}
     heal(Place(tmp_path), rewrite, index.nobody)
     assert clips_of(tmp_path) == {make_clip(0).clip_id, make_clip(1).clip_id}
+
+
+@pytest.mark.parametrize("cut", [0, 40])
+@pytest.mark.parametrize("older", [False, True])
+def test_a_damaged_newest_version_is_repaired(make_clip, tmp_path: Path, cut: int, older: bool) -> None:
+    write_shards([make_clip(0)], tmp_path, max_bytes=PLENTY)
+    whole = verify(tmp_path)
+    (newest,) = (tmp_path / VERSIONS).iterdir()
+    if older:  # a writer that died before it took the old version away
+        newest = newest.rename(newest.with_name("00000002.parquet"))
+        shutil.copy(newest, newest.with_name("00000001.parquet"))
+    os.truncate(newest, newest.stat().st_size - cut if cut else 0)
+    with pytest.raises(ShardError, match="is not the newest index; rebuild"):
+        verify(tmp_path)
+    rebuild_index(tmp_path)
+    assert verify(tmp_path) == whole
+    assert len(list((tmp_path / VERSIONS).iterdir())) == 1
+
+
+def test_a_damaged_newest_version_is_healed_by_a_run(make_clip, tmp_path: Path) -> None:
+    write_shards([make_clip(0)], tmp_path, max_bytes=PLENTY)
+    whole = verify(tmp_path)
+    (newest,) = (tmp_path / VERSIONS).iterdir()
+    os.truncate(newest, 40)
+    heal(Place(tmp_path), rewrite, index.nobody)
+    assert verify(tmp_path) == whole
+
+
+def test_a_version_that_is_listed_and_not_there_is_passed_over(make_clip, tmp_path: Path) -> None:
+    write_shards([make_clip(0)], tmp_path, max_bytes=PLENTY)
+    whole = verify(tmp_path)
+    (newest,) = (tmp_path / VERSIONS).iterdir()
+    newest.unlink()
+    newest.symlink_to("nowhere")
+    assert read_index(tmp_path) == whole, "from index.parquet"
+    (tmp_path / INDEX_NAME).unlink()
+    with pytest.raises(ShardError, match="listed and cannot be opened; rebuild the index"):
+        read_index(tmp_path)
+    rebuild_index(tmp_path)
+    assert verify(tmp_path) == whole
