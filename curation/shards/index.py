@@ -44,7 +44,8 @@ _RETIRED_KEY = b"unish:retired"
 _LOCK_TIMEOUT_S = 600.0  # many writers may stand in line
 LOCK_LEASE_S = 30.0  # without a sign of life for so long, a writer that holds the folder is gone around
 _PATIENCE = 5  # times an index is looked for again while a version of it is listed that is not there
-_DAMAGE = (pa.ArrowException, OSError, ValueError, LookupError)  # what reading damaged Parquet raises
+# What reading damaged Parquet raises, or the use of what was read: the last two for missing keys and values.
+_DAMAGE = (pa.ArrowException, OSError, ValueError, LookupError, TypeError)
 _COLUMNS = pa.schema(  # those of ClipEntry in its order, then those of its shard
     [
         ("clip_id", pa.string()),
@@ -196,7 +197,7 @@ class Index:
             _check_names([*table["file"].unique().to_pylist(), *retired], path)
         except FileNotFoundError:
             raise
-        except (*_DAMAGE, TypeError) as error:
+        except _DAMAGE as error:
             raise ShardError(f"{path} is not a readable index; {REBUILD}.") from error
         return Index(version, table, frozenset(retired))
 

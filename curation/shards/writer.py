@@ -28,6 +28,7 @@ from curation.shards.index import (
     nobody,
     open_shard,
     publish,
+    reading,
     scan_shard,
     staged,
     unused_name,
@@ -167,6 +168,11 @@ def _provenance_json(records: dict[str, Any]) -> str:
     return json.dumps(records, sort_keys=True, separators=(",", ":"))
 
 
+def _provenance_of(table: pa.Table) -> tuple[str, Any]:
+    key = table["provenance"][0].as_py()
+    return key, json.loads(table.schema.metadata[PROVENANCE_KEY])[key]
+
+
 def _checked(clips: Iterable[pa.Table]) -> Iterator[pa.Table]:
     seen: set[str] = set()
     for table in clips:
@@ -193,9 +199,9 @@ class _Shard:
     def add(self, table: pa.Table) -> None:
         """Append one clip in row groups of its own."""
         self._writer.write_table(table.cast(self._schema), row_group_size=ROWS_PER_GROUP)
-        key = table["provenance"][0].as_py()
+        key, record = _provenance_of(table)
         self._clips.append((table["clip_id"][0].as_py(), key))
-        self._provenance[key] = json.loads(table.schema.metadata[PROVENANCE_KEY])[key]
+        self._provenance[key] = record
         self._groups += -(-table.num_rows // ROWS_PER_GROUP)
 
     def size_with(self, table: pa.Table) -> int:
@@ -273,5 +279,9 @@ def rewrite(path: Path, keep: frozenset[str]) -> ShardEntry:
         for clip in scan_shard(path).clips:
             if clip.clip_id in keep:
                 groups = range(clip.row_group, clip.row_group + clip.row_groups)
-                shard.add(source.read_row_groups(groups, use_threads=False).replace_schema_metadata(metadata))
+                with reading(path):
+                    table = source.read_row_groups(groups, use_threads=False).replace_schema_metadata(metadata)
+                    table.validate(full=True)
+                    _provenance_of(table)  # is there
+                shard.add(table)
         return shard.publish()
