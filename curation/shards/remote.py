@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -30,6 +31,8 @@ from curation.shards.writer import rewrite
 from curation.storage import Store
 
 T = TypeVar("T")
+
+_COPIED = re.compile(r"(\.)?(shard-[0-9a-f]{16})(?(1)\..+)\.parquet")  # a shard, or what a killed `pull` had of it
 
 
 class RemotePlace(Place):
@@ -158,6 +161,7 @@ def fetch_index(store: Store, folder: str, missing: str = "There is no index.") 
 def pull(source: str, folder: Path, progress: Callable[[int, int], None] | None = None) -> tuple[ShardEntry, ...]:
     """Copy the data set behind an fsspec URL to a folder, each file checked against the index, the index last.
 
+    Shards that the data set no longer has go, also those of an earlier copy that was cut short; other files stay.
     Raises ShardError where the index is missing, or a file is not the one that it describes.
     """
     store = Store(folder, source)
@@ -185,8 +189,11 @@ def pull(source: str, folder: Path, progress: Callable[[int, int], None] | None 
             raise ShardError(f"{shard.file} is not the file its index describes; run again when no run writes to it.")
         if progress is not None:
             progress(done, len(shards))
-    for name in earlier - {shard.file for shard in shards}:  # taken out of the data set since an earlier copy
-        (folder / name).unlink(missing_ok=True)
+    named = {shard.file for shard in shards}
+    for path in folder.iterdir():  # taken out of the data set since an earlier copy, whole or cut short
+        ours = _COPIED.fullmatch(path.name)
+        if path.name in earlier - named or (ours and f"{ours[2]}.parquet" not in named):
+            path.unlink(missing_ok=True)
     with atomic_path(folder / INDEX_NAME) as path:
         index.write(path)
     return shards

@@ -110,3 +110,25 @@ def test_an_index_that_names_files_elsewhere_is_refused(tmp_path: Path, name: st
         read_index(folder)
     written = {source / INDEX_NAME, folder / INDEX_NAME}
     assert set(tmp_path.rglob("*")) - written == set(before)
+
+
+@pytest.mark.parametrize("died", ["between files", "in a file"])
+def test_a_copy_after_one_that_was_cut_short_keeps_no_clip_that_went(tmp_path: Path, url: str, make_clip, died: str):
+    worker, folder = Worker(tmp_path / "a", url, make_clip), tmp_path / "pulled"
+    worker.add(worker.write("a"))
+    (going,) = worker.write("b")
+    worker.add([going])
+    worker.add(worker.write("c"))
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    pull(f"{url}/set", folder)
+    if died == "in a file":
+        (folder / f".{going.file[:-8]}.x7z.parquet").write_bytes((folder / going.file).read_bytes())
+    drop_clips(worker.place, ["b"])
+    with pytest.raises(KeyboardInterrupt):
+        pull(f"{url}/set", folder, die)
+    pull(f"{url}/set", folder)
+    assert clips_of(folder) == ["a", "c"]
+    assert not [path for path in folder.iterdir() if going.file[:-8] in path.name]
