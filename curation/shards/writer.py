@@ -20,6 +20,7 @@ from curation.files import sha256_json
 from curation.records import ClipSample
 from curation.shards.codec import decode_jpeg, depth_range, encode_depth, pack_mask, usable
 from curation.shards.index import (
+    INDEX_NAME,
     Gone,
     Place,
     ShardEntry,
@@ -30,6 +31,7 @@ from curation.shards.index import (
     publish,
     reading,
     scan_shard,
+    shard_paths,
     staged,
     unused_name,
 )
@@ -83,7 +85,11 @@ def update_index(folder: Path, entries: Iterable[ShardEntry], gone: Gone = nobod
 
 
 def rebuild_index(folder: Path) -> None:
-    """Make the index anew from the shard files, believing nothing else."""
+    """Make the index anew from the shard files, believing nothing else.
+
+    Raises ShardError for a folder with neither shards nor an index.
+    """
+    _exists(folder)
     commit(Place(folder), rewrite, trust_index=False)
 
 
@@ -91,9 +97,16 @@ def remove_clips(folder: Path, clip_ids: Iterable[str]) -> frozenset[str]:
     """Take clips out of the folder for good; returns those that were there.
 
     What else their files hold is written to new files, and the old ones are deleted. Open readers hold the old bytes
-    until they close. After a crash, call it again.
+    until they close. After a crash, call it again. Raises ShardError for a folder with neither shards nor an index.
     """
+    _exists(folder)
     return drop_clips(Place(folder), clip_ids)
+
+
+def _exists(folder: Path) -> None:
+    """Raise ShardError where a mistyped path would be made an empty data set."""
+    if not (shard_paths(folder) or (folder / INDEX_NAME).exists() or Place(folder).versions()):
+        raise ShardError(f"{folder} is not a folder of shards: it holds no shard and no index; check the path.")
 
 
 def drop_clips(place: Place, clip_ids: Iterable[str]) -> frozenset[str]:

@@ -334,3 +334,14 @@ def test_a_shard_written_anew_without_some_clips_has_the_bytes_of_one_written_wi
     write_tables([tables[number] for number in sorted(keep)], tmp_path / "b", max_bytes=PLENTY)
     anew, afresh = ({path.name: path.read_bytes() for path in shard_paths(tmp_path / name)} for name in "ab")
     assert anew == afresh
+
+
+def test_a_mistyped_folder_is_not_made_an_empty_data_set(make_clip, tmp_path: Path) -> None:
+    for change in (rebuild_index, lambda folder: remove_clips(folder, ["f" * 16])):
+        with pytest.raises(ShardError, match="holds no shard and no index; check the path"):
+            change(tmp_path)
+    assert not list(tmp_path.iterdir())
+    write_shards([make_clip(0)], tmp_path, max_bytes=PLENTY)
+    remove_clips(tmp_path, [make_clip(0).clip_id])
+    rebuild_index(tmp_path)
+    assert verify(tmp_path) == (), "a data set of no clips has an index"
