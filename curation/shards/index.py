@@ -7,6 +7,9 @@ or finds a higher version, has worked from an old index: it reads again and star
 for hours and wakes when its lock has gone to others undoes nothing. Readers take the highest version; index.parquet is
 a copy of it for other tools, replaced last.
 
+A file is deleted only when a version that counts has retired its name, and a retired name is never given again: a file
+with the same clips gets another one. So whoever deletes, however late, deletes nothing that a later version names.
+
 Whatever a crash left, on either side of the new version, is found and put right by the next `commit`. A clip exists
 once in a folder: where two files hold it, the one written last keeps it.
 """
@@ -19,25 +22,30 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from curation.files import atomic_path, fsync, sha256_file
+from curation.files import atomic_path, fsync, sha256_file, sha256_json
 from curation.shards.schema import SCHEMA_VERSION, VERSION_KEY, ShardError, check_schema
 
 INDEX_NAME = "index.parquet"
 VERSIONS = ".index"  # the folder of the index's versions; other tools pass by names that begin with a dot
 REBUILD = "rebuild the index with: curation verify --repair"
 _VERSION = re.compile(r"(\d{8})\.parquet")
+_SHARD = re.compile(r"shard-[^/\\\0]*\.parquet")  # those of shard_paths, and nothing that leads out of the folder
 _RETIRED_KEY = b"unish:retired"
 _LOCK_TIMEOUT_S = 600.0  # many writers may stand in line
 LOCK_LEASE_S = 30.0  # without a sign of life for so long, a writer that holds the folder is gone around
+_PATIENCE = 5  # times an index is looked for again while a version of it is listed that is not there
+# What reading damaged Parquet raises, or the use of what was read: the last two for missing keys and values.
+_DAMAGE = (pa.ArrowException, OSError, ValueError, LookupError, TypeError)
 _COLUMNS = pa.schema(  # those of ClipEntry in its order, then those of its shard
     [
         ("clip_id", pa.string()),
@@ -80,16 +88,30 @@ def shard_paths(folder: Path) -> list[Path]:
     return sorted(folder.glob("shard-*.parquet"))
 
 
+def _check_names(names: Iterable[object], path: Path) -> None:
+    """Raise ShardError unless all are names of shards within a folder: an index may come from anybody."""
+    for name in names:
+        if not isinstance(name, str) or not _SHARD.fullmatch(name):
+            raise ShardError(f"{path} names a file that cannot be a shard, {str(name)[:100]!r}; {REBUILD}.")
+
+
 def open_shard(path: Path) -> pq.ParquetFile:
     """A memory-mapped shard of the version this program reads. Raises ShardError if it is missing or something else."""
-    try:
+    with reading(path):
         shard = pq.ParquetFile(path, memory_map=True)
+        check_schema(shard.schema_arrow, shard.metadata.metadata or {}, str(path))
+    return shard
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Raise ShardError for whatever the libraries raise over a shard that is missing, or damaged, where it is read."""
+    try:
+        yield
     except FileNotFoundError as error:
         raise _lacking(path) from error
-    except (pa.ArrowInvalid, OSError) as error:
+    except _DAMAGE as error:
         raise ShardError(f"{path} is not a readable Parquet file; restore it, or move it out of the folder.") from error
-    check_schema(shard.schema_arrow, shard.metadata.metadata or {}, str(path))
-    return shard
 
 
 def _lacking(path: Path) -> ShardError:
@@ -112,11 +134,15 @@ def read_index(folder: Path) -> tuple[ShardEntry, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """One version of an index: a row for each clip, and the names of files that it no longer counts."""
+    """One version of an index: a row for each clip, and the names of all files that were ever deleted.
+
+    sound: whether the highest version says so; else that one is damaged, and this is what could be read in its place.
+    """
 
     version: int
     table: pa.Table
     retired: frozenset[str] = frozenset()
+    sound: bool = True
 
     @staticmethod
     def empty(version: int = 0) -> Index:
@@ -127,38 +153,53 @@ class Index:
     def newest(versions: Callable[[], list[int]], fetch: Callable[[str], Path]) -> Index:
         """The highest version that can be read, else what is in index.parquet. Raises ShardError if there is neither.
 
+        Its number is that of the highest version, readable or not.
         fetch: gives the path of a file by its name in the folder; of nothing if there is none.
         """
+        listed: list[int] = []
+        unchanged = 0
         while True:
             numbers = sorted(versions(), reverse=True)
+            unchanged = unchanged + 1 if numbers == listed else 0
+            listed = numbers
             fault: ShardError | None = None
             for number in numbers:
+                path = fetch(version_name(number))
                 try:
-                    return Index.read(fetch(version_name(number)), number)
+                    index = Index.read(path, number)
+                    return replace(index, version=numbers[0], sound=number == numbers[0])
                 except FileNotFoundError:
-                    break  # a writer went on, and dropped what was listed
+                    if unchanged < _PATIENCE:
+                        break  # a writer went on, and dropped what was listed
+                    fault = fault or ShardError(f"{path} is listed and cannot be opened; {REBUILD}.")
                 except ShardError as error:
                     fault = fault or error
             else:
                 path = fetch(INDEX_NAME)
                 try:
-                    return Index.read(path, numbers[0] if numbers else 0)
+                    return replace(Index.read(path, max(numbers, default=0)), sound=not numbers)
                 except FileNotFoundError as error:
                     raise fault or ShardError(f"{path} is missing; name a folder of shards, or {REBUILD}.") from error
+            if unchanged:
+                time.sleep(0.05)
 
     @staticmethod
     def read(path: Path, version: int) -> Index:
         """The index in this file. Raises FileNotFoundError, or ShardError if it is not one."""
         try:
-            table = pq.read_table(path)
+            with pq.ParquetFile(path, page_checksum_verification=True) as file:
+                table = file.read()
+            metadata = table.schema.metadata or {}
+            if table.schema.names != _COLUMNS.names or metadata.get(VERSION_KEY) != b"%d" % SCHEMA_VERSION:
+                raise ShardError(f"{path} is not an index of schema version {SCHEMA_VERSION}; {REBUILD}.")
+            table, retired = table.cast(_COLUMNS), json.loads(metadata.get(_RETIRED_KEY, b"[]"))
+            table.validate(full=True)
+            _check_names([*table["file"].unique().to_pylist(), *retired], path)
         except FileNotFoundError:
             raise
-        except (pa.ArrowInvalid, OSError) as error:
+        except _DAMAGE as error:
             raise ShardError(f"{path} is not a readable index; {REBUILD}.") from error
-        metadata = table.schema.metadata or {}
-        if table.schema.names != _COLUMNS.names or metadata.get(VERSION_KEY) != b"%d" % SCHEMA_VERSION:
-            raise ShardError(f"{path} is not an index of schema version {SCHEMA_VERSION}; {REBUILD}.")
-        return Index(version, table.cast(_COLUMNS), frozenset(json.loads(metadata.get(_RETIRED_KEY, b"[]"))))
+        return Index(version, table, frozenset(retired))
 
     def entries(self) -> tuple[ShardEntry, ...]:
         """All shards, by file name."""
@@ -194,7 +235,7 @@ class Index:
         """Write it to a file."""
         retired = json.dumps(sorted(self.retired)).encode()
         metadata = {VERSION_KEY: str(SCHEMA_VERSION).encode(), _RETIRED_KEY: retired}
-        pq.write_table(self.table.replace_schema_metadata(metadata), path, compression="zstd")
+        pq.write_table(self.table.replace_schema_metadata(metadata), path, compression="zstd", write_page_checksum=True)
 
 
 def index_versions(names: Iterable[str]) -> list[int]:
@@ -207,16 +248,34 @@ def version_name(number: int) -> str:
     return f"{VERSIONS}/{number:08d}.parquet"
 
 
+def unused_name(name: str, retired: frozenset[str]) -> str:
+    """This name of a shard or, where it is retired, the first one made from it that is not."""
+    while name in retired:
+        name = f"shard-{sha256_json(name)[:16]}.parquet"
+    return name
+
+
+def rename_retired(folder: Path, entry: ShardEntry, retired: frozenset[str]) -> ShardEntry:
+    """The same file under a name that is not retired, if it has one that is."""
+    name = unused_name(entry.file, retired)
+    if name == entry.file:
+        return entry
+    (folder / entry.file).replace(folder / name)
+    return replace(entry, file=name, clips=tuple(replace(clip, file=name) for clip in entry.clips))
+
+
 def scan_shard(path: Path, name: str | None = None) -> ShardEntry:
     """What the index says of a file (to be called `name`), read from the file: hash, size, clips by row group.
 
     Raises ShardError unless every clip has row groups of its own, one after the other.
     """
     shard, name = open_shard(path), name or path.name
+    _check_names([name], path)
     clips: dict[str, ClipEntry] = {}
     for group in range(shard.num_row_groups):
-        rows = shard.read_row_group(group, columns=["clip_id", "split"], use_threads=False)
-        clip_id, split = rows["clip_id"][0].as_py(), rows["split"][0].as_py()
+        with reading(path):
+            rows = shard.read_row_group(group, columns=["clip_id", "split"], use_threads=False)
+            clip_id, split = rows["clip_id"][0].as_py(), rows["split"][0].as_py()
         clip = clips.get(clip_id, ClipEntry(clip_id, split, name, group, 0, 0))
         if len(rows["clip_id"].unique()) > 1 or clip.row_group + clip.row_groups != group:
             raise ShardError(
@@ -296,7 +355,7 @@ class Place:
                 sound.add(name)
             except FileNotFoundError:
                 continue
-            except (OSError, pa.ArrowInvalid):
+            except _DAMAGE:
                 (self.folder / name).rename(self.folder / f"{name}.damaged")
         return frozenset(sound)
 
@@ -348,20 +407,24 @@ class Place:
             return True
         try:
             return (self.folder / version_name(newest)).read_bytes() == (self.folder / INDEX_NAME).read_bytes()
-        except FileNotFoundError:
+        except OSError:
             return False
 
 
 @dataclass(slots=True)
 class _Change:
-    """A new version of an index, and what is to be done with files once it counts, or if it does not."""
+    """A new version of an index, and what is to be done once it counts.
+
+    found: the clips to be removed that were there. lost: clips just written that it does not name.
+    doomed: files to delete, all of them retired in it.
+    """
 
     base: int
     needless: bool
     index: Index
     found: frozenset[str]
-    written: set[str] = field(default_factory=set)
-    doomed: set[str] = field(default_factory=set)
+    lost: frozenset[str]
+    doomed: frozenset[str]
 
 
 Rewrite = Callable[[Path, frozenset[str]], ShardEntry]
@@ -387,29 +450,42 @@ def commit(
     fresh: shards just written; their clips replace those of the same id in other files.
     rewrite: writes a file with only the given clips of another one beside that; called for files that lose some.
     gone: which of these clips were forgotten; asked of clips that no index names yet, which are then left out.
-    trust_index: False reads every file anew instead of believing the index where sizes agree.
+    trust_index: False reads every file anew instead of believing the index where sizes agree, and takes back files that
+    it retired.
+
+    Raises ShardError, after all else is done, if somebody took a fresh shard away before it was in the index.
     """
     fresh = list(fresh)
+    mine: set[str] = set()
     with place.alone():
         while True:
-            change = _plan(place, rewrite, fresh, remove, gone, trust_index)
+            before = place.versions()
+            try:
+                change = _plan(place, rewrite, fresh, remove, gone, trust_index, mine)
+            except ShardError:
+                if place.versions() == before:
+                    raise
+                continue  # whoever made another version may have deleted what was to be read
             number = change.index.version
-            if change.needless:
-                if not place.published():
-                    place.publish(change.index)
-                return change.found
-            created = place.create(change.index)
-            if created and [version for version in place.versions() if version > change.base] == [number]:
+            created = not change.needless and place.create(change.index)
+            if change.needless or (
+                created and [version for version in place.versions() if version > change.base] == [number]
+            ):
                 break
             # Another version was made meanwhile. Of two writers that look after they wrote, one sees the other.
+            # Shards written for this one stay until the next one retires them: the other may have written the same.
             place.delete([version_name(number)] if created else [])
-            place.delete(change.written - newest_index(place).sizes().keys())
-        place.delete(change.doomed - newest_index(place).sizes().keys())  # others may have written one of them again
-        if max(place.versions()) == number:
+        place.delete(change.doomed)
+        if not place.published() if change.needless else max(place.versions()) == number:
             place.publish(change.index)
         # at once: an old version names clips that may have to go
         place.delete(version_name(old) for old in place.versions() if old < number)
-        return change.found
+    if change.lost:
+        raise ShardError(
+            f"{', '.join(sorted(change.lost))}: taken out of {place.folder} by another process while it was written; "
+            "write it again if it is to stay."
+        )
+    return change.found
 
 
 def heal(place: Place, rewrite: Rewrite, gone: Gone) -> Index:
@@ -430,19 +506,22 @@ def _plan(
     remove: frozenset[str],
     gone: Gone,
     trust_index: bool,
+    mine: set[str],
 ) -> _Change:
-    """The next version, with its shards already written."""
+    """The next version, with its shards already written; `mine` collects their names over all attempts."""
     newest = newest_index(place)
     files = place.files()
     written = {entry.file: entry for entry in fresh if entry.file in files}
-    retired = (newest.retired & files.keys()) - written.keys()
+    # Of an attempt that came too late, and no part of the folder: it was made from an old index.
+    useless = mine - newest.sizes().keys()
+    ignored = (useless | newest.retired if trust_index else useless) - written.keys()
     named = newest.sizes() if trust_index else {}
-    believed = {name for name, size in named.items() if files.get(name) == size} - written.keys() - retired
+    believed = {name for name, size in named.items() if files.get(name) == size} - written.keys() - ignored
     known = newest.rows("file", believed)
     new = [
         written.get(name) or scan_shard(place.fetch(name), name)
         for name in files
-        if name not in believed and name not in retired
+        if name not in believed and name not in ignored
     ]
     ids = frozenset(clip.clip_id for entry in new for clip in entry.clips)
     remove |= gone(ids) if ids else frozenset()
@@ -452,24 +531,31 @@ def _plan(
     # fresh ones beat all, then those written last
     entries = sorted([*touched.values(), *new], key=lambda entry: (entry.file in written, order[entry.file]))
     owner = {clip.clip_id: entry.file for entry in entries for clip in entry.clips}
-    kept, made, doomed = [], set(), set(retired)
+    kept, doomed = [], set(ignored & files.keys())
     for entry in entries:
         held = {clip.clip_id for clip in entry.clips}
         keep = frozenset(clip_id for clip_id in held - remove if owner[clip_id] == entry.file)
-        if keep == held:
+        if keep == held and entry.file not in newest.retired:
             kept.append(entry)
             continue
         doomed.add(entry.file)
         if keep:
-            kept.append(rewrite(place.fetch(entry.file), keep))
-            place.send(kept[-1].file)
-            made.add(kept[-1].file)
+            made = rename_retired(place.folder, rewrite(place.fetch(entry.file), keep), newest.retired)
+            mine.add(made.file)
+            place.send(made.file)
+            kept.append(made)
     doomed -= {entry.file for entry in kept}
     index = known.rows("file", touched, others=True).with_entries(kept)
-    needless = newest.version > 0 and not doomed | newest.retired and index.table.equals(newest.table)
+    lost = frozenset(clip.clip_id for entry in fresh for clip in entry.clips) - remove
+    lost -= frozenset(index.rows("clip_id", lost).table["clip_id"].to_pylist()) if lost else frozenset()
+    index = replace(index, version=newest.version, retired=newest.retired | doomed)
+    needless = trust_index and newest.sound and newest.version > 0
+    needless = needless and index.retired == newest.retired and index.table.equals(newest.table)
     if not needless:
-        index = replace(index, version=place.next_version(newest.version), retired=frozenset(doomed))
-    return _Change(newest.version, needless, index, remove & owner.keys(), made, doomed)
+        index = replace(index, version=place.next_version(newest.version))
+    return _Change(
+        newest.version, needless, index, remove & owner.keys(), lost - gone(lost) if lost else lost, frozenset(doomed)
+    )
 
 
 def newest_index(place: Place) -> Index:

@@ -30,6 +30,7 @@ from curation.shards.index import (
     check_file,
     open_shard,
     read_index,
+    reading,
     scan_shard,
     shard_paths,
 )
@@ -101,6 +102,10 @@ class ShardReader:
         """
         without = ([] if rgb else ["jpeg"]) + ([] if depth else ["depth"])
         rows = self.table(clip_id, start, stop, without=["depth_valid", *without])
+        with reading(self.folder / self.clips[clip_id].file):
+            return self._window(clip_id, rows, rgb=rgb, depth=depth)
+
+    def _window(self, clip_id: str, rows: pa.Table, *, rgb: bool, depth: bool) -> Window:
         height, width = rows["height"][0].as_py(), rows["width"][0].as_py()
         taught, depth_m = rows["depth_log_min"].null_count == 0, None
         if depth and taught:
@@ -135,15 +140,16 @@ class ShardReader:
             raise ShardError(f"Clip {clip_id} has frames 0 to {clip.frames}; frames {start} to {stop} were asked for.")
         shard = self._shard(clip).parquet
         groups, skipped, offset = [], 0, 0
-        for group in range(clip.row_group, clip.row_group + clip.row_groups):
-            rows = shard.metadata.row_group(group).num_rows
-            if offset + rows <= start:
-                skipped += rows
-            elif offset < stop:
-                groups.append(group)
-            offset += rows
-        columns = [name for name in shard.schema_arrow.names if name not in without]
-        return shard.read_row_groups(groups, columns, use_threads=False).slice(start - skipped, stop - start)
+        with reading(self.folder / clip.file):
+            for group in range(clip.row_group, clip.row_group + clip.row_groups):
+                rows = shard.metadata.row_group(group).num_rows
+                if offset + rows <= start:
+                    skipped += rows
+                elif offset < stop:
+                    groups.append(group)
+                offset += rows
+            columns = [name for name in shard.schema_arrow.names if name not in without]
+            return shard.read_row_groups(groups, columns, use_threads=False).slice(start - skipped, stop - start)
 
     def _shard(self, clip: ClipEntry) -> _Open:
         return self._open(self.folder, self._files[clip.file])
@@ -202,7 +208,8 @@ class _Open(NamedTuple):
 def _open(folder: Path, shard: ShardEntry) -> _Open:
     check_file(folder, shard)  # or a shard rewritten since the index was read would give another clip's frames
     parquet = open_shard(folder / shard.file)
-    return _Open(parquet, json.loads(parquet.metadata.metadata.get(PROVENANCE_KEY, b"{}")))
+    with reading(folder / shard.file):
+        return _Open(parquet, json.loads(parquet.metadata.metadata.get(PROVENANCE_KEY, b"{}")))
 
 
 def _bounds(rows: pa.Table) -> DepthRange:
@@ -214,11 +221,16 @@ def _vectors(column: pa.ChunkedArray, length: int) -> NDArray[np.float32]:
 
 
 def _faults(folder: Path, shard: ShardEntry) -> Iterator[str]:
-    parquet, provenance = _open(folder, shard)
+    try:
+        parquet, provenance = _open(folder, shard)
+    except ShardError as error:
+        yield str(error)
+        return
     for clip in shard.clips:
-        rows = parquet.read_row_groups(range(clip.row_group, clip.row_group + clip.row_groups))
         try:
-            fault = _fault(rows, provenance)
+            with reading(folder / shard.file):
+                rows = parquet.read_row_groups(range(clip.row_group, clip.row_group + clip.row_groups))
+                fault = _fault(rows, provenance)
         except ShardError as error:
             fault = str(error)
         if fault:

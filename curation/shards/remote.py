@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -19,8 +20,10 @@ from curation.shards.index import (
     ShardEntry,
     commit,
     index_versions,
+    newest_index,
     nobody,
     read_index,
+    rename_retired,
     version_name,
 )
 from curation.shards.schema import ShardError
@@ -28,6 +31,8 @@ from curation.shards.writer import rewrite
 from curation.storage import Store
 
 T = TypeVar("T")
+
+_COPIED = re.compile(r"(\.)?(shard-[0-9a-f]{16})(?(1)\..+)\.parquet")  # a shard, or what a killed `pull` had of it
 
 
 class RemotePlace(Place):
@@ -129,8 +134,9 @@ def add_shards(place: RemotePlace, staging: Path, entries: Iterable[ShardEntry],
     """Send shards that were written to `staging`, then the index. gone: as for `commit`."""
     import fcntl
 
-    entries = list(entries)
     place.folder.mkdir(parents=True, exist_ok=True)
+    retired = newest_index(place).retired
+    entries = [rename_retired(staging, entry, retired) for entry in entries]
     for entry in entries:
         with (staging / entry.file).open("r+b") as living:
             fcntl.flock(living, fcntl.LOCK_EX)  # who takes forgotten clips away spares it
@@ -161,6 +167,7 @@ def fetch_index(store: Store, folder: str, missing: str = "There is no index.") 
 def pull(source: str, folder: Path, progress: Callable[[int, int], None] | None = None) -> tuple[ShardEntry, ...]:
     """Copy the data set behind an fsspec URL to a folder, each file checked against the index, the index last.
 
+    Shards that the data set no longer has go, also those of an earlier copy that was cut short; other files stay.
     Raises ShardError where the index is missing, or a file is not the one that it describes.
     """
     store = Store(folder, source)
@@ -188,8 +195,11 @@ def pull(source: str, folder: Path, progress: Callable[[int, int], None] | None 
             raise ShardError(f"{shard.file} is not the file its index describes; run again when no run writes to it.")
         if progress is not None:
             progress(done, len(shards))
-    for name in earlier - {shard.file for shard in shards}:  # taken out of the data set since an earlier copy
-        (folder / name).unlink(missing_ok=True)
+    named = {shard.file for shard in shards}
+    for path in folder.iterdir():  # taken out of the data set since an earlier copy, whole or cut short
+        ours = _COPIED.fullmatch(path.name)
+        if path.name in earlier - named or (ours and f"{ours[2]}.parquet" not in named):
+            path.unlink(missing_ok=True)
     with atomic_path(folder / INDEX_NAME) as path:
         index.write(path)
     return shards

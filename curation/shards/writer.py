@@ -19,7 +19,22 @@ from numpy.typing import NDArray
 from curation.files import sha256_json
 from curation.records import ClipSample
 from curation.shards.codec import decode_jpeg, depth_range, encode_depth, pack_mask, usable
-from curation.shards.index import Gone, Place, ShardEntry, commit, nobody, open_shard, publish, scan_shard, staged
+from curation.shards.index import (
+    INDEX_NAME,
+    Gone,
+    Place,
+    ShardEntry,
+    commit,
+    newest_index,
+    nobody,
+    open_shard,
+    publish,
+    reading,
+    scan_shard,
+    shard_paths,
+    staged,
+    unused_name,
+)
 from curation.shards.schema import (
     PROVENANCE_KEY,
     ROWS_PER_GROUP,
@@ -70,7 +85,11 @@ def update_index(folder: Path, entries: Iterable[ShardEntry], gone: Gone = nobod
 
 
 def rebuild_index(folder: Path) -> None:
-    """Make the index anew from the shard files, believing nothing else."""
+    """Make the index anew from the shard files, believing nothing else.
+
+    Raises ShardError for a folder with neither shards nor an index.
+    """
+    _exists(folder)
     commit(Place(folder), rewrite, trust_index=False)
 
 
@@ -78,9 +97,16 @@ def remove_clips(folder: Path, clip_ids: Iterable[str]) -> frozenset[str]:
     """Take clips out of the folder for good; returns those that were there.
 
     What else their files hold is written to new files, and the old ones are deleted. Open readers hold the old bytes
-    until they close. After a crash, call it again.
+    until they close. After a crash, call it again. Raises ShardError for a folder with neither shards nor an index.
     """
+    _exists(folder)
     return drop_clips(Place(folder), clip_ids)
+
+
+def _exists(folder: Path) -> None:
+    """Raise ShardError where a mistyped path would be made an empty data set."""
+    if not (shard_paths(folder) or (folder / INDEX_NAME).exists() or Place(folder).versions()):
+        raise ShardError(f"{folder} is not a folder of shards: it holds no shard and no index; check the path.")
 
 
 def drop_clips(place: Place, clip_ids: Iterable[str]) -> frozenset[str]:
@@ -155,6 +181,11 @@ def _provenance_json(records: dict[str, Any]) -> str:
     return json.dumps(records, sort_keys=True, separators=(",", ":"))
 
 
+def _provenance_of(table: pa.Table) -> tuple[str, Any]:
+    key = table["provenance"][0].as_py()
+    return key, json.loads(table.schema.metadata[PROVENANCE_KEY])[key]
+
+
 def _checked(clips: Iterable[pa.Table]) -> Iterator[pa.Table]:
     seen: set[str] = set()
     for table in clips:
@@ -172,19 +203,18 @@ class _Shard:
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         self._path = path
         self._sink = pa.OSFile(str(path), "wb")
-        self._writer = pq.ParquetWriter(
-            self._sink, schema.with_metadata({VERSION_KEY: SCHEMA.metadata[VERSION_KEY]}), **_options(schema)
-        )
+        self._schema = _file_schema(schema)
+        self._writer = pq.ParquetWriter(self._sink, self._schema, **_options(schema))
         self._clips: list[tuple[str, str]] = []
         self._provenance: dict[str, Any] = {}
         self._groups = 0
 
     def add(self, table: pa.Table) -> None:
         """Append one clip in row groups of its own."""
-        self._writer.write_table(table, row_group_size=ROWS_PER_GROUP)
-        key = table["provenance"][0].as_py()
+        self._writer.write_table(table.cast(self._schema), row_group_size=ROWS_PER_GROUP)
+        key, record = _provenance_of(table)
         self._clips.append((table["clip_id"][0].as_py(), key))
-        self._provenance[key] = json.loads(table.schema.metadata[PROVENANCE_KEY])[key]
+        self._provenance[key] = record
         self._groups += -(-table.num_rows // ROWS_PER_GROUP)
 
     def size_with(self, table: pa.Table) -> int:
@@ -195,10 +225,14 @@ class _Shard:
         return self._sink.tell() + table.nbytes + provenance + footer
 
     def publish(self) -> ShardEntry:
-        """Finish the file and give it its final name, made from its clips and their provenance."""
+        """Finish the file and give it its final name, made from its clips and their provenance.
+
+        Where a file of that name was deleted from the folder, it gets another: whoever deletes may do so twice.
+        """
         self._writer.add_key_value_metadata({PROVENANCE_KEY.decode(): _provenance_json(self._provenance)})
         self.close()
         name = f"shard-{sha256_json([SCHEMA_VERSION, self._clips])[:16]}.parquet"
+        name = unused_name(name, newest_index(Place(self._path.parent)).retired)
         entry = scan_shard(self._path, name)
         publish(self._path, name)
         return entry
@@ -207,6 +241,22 @@ class _Shard:
         """Close the file; again does nothing."""
         self._writer.close()
         self._sink.close()
+
+
+def _file_schema(schema: pa.Schema) -> pa.Schema:
+    """The schema that a file of these columns gets, the same whether they were just made or read from another shard."""
+    columns = [field.with_type(_plain(field.type)) for field in schema]
+    return pa.schema(columns, {VERSION_KEY: SCHEMA.metadata[VERSION_KEY]})
+
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    """A type whose lists call their values "item", as Arrow does; read from Parquet, they are called "element"."""
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
+        return kind
+    value = kind.value_field.with_name("item").with_type(_plain(kind.value_type))
+    if pa.types.is_fixed_size_list(kind):
+        return pa.list_(value, kind.list_size)
+    return pa.large_list(value) if pa.types.is_large_list(kind) else pa.list_(value)
 
 
 @contextmanager
@@ -242,5 +292,9 @@ def rewrite(path: Path, keep: frozenset[str]) -> ShardEntry:
         for clip in scan_shard(path).clips:
             if clip.clip_id in keep:
                 groups = range(clip.row_group, clip.row_group + clip.row_groups)
-                shard.add(source.read_row_groups(groups, use_threads=False).replace_schema_metadata(metadata))
+                with reading(path):
+                    table = source.read_row_groups(groups, use_threads=False).replace_schema_metadata(metadata)
+                    table.validate(full=True)
+                    _provenance_of(table)  # is there
+                shard.add(table)
         return shard.publish()

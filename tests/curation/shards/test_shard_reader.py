@@ -4,6 +4,7 @@ import dataclasses
 import pickle
 import shutil
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from curation.files import sha256_json
 from curation.shards.codec import decode_jpeg
-from curation.shards.index import INDEX_NAME, VERSIONS, read_index
+from curation.shards.index import INDEX_NAME, VERSIONS, read_index, scan_shard
 from curation.shards.reader import ShardReader, verify
 from curation.shards.schema import SCHEMA, VERSION_KEY, ShardError
-from curation.shards.writer import encode_clip, rebuild_index, remove_clips, write_shards, write_tables
+from curation.shards.writer import encode_clip, rebuild_index, remove_clips, rewrite, write_shards, write_tables
 
 PLENTY = 2**30
 
@@ -231,3 +233,68 @@ def test_the_index_holds_every_clip_of_every_file(make_clip, tmp_path: Path) -> 
     assert table.column_names == [
         *("clip_id", "split", "file", "row_group", "row_groups", "frames", "sha256", "size_bytes")
     ]
+
+
+def _flipped(data: bytes, times: int, start: int = 0) -> Iterator[bytes]:
+    random = np.random.default_rng(0)
+    for at, bit in zip(random.integers(start, len(data), times), random.integers(0, 8, times), strict=True):
+        changed = bytearray(data)
+        changed[at] ^= 1 << bit
+        yield bytes(changed)
+
+
+def test_a_damaged_index_is_an_error_or_tells_the_truth(make_clip, tmp_path: Path) -> None:
+    write_shards([make_clip(seed, frames=1) for seed in range(3)], tmp_path, max_bytes=1)
+    remove_clips(tmp_path, [make_clip(0).clip_id])
+    whole, wrong = read_index(tmp_path), 0
+    (tmp_path / INDEX_NAME).unlink()
+    (newest,) = (tmp_path / VERSIONS).iterdir()
+    for changed in _flipped(newest.read_bytes(), 300):
+        newest.write_bytes(changed)
+        try:
+            assert read_index(tmp_path) == whole
+        except ShardError:
+            wrong += 1
+    assert wrong > 100
+
+
+def test_a_damaged_shard_is_an_error_wherever_it_is_read(make_clip, tmp_path: Path) -> None:
+    """Pixels may differ where nobody compares the hash; `verify` does."""
+    (entry,) = write_shards([make_clip(0, frames=2)], tmp_path, max_bytes=1)
+    path, clip_id, wrong = tmp_path / entry.file, make_clip(0).clip_id, 0
+    data = path.read_bytes()
+    for changed in (*_flipped(data, 60), *_flipped(data, 90, len(data) - 7000)):  # the footer is about half of it
+        path.unlink(missing_ok=True)  # pages of an open reader stay as they were
+        path.write_bytes(changed)
+        with pytest.raises(ShardError):
+            verify(tmp_path)
+        try:
+            assert len(ShardReader(tmp_path).frames(clip_id).times_s) == 2
+            (copy,) = scan_shard(path).clips
+            (tmp_path / rewrite(path, frozenset({copy.clip_id})).file).unlink()  # mostly the same name
+        except ShardError:
+            wrong += 1
+    assert wrong > 50
+
+
+def test_verify_names_what_cannot_be_decoded(make_clip, tmp_path: Path) -> None:
+    table = encode_clip(make_clip(0))
+    table = table.cast(pa.schema([field.with_nullable(True) for field in table.schema], table.schema.metadata))
+    write_tables([_with_column(table, "height", [None] * 5)], tmp_path, max_bytes=PLENTY)
+    with pytest.raises(ShardError, match=f"clip {make_clip(0).clip_id}: "):
+        verify(tmp_path)
+    with pytest.raises(ShardError):
+        ShardReader(tmp_path).frames(make_clip(0).clip_id)
+
+
+def test_provenance_that_is_no_json_is_an_error(make_clip, tmp_path: Path) -> None:
+    (entry,) = write_shards([make_clip(0)], tmp_path, max_bytes=PLENTY)
+    path = tmp_path / entry.file
+    record = b'{"%s"' % sha256_json(make_clip(0).provenance).encode()
+    data = path.read_bytes()
+    assert record in data
+    path.write_bytes(data.replace(record, b"[" + record[1:]))
+    rebuild_index(tmp_path)
+    for check in (lambda: verify(tmp_path), lambda: ShardReader(tmp_path).frames(make_clip(0).clip_id)):
+        with pytest.raises(ShardError, match="is not a readable Parquet file"):
+            check()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from curation.catalog import Catalog
-from curation.shards.index import ShardEntry
+from curation.shards.index import INDEX_NAME, ClipEntry, Index, ShardEntry, read_index
 from curation.shards.reader import verify
 from curation.shards.remote import RemotePlace, add_shards, pull
 from curation.shards.schema import ShardError
@@ -88,3 +89,46 @@ def test_a_copy_that_cannot_be_made_harms_nothing(tmp_path: Path, url: str, make
     with pytest.raises(ShardError, match="is a file"):
         pull(f"{url}/set", tmp_path / "file")
     assert clips_of(folder) == clips_of(shared) == ["a"]
+
+
+@pytest.mark.parametrize("name", ["../../.bashrc", "/nowhere/shard-0.parquet", "shard-/../../x.parquet", ".bashrc", ""])
+def test_an_index_that_names_files_elsewhere_is_refused(tmp_path: Path, name: str):
+    source, folder = tmp_path / "a" / "b" / "source", tmp_path / "home" / "data" / "copy"
+    source.mkdir(parents=True)
+    folder.mkdir(parents=True)
+    for mine in (tmp_path / "home" / ".bashrc", tmp_path / "a" / ".bashrc"):
+        mine.write_bytes(b"mine")
+    clip = ClipEntry("0123456789abcdef", None, name, 0, 1, 1)
+    entry = ShardEntry(name, hashlib.sha256(b"mine").hexdigest(), 4, (clip,))
+    before = sorted(tmp_path.rglob("*"))
+    for index in (Index.empty(1).with_entries([entry]), Index(1, Index.empty().table, frozenset({name}))):
+        index.write(source / INDEX_NAME)
+        with pytest.raises(ShardError, match="names a file that cannot be a shard"):
+            pull(f"file://{source}", folder)
+    index.write(folder / INDEX_NAME)
+    with pytest.raises(ShardError, match="names a file that cannot be a shard"):
+        read_index(folder)
+    written = {source / INDEX_NAME, folder / INDEX_NAME}
+    assert set(tmp_path.rglob("*")) - written == set(before)
+
+
+@pytest.mark.parametrize("died", ["between files", "in a file"])
+def test_a_copy_after_one_that_was_cut_short_keeps_no_clip_that_went(tmp_path: Path, url: str, make_clip, died: str):
+    worker, folder = Worker(tmp_path / "a", url, make_clip), tmp_path / "pulled"
+    worker.add(worker.write("a"))
+    (going,) = worker.write("b")
+    worker.add([going])
+    worker.add(worker.write("c"))
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    pull(f"{url}/set", folder)
+    if died == "in a file":
+        (folder / f".{going.file[:-8]}.x7z.parquet").write_bytes((folder / going.file).read_bytes())
+    drop_clips(worker.place, ["b"])
+    with pytest.raises(KeyboardInterrupt):
+        pull(f"{url}/set", folder, die)
+    pull(f"{url}/set", folder)
+    assert clips_of(folder) == ["a", "c"]
+    assert not [path for path in folder.iterdir() if going.file[:-8] in path.name]

@@ -14,6 +14,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
 from curation.files import sha256_file
 from curation.records import ClipSample
@@ -303,3 +306,42 @@ def test_further_columns_and_a_filled_mask_go_through_removal_too(make_clip, tmp
     verify(tmp_path)
     with pytest.raises(ShardError, match="no column jpeg"):
         write_tables([tables[0].drop_columns("jpeg")], tmp_path, max_bytes=PLENTY)
+
+
+@given(data=st.data())
+@hypothesis_settings(max_examples=6, deadline=None, derandomize=True)
+def test_a_shard_written_anew_without_some_clips_has_the_bytes_of_one_written_without_them(
+    make_clip, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    import pyarrow as pa
+
+    tmp_path = tmp_path_factory.mktemp("same")
+    lengths = data.draw(st.permutations([1, 2, 181]))  # the last one in two row groups
+    teachers = data.draw(st.lists(st.sampled_from("ab"), min_size=3, max_size=3))
+    poses = data.draw(st.sampled_from([None, pa.list_(pa.float32()), pa.list_(pa.list_(pa.float32(), 2), 3)]))
+    tables = []
+    for seed, (frames, teacher) in enumerate(zip(lengths, teachers, strict=True)):
+        changes = {} if data.draw(st.booleans()) else {"depth": None, "split": None}
+        table = encode_clip(make_clip(seed, frames=frames, provenance={"teacher": teacher}, **changes))
+        if poses is not None:
+            column = pa.field("pose", poses, metadata={"unit": "rad", "doc": "Of another tool."})
+            table = table.append_column(column, pa.array([None] * frames, poses))
+        tables.append(table)
+    keep = data.draw(st.sets(st.sampled_from(range(len(tables))), min_size=1))
+    ids = [table["clip_id"][0].as_py() for table in tables]
+    write_tables(tables, tmp_path / "a", max_bytes=PLENTY)
+    remove_clips(tmp_path / "a", [clip_id for number, clip_id in enumerate(ids) if number not in keep])
+    write_tables([tables[number] for number in sorted(keep)], tmp_path / "b", max_bytes=PLENTY)
+    anew, afresh = ({path.name: path.read_bytes() for path in shard_paths(tmp_path / name)} for name in "ab")
+    assert anew == afresh
+
+
+def test_a_mistyped_folder_is_not_made_an_empty_data_set(make_clip, tmp_path: Path) -> None:
+    for change in (rebuild_index, lambda folder: remove_clips(folder, ["f" * 16])):
+        with pytest.raises(ShardError, match="holds no shard and no index; check the path"):
+            change(tmp_path)
+    assert not list(tmp_path.iterdir())
+    write_shards([make_clip(0)], tmp_path, max_bytes=PLENTY)
+    remove_clips(tmp_path, [make_clip(0).clip_id])
+    rebuild_index(tmp_path)
+    assert verify(tmp_path) == (), "a data set of no clips has an index"
