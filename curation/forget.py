@@ -14,8 +14,6 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-import pyarrow as pa
-
 from curation.derived import Derived, registered
 from curation.ingest.failures import UsageError
 from curation.last_resort import remove_entries
@@ -29,14 +27,14 @@ def remove_forgotten(state: State) -> None:
     """Delete or rewrite every file of this run that holds something of a forgotten video. Safe to repeat.
 
     Out of reach until it wakes: what a stopped process has not finished writing. What cannot be done is raised when all
-    else is done: UsageError of a debug file that cannot be changed, ShardError or pyarrow's errors of a shard that
-    cannot be read, OSError of a full disk. OutageError is raised at once where the catalog or the storage is away.
+    else is done: UsageError of a debug file that cannot be changed, ShardError of a shard that cannot be read, OSError of
+    a full disk. OutageError is raised at once where the catalog or the storage is away.
     """
     faults: list[Exception] = []
     for work in _works(state):
         try:
             work()
-        except (UsageError, OSError, pa.ArrowInvalid) as error:  # a ShardError is a UsageError
+        except (UsageError, OSError) as error:  # a ShardError is a UsageError
             faults.append(error)
     if faults:
         raise faults[0]
