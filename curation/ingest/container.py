@@ -75,7 +75,10 @@ def refuse_kind(path: Path) -> None:
         raise StageError(FailureCode.WRONG_KIND, f"The file is a {found}, a kind that is not taken; convert it to MP4.")
 
 
-_HOLDERS = frozenset({b"moov", b"trak", b"mdia", b"minf", b"stbl", b"edts", b"moof", b"traf"})
+# Not where they belong, but wherever FFmpeg goes on reading boxes.
+_HOLDERS = frozenset(
+    b"moov trak mdia minf stbl edts moof traf udta dinf sinf tref mvex wave hoov".split(),
+)
 MOST_BOXES = 4_000_000  # about ten seconds of reading; one fragment for each frame of five hours
 _DEEPEST = 10  # boxes in one another, as in FFmpeg; the tables of a track lie in the fifth
 _ONE_PER_SAMPLE = 0xF00  # flags of a `trun` box that has something to say about every sample, in four bytes each
@@ -159,12 +162,22 @@ def _run(data: mmap.mmap, begin: int, end: int) -> tuple[int, bool]:
 
 
 def _nested(data: mmap.mmap, place: int, end: int, depth: int = _DEEPEST) -> Iterator[tuple[bytes, int, int]]:
-    for kind, begin, stop in boxes(data, place, end, strict=False):
+    for kind, begin, stop in boxes(data, place, end, strict=False, cut=True):
         yield kind, begin, stop
-        if kind in _HOLDERS:
+        inner = begin
+        if kind == b"meta":  # a box, or one with four bytes before the others
+            while (inner := data.find(b"hdlr", inner + 4, stop)) >= 0 and (inner - begin) % 4:
+                pass
+            inner -= 4
+        # a `free` box that holds a header is one that somebody meant to take away, and FFmpeg reads it
+        if kind in _HOLDERS or (kind == b"meta" and inner >= begin) or (kind == b"free" and _is_header(data, begin)):
             if not depth:
                 raise StageError(FailureCode.CORRUPT, f"the boxes of the file are nested deeper than {_DEEPEST}")
-            yield from _nested(data, begin, stop, depth - 1)
+            yield from _nested(data, inner, stop, depth - 1)
+
+
+def _is_header(data: mmap.mmap, begin: int) -> bool:
+    return data[begin + 4 : begin + 8] in (b"mvhd", b"cmov")
 
 
 def _number(data: mmap.mmap, place: int, end: int) -> int:

@@ -256,6 +256,45 @@ def test_every_sample_of_a_fragment_counts(tmp_path):
     refused(lambda: refuse_tables(path, VideoLimits(max_frames=100)))
 
 
+HIDDEN_FRAGMENTS = {
+    "longer than what holds it": lambda moof: moof.replace(
+        box(b"trun", bytes(8))[:8], struct.pack(">I4s", 999, b"trun")
+    ),
+    "longer than the file": lambda moof: struct.pack(">I", 9999) + moof[4:],
+    "in a meta box": lambda moof: box(b"meta", bytes(4) + box(b"hdlr", bytes(24)) + moof),
+    **{
+        kind: lambda moof, kind=kind: box(kind.encode(), moof)
+        for kind in ("udta", "dinf", "sinf", "tref", "mvex", "wave")
+    },
+}
+HIDDEN_HEADERS = {
+    "hoov": (b"moov", b"hoov"),
+    "free": (b"moov", b"free"),
+    "udta": (b"stbl", b"udta"),
+    "dinf": (b"minf", b"dinf"),
+}
+
+
+@pytest.mark.parametrize("how", HIDDEN_FRAGMENTS)
+def test_a_fragment_is_counted_wherever_ffmpeg_looks_for_it(tmp_path, how):
+    film, path = encode(tmp_path / "film.mp4", PICTURES, *H264), tmp_path / "bomb.mp4"
+    ffmpeg("-i", film, "-c", "copy", "-movflags", "frag_keyframe+empty_moov", path)
+    path.write_bytes(path.read_bytes() + HIDDEN_FRAGMENTS[how](fragment(struct.pack(">II", 0, 3_000_000))))
+    refused(lambda: refuse_tables(path))
+
+
+@pytest.mark.parametrize("how", [*HIDDEN_HEADERS, "longer than the file"])
+def test_a_table_is_counted_wherever_ffmpeg_looks_for_it(tmp_path, how):
+    path = table_bomb(encode(tmp_path / "film.mp4", PICTURES, *H264), tmp_path / "bomb.mp4", "samples")
+    data = path.read_bytes()
+    if how in HIDDEN_HEADERS:
+        path.write_bytes(data.replace(*HIDDEN_HEADERS[how]))
+    else:
+        place = data.index(b"moov")
+        path.write_bytes(data[: place - 4] + struct.pack(">I", 1 << 30) + data[place:])
+    refused(lambda: refuse_tables(path))
+
+
 def test_boxes_in_boxes_without_end_are_damaged(tmp_path):
     path, data = tmp_path / "deep.mp4", b""
     for _ in range(3000):
