@@ -80,6 +80,7 @@ _HOLDERS = frozenset(
     b"moov trak mdia minf stbl edts moof traf udta dinf sinf tref mvex wave hoov".split(),
 )
 MOST_BOXES = 4_000_000  # about ten seconds of reading; one fragment for each frame of five hours
+_ENTRY_BOXES = (78, 28, 44, 64)  # where boxes begin in a description of pictures, or of sound by its version
 _DEEPEST = 10  # boxes in one another, as in FFmpeg; the tables of a track lie in the fifth
 _ONE_PER_SAMPLE = 0xF00  # flags of a `trun` box that has something to say about every sample, in four bytes each
 
@@ -164,20 +165,32 @@ def _run(data: mmap.mmap, begin: int, end: int) -> tuple[int, bool]:
 def _nested(data: mmap.mmap, place: int, end: int, depth: int = _DEEPEST) -> Iterator[tuple[bytes, int, int]]:
     for kind, begin, stop in boxes(data, place, end, strict=False, cut=True):
         yield kind, begin, stop
-        inner = begin
-        if kind == b"meta":  # a box, or one with four bytes before the others
-            while (inner := data.find(b"hdlr", inner + 4, stop)) >= 0 and (inner - begin) % 4:
-                pass
-            inner -= 4
-        # a `free` box that holds a header is one that somebody meant to take away, and FFmpeg reads it
-        if kind in _HOLDERS or (kind == b"meta" and inner >= begin) or (kind == b"free" and _is_header(data, begin)):
+        for inner in _inside(data, kind, begin, stop):
             if not depth:
                 raise StageError(FailureCode.CORRUPT, f"the boxes of the file are nested deeper than {_DEEPEST}")
-            yield from _nested(data, inner, stop, depth - 1)
+            if kind != b"stsd":
+                yield from _nested(data, inner, stop, depth - 1)
+                continue
+            for entry, first, last in boxes(data, inner, stop, strict=False, cut=True):
+                yield entry, first, last
+                for offset in _ENTRY_BOXES:
+                    yield from _nested(data, first + offset, last, depth - 1)
 
 
-def _is_header(data: mmap.mmap, begin: int) -> bool:
-    return data[begin + 4 : begin + 8] in (b"mvhd", b"cmov")
+def _inside(data: mmap.mmap, kind: bytes, begin: int, stop: int) -> Iterator[int]:
+    """Where FFmpeg goes on reading boxes inside one."""
+    if kind in _HOLDERS:
+        yield begin
+    elif kind == b"stsd":
+        yield begin + 8
+    elif kind == b"free" and data[begin + 4 : begin + 8] in (b"mvhd", b"cmov"):
+        yield begin  # somebody meant to take this header away
+    elif kind == b"meta":  # with or without four bytes before its boxes
+        place = data.find(b"hdlr", begin + 4, stop)
+        while place >= 0 and (place - begin) % 4:
+            place = data.find(b"hdlr", place + 1, stop)
+        if place >= 0:
+            yield place - 4
 
 
 def _number(data: mmap.mmap, place: int, end: int) -> int:

@@ -295,6 +295,19 @@ def test_a_table_is_counted_wherever_ffmpeg_looks_for_it(tmp_path, how):
     refused(lambda: refuse_tables(path))
 
 
+def test_a_table_is_counted_in_the_description_of_the_samples_too(tmp_path):
+    path = table_bomb(encode(tmp_path / "film.mp4", PICTURES, *H264), tmp_path / "bomb.mp4", "samples")
+    top = _boxes(path.read_bytes())
+    (moov,) = (each for each in top if each.kind == b"moov")
+    table = moov.find(b"trak", b"mdia", b"minf", b"stbl")
+    stsz, stsd = table.find(b"stsz").content, table.find(b"stsd").content
+    size = 8 + len(stsz) + struct.unpack(">I", stsd[8:12])[0]
+    table.put(b"stsz", None)
+    table.put(b"stsd", stsd[:8] + struct.pack(">I", size) + stsd[12:] + box(b"stsz", stsz))
+    path.write_bytes(b"".join(each.bytes() for each in top))
+    refused(lambda: refuse_tables(path))
+
+
 def test_boxes_in_boxes_without_end_are_damaged(tmp_path):
     path, data = tmp_path / "deep.mp4", b""
     for _ in range(3000):
