@@ -37,7 +37,8 @@ class Limits:
         self._looked_at = 0
         self._segment: int | None = None
         self._before = 0  # bytes of all segments before this one
-        self.pace = Pace(settings.timeout_s)
+        tries = settings.retries + 1
+        self.pace = Pace(settings.timeout_s, tries * (self._largest + SEGMENT_BYTES))
 
     def room(self, size: int = 0) -> None:
         """The disk must hold `size` more bytes and still have what is to be left free."""

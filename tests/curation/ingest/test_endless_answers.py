@@ -146,6 +146,16 @@ def test_a_segment_that_would_fill_the_memory_is_refused(place, found, monkeypat
         assert server.sent < 32 << 20
 
 
+@pytest.mark.parametrize("more", [b"X: " + b"y" * 60_000 + b"\r\n", b"1;" + b"y" * 60_000 + b"\r\nx\r\n"])
+def test_what_comes_around_the_pieces_of_a_body_has_an_end(place, more: bytes):
+    """Lines after the last piece, and remarks beside the size of each."""
+    last = b"1\r\nx\r\n" + (b"0\r\n" if more.startswith(b"X") else b"")
+    with endless(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + last, more * 10) as server:
+        ref = ClipRef("http", f"http://{server.host}/a.mp4")
+        assert place.failure(ref, http_hosts=(server.host,), max_video_mb=1, retries=0).code is FailureCode.REFUSED
+        assert server.sent < MOST
+
+
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
