@@ -212,8 +212,11 @@ def _engine(url: str) -> sa.Engine:
         engine = sa.create_engine(
             parsed, poolclass=NullPool, connect_args=arguments, hide_parameters=True, json_serializer=_json
         )
-    except ArgumentError as error:
-        raise UsageError("The catalog URL is not one; give sqlite:///file or postgresql://user@host/name.") from error
+    except (ArgumentError, ValueError):  # their texts quote the URL, a password with an @ or a colon in it too
+        raise UsageError(
+            "The catalog URL is not one; give sqlite:///file or postgresql://user@host/name, and write %40 for an @, "
+            "%3A for a colon and %2F for a slash in a password."
+        ) from None
     except (ModuleNotFoundError, NoSuchModuleError) as error:
         raise UsageError("PostgreSQL needs its driver: pip install 'unish[postgres]'.") from error
     except OSError as error:
@@ -287,7 +290,24 @@ _SAID = {
     "timed out": "it does not answer in time",
 }
 _NO_SUCH_HOST = "failed to resolve host"
-_SET_UP = ("password", "authentication", "does not exist", "pg_hba", "support ssl", "certificate", "permission denied")
+_WRONG_OPTION = (
+    " value: ",  # invalid sslmode value: "..."
+    "invalid port number",
+    "invalid integer value",
+    "definition of service",
+    "service file",
+    "could not parse network address",
+)
+_SET_UP = (
+    *_WRONG_OPTION,
+    "password",
+    "authentication",
+    "does not exist",
+    "pg_hba",
+    "support ssl",
+    "certificate",
+    "permission denied",
+)
 _READ_ONLY, _NOT_ALLOWED = "25006", "42501"
 
 
@@ -322,6 +342,7 @@ def _refusal(error: DatabaseError) -> UsageError | OutageError:
         ("not a database", "the file is something else; move it away, or choose another --out"),
         ("malformed", "the file is damaged; restore it from a backup, or move it away and run again"),
         (_NO_SUCH_HOST, "its host is not known; correct the name in the URL"),
+        *((sign, "an option of the connection is wrong; correct it in the URL") for sign in _WRONG_OPTION),
         ("password", "the user or the password is wrong; correct them, in the URL or where libpq looks for them"),
         ("authentication", "the server does not let this user in; correct the user or the server's rules"),
         ("pg_hba", "the server does not let this user in from here; correct the server's rules"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -23,7 +24,7 @@ _FIRST_S, _LONGEST_S = 0.2, 10.0  # pauses are drawn from 0 to these: from the f
 
 _logger = logging.getLogger(__name__)
 _patience: ContextVar[float | None] = ContextVar("patience", default=None)
-_away: set[str] = set()
+_waiting: Counter[str] = Counter()  # how many calls have met an outage of this and wait
 _lock = threading.Lock()
 
 T = TypeVar("T")
@@ -50,10 +51,16 @@ def wait_for(what: str, work: Callable[[], T], passing: Callable[[BaseException]
     limit = _patience.get()
     limit_s = OUTAGE_S if limit is None else limit
 
+    waiting = False
+
     def say(state: RetryCallState) -> None:
+        nonlocal waiting
+        if waiting:
+            return
+        waiting = True
         with _lock:
-            first = what not in _away
-            _away.add(what)
+            first = not _waiting[what]
+            _waiting[what] += 1
         if first:
             _logger.warning("%s is away: %s. Waiting for it for up to %.0f s.", what, why(state), limit_s)
 
@@ -68,8 +75,15 @@ def wait_for(what: str, work: Callable[[], T], passing: Callable[[BaseException]
         before_sleep=say,
         reraise=True,
     )
+    last = False
     try:
-        result = again(work)
+        try:
+            result = again(work)
+        finally:
+            if waiting:
+                with _lock:
+                    _waiting[what] -= 1
+                    last = not _waiting[what]
     except Exception as error:
         reason = passing(error)
         if reason is None:
@@ -79,10 +93,6 @@ def wait_for(what: str, work: Callable[[], T], passing: Callable[[BaseException]
             f"{what} was away for longer than {limit_s:.0f} s ({reason}); what is done is kept: run again when it is "
             "back."
         ) from None
-    if what in _away:
-        with _lock:
-            back = what in _away
-            _away.discard(what)
-        if back:
-            _logger.info("%s is back.", what)
+    if last:
+        _logger.info("%s is back.", what)
     return result

@@ -50,11 +50,17 @@ def pages(data: mmap.mmap, chunk: Any) -> Iterator[Page]:
     while place < end:
         header, place = _structure(data, place, end, _DEEPEST)
         kind = next((kind for kind in _ENCODING if kind in header), None)
-        size, packed = header.get(_SIZE, -1), header.get(_PACKED, -1)
-        if kind is None or size < 0 or packed < 0 or place + packed > end:
+        inner = None if kind is None else header[kind]
+        if kind is None or not isinstance(inner, dict):
             raise ValueError("a page has no header that can be read")
+        size, packed = header.get(_SIZE, -1), header.get(_PACKED, -1)
+        values, encoding = inner.get(1, 0), inner.get(_ENCODING[kind], -1)
+        if not all(isinstance(number, int) for number in (size, packed, values, encoding)):
+            raise ValueError("a page has a header of another kind")
+        if size < 0 or packed < 0 or place + packed > end:
+            raise ValueError("a page is outside its column")
         place += packed
-        yield Page(size, 0 if kind == _DICTIONARY else header[kind].get(1, 0), header[kind].get(_ENCODING[kind], -1))
+        yield Page(size, 0 if kind == _DICTIONARY else values, encoding)
 
 
 def _structure(data: mmap.mmap, place: int, end: int, depth: int) -> tuple[dict[int, Any], int]:

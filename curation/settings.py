@@ -111,7 +111,8 @@ class Settings(BaseModel):
     @property
     def place(self) -> str:
         """Where the run's files are, for people: the storage without any password, or the folder."""
-        return re.sub(r"://[^/@]*@", "://", self.storage) if self.storage else str(self.out)
+        # with a colon before the first slash, up to the last @, which may well stand in the password
+        return re.sub(r"(?s)://(?:[^/]*:.*|[^/]*)@", "://", self.storage) if self.storage else str(self.out)
 
     @property
     def database(self) -> str:

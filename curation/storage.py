@@ -230,15 +230,20 @@ class Store:
     @property
     def _fs(self) -> Any:
         if self._remote is None:
-            import fsspec
-
-            try:
-                self._remote, _ = fsspec.url_to_fs(self.url, use_listings_cache=False)
-            except (ImportError, ValueError) as error:
-                raise UsageError(
-                    f"The storage {self._scheme} cannot be used: {error}. For S3: pip install 'unish[s3]'."
-                ) from error
+            self._remote = self._try(self._connect)  # some connect at once
         return self._remote
+
+    def _connect(self) -> Any:
+        import fsspec
+
+        try:
+            return fsspec.url_to_fs(self.url, use_listings_cache=False)[0]
+        except (ImportError, ValueError) as error:
+            # not the error's text, which may quote a part of a password
+            why = "its library is not installed" if isinstance(error, ImportError) else "no library knows such a URL"
+            raise UsageError(
+                f"The storage {self._scheme} cannot be used: {why}. For S3: pip install 'unish[s3]'."
+            ) from None
 
     @property
     def _scheme(self) -> str:

@@ -57,7 +57,7 @@ def write_private(path: Path, text: str) -> None:
 def auth_string(home: Path) -> str | None:
     """The string to use: that of the environment, or that of the file; None if there is neither.
 
-    Raises UsageError for one that cannot go into an HTTP header as Prefect sends it.
+    Raises UsageError for one that cannot be read, or cannot go into an HTTP header as Prefect sends it.
     """
     where, string = VARIABLE, os.environ.get(VARIABLE, "")
     if not string:
@@ -66,6 +66,8 @@ def auth_string(home: Path) -> str | None:
             where, string = f"{path}; {_RETRY}", path.read_text(encoding="utf-8").strip()
         except FileNotFoundError:
             return None
+        except (OSError, UnicodeDecodeError):  # a folder, or bytes that are no text
+            raise UsageError(f"The authentication string cannot be read from {path}; {_RETRY}") from None
     if not (":" in string and string.isascii() and string.isprintable()):
         raise UsageError(f"An authentication string reads USER:PASSWORD, in ASCII. It is not so in {where}")
     return string

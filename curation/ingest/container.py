@@ -11,6 +11,7 @@ import mmap
 import re
 import signal
 import subprocess
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,8 +75,14 @@ def refuse_kind(path: Path) -> None:
         raise StageError(FailureCode.WRONG_KIND, f"The file is a {found}, a kind that is not taken; convert it to MP4.")
 
 
-_HOLDERS = frozenset({b"moov", b"trak", b"mdia", b"minf", b"stbl", b"edts", b"moof", b"traf"})
-_ONE_PER_SAMPLE = 0xF00  # flags of a `trun` box that has something to say about every sample
+# Not where they belong, but wherever FFmpeg goes on reading boxes.
+_HOLDERS = frozenset(
+    b"moov trak mdia minf stbl edts moof traf udta dinf sinf tref mvex wave hoov".split(),
+)
+MOST_BOXES = 4_000_000  # about ten seconds of reading; one fragment for each frame of five hours
+_ENTRY_BOXES = (78, 28, 44, 64)  # where boxes begin in a description of pictures, or of sound by its version
+_DEEPEST = 10  # boxes in one another, as in FFmpeg; the tables of a track lie in the fifth
+_ONE_PER_SAMPLE = 0xF00  # flags of a `trun` box that has something to say about every sample, in four bytes each
 
 
 @dataclass(slots=True)
@@ -89,20 +96,25 @@ class _Tables:
 
 
 def refuse_tables(path: Path, limits: VideoLimits = VideoLimits()) -> None:
-    """Raise StageError(TOO_LARGE) where an MP4 counts more samples than it may; anything else passes.
+    """Raise StageError(TOO_LARGE) where an MP4 counts more samples or tracks than it may, or has more than MOST_BOXES.
 
     Opening such a file takes 24 bytes for each sample that its tables count, also where the count is all there is of
-    them, and for each time that an edit shows it. A header that is itself compressed is refused unread (WRONG_KIND).
+    them, and for each time that an edit shows it. A header that is itself compressed is refused unread (WRONG_KIND), as
+    are fragments that count more than they list, and boxes nested too deep (CORRUPT). Anything else passes.
     """
     if not path.stat().st_size:
         return
-    tracks, fragments = [_Tables()], 0
+    tracks, fragments, unlisted, owner = [_Tables()], Counter[int](), 0, 0
     with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        for kind, begin, end in _nested(data, 0, len(data)):
+        for number, (kind, begin, end) in enumerate(_nested(data, 0, len(data))):
+            if number >= MOST_BOXES:
+                raise StageError(FailureCode.TOO_LARGE, f"the file has more than {MOST_BOXES} boxes")
             if kind == b"cmov":
                 raise StageError(FailureCode.WRONG_KIND, "the header of the file is compressed; convert it to MP4")
             if kind == b"trak":
                 tracks.append(_Tables())
+                if len(tracks) > limits.max_tracks + 1:
+                    raise too_many_tracks(limits)
             elif kind in (b"stsz", b"stz2"):
                 tracks[-1].samples = max(tracks[-1].samples, _number(data, begin + 8, end))
             elif kind == b"elst":
@@ -111,10 +123,14 @@ def refuse_tables(path: Path, limits: VideoLimits = VideoLimits()) -> None:
                 tracks[-1].ticks = _number(data, begin + 4, end) == 1 == _number(data, begin + 12, end)
             elif kind == b"hdlr":
                 tracks[-1].sound |= data[begin + 8 : begin + 12] == b"soun"
-            elif kind == b"trun" and not _number(data, begin, end) & _ONE_PER_SAMPLE:
-                fragments += _number(data, begin + 4, end)
+            elif kind == b"tfhd":
+                owner = _number(data, begin + 4, end)
+            elif kind == b"trun":
+                samples, each = _run(data, begin, end)
+                fragments[owner] += samples
+                unlisted += 0 if each else samples
     listed = [track for track in tracks if not (track.sound and track.ticks)]  # of plain sound no list is made
-    if max([fragments, *(track.samples for track in listed)]) > limits.max_frames or any(
+    if max([unlisted, *fragments.values(), *(track.samples for track in listed)]) > limits.max_frames or any(
         track.edits * track.samples > 10 * limits.max_frames for track in listed
     ):
         raise too_many_frames(limits)
@@ -130,11 +146,51 @@ def too_many_frames(limits: VideoLimits) -> StageError:
     return StageError(FailureCode.TOO_LARGE, f"a track of the file has more than {limits.max_frames} frames or samples")
 
 
-def _nested(data: mmap.mmap, place: int, end: int) -> Iterator[tuple[bytes, int, int]]:
-    for kind, begin, stop in boxes(data, place, end, strict=False):
+def too_many_tracks(limits: VideoLimits) -> StageError:
+    """What is raised for a file with more tracks than `limits` allows."""
+    text = f"the file has more than {limits.max_tracks} tracks, or {limits.max_pictures} with pictures"
+    return StageError(FailureCode.TOO_LARGE, text)
+
+
+def _run(data: mmap.mmap, begin: int, end: int) -> tuple[int, bool]:
+    """How many samples a `trun` box counts, and whether it says something about each."""
+    flags, samples = _number(data, begin, end), _number(data, begin + 4, end)
+    fields = (flags & _ONE_PER_SAMPLE).bit_count()
+    first = begin + 8 + 4 * (flags & 0x5).bit_count()
+    if fields and first + 4 * fields * samples > end:
+        raise StageError(FailureCode.CORRUPT, f"a fragment of {end - begin} bytes counts {samples} samples")
+    return samples, bool(fields)
+
+
+def _nested(data: mmap.mmap, place: int, end: int, depth: int = _DEEPEST) -> Iterator[tuple[bytes, int, int]]:
+    for kind, begin, stop in boxes(data, place, end, strict=False, cut=True):
         yield kind, begin, stop
-        if kind in _HOLDERS:
-            yield from _nested(data, begin, stop)
+        for inner in _inside(data, kind, begin, stop):
+            if not depth:
+                raise StageError(FailureCode.CORRUPT, f"the boxes of the file are nested deeper than {_DEEPEST}")
+            if kind != b"stsd":
+                yield from _nested(data, inner, stop, depth - 1)
+                continue
+            for entry, first, last in boxes(data, inner, stop, strict=False, cut=True):
+                yield entry, first, last
+                for offset in _ENTRY_BOXES:
+                    yield from _nested(data, first + offset, last, depth - 1)
+
+
+def _inside(data: mmap.mmap, kind: bytes, begin: int, stop: int) -> Iterator[int]:
+    """Where FFmpeg goes on reading boxes inside one."""
+    if kind in _HOLDERS:
+        yield begin
+    elif kind == b"stsd":
+        yield begin + 8
+    elif kind == b"free" and data[begin + 4 : begin + 8] in (b"mvhd", b"cmov"):
+        yield begin  # somebody meant to take this header away
+    elif kind == b"meta":  # with or without four bytes before its boxes
+        place = data.find(b"hdlr", begin + 4, stop)
+        while place >= 0 and (place - begin) % 4:
+            place = data.find(b"hdlr", place + 1, stop)
+        if place >= 0:
+            yield place - 4
 
 
 def _number(data: mmap.mmap, place: int, end: int) -> int:

@@ -17,11 +17,15 @@ from curation.settings import DownloadSettings
 
 TOO_LARGE = "The video is larger than the setting max_video_mb allows."
 NO_ROOM = "The disk has less free space than the setting min_free_mb asks to leave."
+SEGMENT_BYTES = 256 << 20  # yt-dlp holds each segment of a stream in memory, also after it was written to the disk
+LARGE_SEGMENT = f"A segment of the stream is larger than {SEGMENT_BYTES >> 20} MB."
 _LOOK_EVERY = 16 << 20  # bytes between two looks at the disk
 
 
 class Limits:
-    """The limits of one video. Sizes are bytes; what is exceeded is raised as StageError REFUSED or DISK_FULL.
+    """The limits of one video. Sizes are bytes; what is exceeded is raised as StageError.
+
+    REFUSED for the video, TOO_LARGE for one of its segments, DISK_FULL for the disk.
 
     pace: how slowly it may come, over all tries; exceeded, it is TIMEOUT.
     """
@@ -31,7 +35,10 @@ class Limits:
         self._spare = settings.min_free_mb << 20
         self._folder, self._progress = folder, progress
         self._looked_at = 0
-        self.pace = Pace(settings.timeout_s)
+        self._segment: int | None = None
+        self._before = 0  # bytes of all segments before this one
+        tries = settings.retries + 1
+        self.pace = Pace(settings.timeout_s, tries * (self._largest + SEGMENT_BYTES))
 
     def room(self, size: int = 0) -> None:
         """The disk must hold `size` more bytes and still have what is to be left free."""
@@ -49,6 +56,10 @@ class Limits:
         done = int(state.get("downloaded_bytes") or 0)
         if done > self._largest:
             raise StageError(FailureCode.REFUSED, TOO_LARGE)
+        if state.get("fragment_index") != self._segment:
+            self._segment, self._before = state.get("fragment_index"), done
+        if self._segment is not None and done - self._before > SEGMENT_BYTES:
+            raise StageError(FailureCode.TOO_LARGE, LARGE_SEGMENT)
         if not self._looked_at <= done < self._looked_at + _LOOK_EVERY:  # smaller after a new beginning
             self._looked_at = done
             self.room()

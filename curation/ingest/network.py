@@ -22,14 +22,19 @@ import yt_dlp.globals
 from yt_dlp import YoutubeDL
 from yt_dlp.networking._helper import create_connection, make_ssl_context
 from yt_dlp.networking._requests import RequestsHTTPAdapter, RequestsRH
-from yt_dlp.networking.exceptions import RequestError
+from yt_dlp.networking.exceptions import HTTPError, RequestError
 
 from curation.addresses import address_allowed, host_listed
+from curation.ingest.failures import FailureCode, StageError
 from curation.ingest.headers import tame
 from curation.ingest.pace import Pace, paced_response
 
 # Plugins are code from the user's configuration folders; nobody reviewed them for this use.
 yt_dlp.globals.plugin_dirs.value = []
+
+PAGE_BYTES = 32 << 20  # of a page, a playlist or a key, each of which yt-dlp holds in memory; videos go to the disk
+TOO_LONG = f"An answer is longer than the {PAGE_BYTES >> 20} MB that a page or a playlist may have."
+_BLOCK = 1 << 20
 
 
 class AddressRefused(RequestError):
@@ -128,7 +133,11 @@ class _Adapter(RequestsHTTPAdapter):
 
     def send(self, request: Any, *args: Any, **options: Any) -> Any:
         self._guard.check_url(request.url)  # requests sends every hop of a redirect through here
-        return super().send(request, *args, **options)
+        response = super().send(request, *args, **options)
+        if response.is_redirect:  # requests would read its body whole, to use the connection again
+            response._content, response._content_consumed = b"", True
+            response.raw.close()
+        return response
 
 
 @functools.cache
@@ -192,6 +201,32 @@ class GuardedYoutubeDL(YoutubeDL):
                 response = super().urlopen(request)
         except RequestError as error:
             self.last_error = error
+            if self._pace is not None:
+                self._pace.check()
+            if isinstance(error, HTTPError):
+                _bound(error.response)
             raise
+        if self._pace is not None:
+            self._pace.check()
         tame(response.headers)
+        _bound(response)
         return response
+
+
+def _bound(response: Any) -> None:
+    """Let no more than PAGE_BYTES, unpacked, be read of an answer at once; more is StageError(UNSUPPORTED)."""
+    some = response.read
+
+    def read(amt: int | None = None) -> bytes:
+        if amt is not None:
+            return some(amt)
+        blocks, size = [], 0
+        while block := some(_BLOCK):
+            blocks.append(block)
+            size += len(block)
+            if size > PAGE_BYTES:
+                response.close()
+                raise StageError(FailureCode.UNSUPPORTED, TOO_LONG)
+        return b"".join(blocks)
+
+    response.read = read

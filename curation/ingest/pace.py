@@ -21,39 +21,52 @@ from curation.ingest.failures import FailureCode, StageError
 FLOOR_BYTES_PER_S = 1000  # of one answer, over a window of the request's timeout
 LEAST_BYTES_PER_S = 16_000  # of all answers for a video
 GRACE = 10  # request timeouts by which a video may fall behind that
+TOO_MUCH = "The server sends much more than a video of the size that the setting max_video_mb allows."
 TOO_SLOW = f"The server sends less than {LEAST_BYTES_PER_S // 1000} kB a second."
 
 
 class Pace:
-    """What all connections for one video keep together. `waited_s`: for its servers so far; `got`: bytes they sent."""
+    """What all connections for one video keep together. `waited_s`: for its servers so far; `got`: bytes of their
+    bodies."""
 
-    def __init__(self, timeout_s: float) -> None:
-        self._grace_s = GRACE * timeout_s
+    def __init__(self, timeout_s: float, most_bytes: int) -> None:
+        self._grace_s, self._most = GRACE * timeout_s, most_bytes
         self.waited_s, self.got = 0.0, 0
-        self._asking = False
+        self._asked: float | None = None  # when the request began whose answer has not begun
 
     def add(self, seconds: float, count: int = 0) -> None:
-        """Count a wait and what it brought. Raises StageError(TIMEOUT) where too little came for so long."""
-        self.got += count
-        if not self._asking:
+        """Count a wait and what it brought. Raises StageError: TIMEOUT where too little came for so long, REFUSED
+        where more came than `most_bytes`.
+
+        While asking, TimeoutError: the libraries below take no other for the end of a request, and `check` is for
+        after it. What comes then is no part of a body and counts for nothing: there may be headers for ever.
+        """
+        if self._asked is None:
+            self.got += count
             self.waited_s += seconds
-            self._check()
+            if self.got > self._most:
+                raise StageError(FailureCode.REFUSED, TOO_MUCH)
+            self.check()
+        elif self._late(time.monotonic() - self._asked):
+            raise TimeoutError("too slow")
 
     @contextmanager
     def asking(self) -> Iterator[None]:
         """Count the time of a whole request up to the body of its answer: connecting, redirects and headers too."""
-        began = time.monotonic()
-        self._asking = True
+        self._asked = began = time.monotonic()
         try:
             yield
         finally:
-            self._asking = False
+            self._asked = None
             self.waited_s += time.monotonic() - began
-        self._check()
 
-    def _check(self) -> None:
-        if self.waited_s > self._grace_s + self.got / LEAST_BYTES_PER_S:
+    def check(self) -> None:
+        """Raise StageError(TIMEOUT) where too little came for so long."""
+        if self._late():
             raise StageError(FailureCode.TIMEOUT, TOO_SLOW)
+
+    def _late(self, more_s: float = 0.0) -> bool:
+        return self.waited_s + more_s > self._grace_s + self.got / LEAST_BYTES_PER_S
 
 
 class _Paced(io.RawIOBase):

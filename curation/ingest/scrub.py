@@ -34,6 +34,7 @@ _OF_A_SAMPLE_ENTRY = frozenset(
 _DATED = (b"mvhd", b"tkhd", b"mdhd")
 _TRACKS = {b"trak": b"tkhd", b"traf": b"tfhd"}
 _ENTRY_NAME, _ENTRY_BOXES = slice(42, 74), 78  # of the compressor, and what follows, within the content of an entry
+Box = tuple[bytes, int, int]
 _UNDETERMINED = (0x55C4).to_bytes(2, "big")  # language `und`
 
 
@@ -61,8 +62,11 @@ def scrub(source: Path, track: int, samples: Iterable[tuple[int, int]], written:
         data.flush()
 
 
-def boxes(data: mmap.mmap, place: int, end: int, *, strict: bool = True) -> Iterator[tuple[bytes, int, int]]:
-    """(kind, begin of the content, end) of the boxes between two places; up to a bad one if not `strict`."""
+def boxes(data: mmap.mmap, place: int, end: int, *, strict: bool = True, cut: bool = False) -> Iterator[Box]:
+    """(kind, begin of the content, end) of the boxes between two places; up to a bad one if not `strict`.
+
+    cut: a box that goes on after the end is no bad one but ends there, as FFmpeg reads it.
+    """
     while place + 8 <= end:
         size, kind = int.from_bytes(data[place : place + 4], "big"), data[place + 4 : place + 8]
         begin = place + 8
@@ -72,7 +76,9 @@ def boxes(data: mmap.mmap, place: int, end: int, *, strict: bool = True) -> Iter
         if stop < begin or stop > end:
             if strict:
                 raise ValueError(f"a box ends at {stop}, outside {begin} to {end}")
-            return
+            if stop < begin or not cut:
+                return
+            stop = end
         yield kind, begin, stop
         place = stop
 

@@ -39,6 +39,7 @@ from curation.ingest.container import (
     refuse_tables,
     stated_end,
     too_many_frames,
+    too_many_tracks,
 )
 from curation.ingest.failures import FailureCode, StageError
 from curation.observe.hdr import to_sdr, transfer_of
@@ -200,11 +201,11 @@ def _refuse_pictures(path: Path, limits: VideoLimits) -> None:
     try:
         container = av.open(str(path), mode="r", options=options, metadata_errors="ignore")
     except MemoryError as error:  # what libavformat says of one track more
-        raise _too_many_tracks(limits) from error
+        raise too_many_tracks(limits) from error
     with container:
         streams = container.streams
         if len(streams) > limits.max_tracks or len(streams.video) > limits.max_pictures:
-            raise _too_many_tracks(limits)
+            raise too_many_tracks(limits)
         films = film_candidates(container)
         if any(stream.width * stream.height > limits.max_pixels for stream in films):
             raise _too_many_pixels(limits)
@@ -220,11 +221,6 @@ def _decode_one(container: Any, streams: list[Any], limits: VideoLimits) -> None
             left.remove(packet.stream_index)
         if not left:
             return
-
-
-def _too_many_tracks(limits: VideoLimits) -> StageError:
-    text = f"the file has more than {limits.max_tracks} tracks, or {limits.max_pictures} with pictures"
-    return StageError(FailureCode.TOO_LARGE, text)
 
 
 def _too_many_pixels(limits: VideoLimits) -> StageError:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import mmap
+import random
+from contextlib import suppress
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,7 +13,7 @@ from peaks import peak_mb
 
 from curation import manifest
 from curation.manifest import MAX_LINE, MAX_PROBLEMS, MAX_ROWS, ManifestError, read_manifest
-from curation.pages import pages
+from curation.pages import footer_size, pages
 
 READ = """
 from curation.manifest import ManifestError, read_manifest
@@ -153,3 +155,17 @@ def test_rows_and_problems_are_counted_while_they_are_read(tmp_path, monkeypatch
     assert MAX_PROBLEMS < len(caught.value.problems) < MAX_PROBLEMS + 10
     monkeypatch.setattr(manifest, "MAX_ROWS", 20)
     assert "rows" in refused(path)
+
+
+def test_a_damaged_parquet_table_is_read_or_refused(tmp_path):
+    """Each byte before the footer is changed; pyarrow itself ends the process for some changes of a footer."""
+    path = tmp_path / "m.parquet"
+    columns = {"platform": ["youtube"] * 50, "video_id": [f"{n:011}" for n in range(50)], "start_s": [0.0] * 50}
+    pq.write_table(pa.table(columns | {"end_s": [1.0] * 50}), path, compression="none")
+    good = path.read_bytes()
+    rng = random.Random(7)
+    for place in range(4, len(good) - 8 - footer_size(path)):
+        wrong = rng.choice((84, 0, 255, good[place] ^ 1 << rng.randrange(8)))
+        path.write_bytes(good[:place] + bytes([wrong]) + good[place + 1 :])
+        with suppress(ManifestError):
+            read_manifest(path)

@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from curation.database import Database
 from curation.ingest.failures import FailureCode, OutageError, UsageError
 from curation.ingest.politeness import Gate
 from curation.manifest import ClipRef
-from curation.outages import patience
+from curation.outages import patience, wait_for
 from curation.records import VideoFile
 from curation.settings import DownloadSettings, Settings
 
@@ -190,6 +191,62 @@ def test_what_stays_away_is_an_outage_and_what_is_set_up_wrongly_is_said_at_once
         told = f"{raised.value} {raised.value.__cause__}"
         assert not any(word in told for word in ("secret", "127.0.0.1", str(parsed.port), str(Path.home())))
         assert raised.value.__suppress_context__, "the driver's text would be shown with a traceback"
+
+
+WRONG_ADDRESSES = {
+    "postgresql://user:secret@secret:secret@secret-host/base": "The catalog URL is not one",
+    "postgresql://user@secret-host:secret/base": "The catalog URL is not one",
+    "sqlite:///secret%00secret/base": "The catalog URL is not one",
+    "postgresql://127.0.0.1:99999/base": "an option of the connection is wrong",
+    "postgresql:///?service=secret": "an option of the connection is wrong",
+    **dict.fromkeys(
+        (
+            f"postgresql://user@127.0.0.1:1/base?{option}=secret"
+            for option in ("sslmode", "target_session_attrs", "keepalives", "hostaddr", "tcp_user_timeout")
+        ),
+        "an option of the connection is wrong",
+    ),
+}
+
+
+@pytest.mark.parametrize("address", WRONG_ADDRESSES)
+def test_a_wrong_address_is_said_at_once_and_not_repeated(address: str) -> None:
+    if address.startswith("postgresql"):
+        pytest.importorskip("psycopg")
+    with pytest.raises(UsageError, match=WRONG_ADDRESSES[address]) as raised, patience(0.1):
+        Database(address)
+    assert "secret" not in str(raised.value) and raised.value.__suppress_context__
+
+
+def test_each_outage_has_its_line_also_after_one_that_was_given_up(caplog: pytest.LogCaptureFixture) -> None:
+    def away() -> None:
+        raise ConnectionError
+
+    caplog.set_level(logging.INFO, "curation.outages")
+    for work, kind in ((away, OutageError), (away, OutageError), (lambda: 1 // 0, ZeroDivisionError)):
+        with pytest.raises(kind), patience(0.3):
+            wait_for("It", work, lambda error: "so" if isinstance(error, ConnectionError) else None)
+    assert [record.getMessage() for record in caplog.records] == 2 * ["It is away: so. Waiting for it for up to 0 s."]
+
+
+def test_who_gives_up_first_leaves_the_line_to_who_waits_longer(caplog: pytest.LogCaptureFixture) -> None:
+    until = time.monotonic() + 0.8
+
+    def away() -> None:
+        if time.monotonic() < until:
+            raise ConnectionError
+
+    def wait(seconds: float) -> None:
+        with suppress(OutageError), patience(seconds):
+            wait_for("It", away, lambda error: "so" if isinstance(error, ConnectionError) else None)
+
+    caplog.set_level(logging.INFO, "curation.outages")
+    threads = [threading.Thread(target=wait, args=(seconds,)) for seconds in (0.2, 0.3, 20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == ["It is away", "It is back."]
 
 
 def test_a_user_without_rights_is_said(url: str) -> None:

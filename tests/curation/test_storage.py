@@ -16,6 +16,7 @@ from objects import Server, restarting_s3_server, s3_server
 
 from curation.ingest.failures import OutageError, UsageError
 from curation.outages import patience
+from curation.settings import Settings
 from curation.storage import Store
 
 
@@ -132,6 +133,39 @@ def test_old_copies_go_young_ones_and_unshared_ones_stay(tmp_path: Path, url: st
 def test_a_storage_that_cannot_be_used_is_one_sentence(tmp_path: Path, s3: str, url: str, said: str):
     with pytest.raises(UsageError, match=said):
         Store(tmp_path, url).check()
+
+
+@pytest.mark.parametrize(
+    ("url", "kind"),
+    [("ftp://user:secret@127.0.0.1:1/x", OutageError), ("ftp://user:secret@127.0.0.1:secret/x", UsageError)],
+)
+def test_a_storage_that_fails_at_the_first_word_is_typed_everywhere(tmp_path: Path, url: str, kind: type[Exception]):
+    (tmp_path / "x").write_bytes(b"x")
+    for act in (
+        lambda store: store.check(),
+        lambda store: store.put("x"),
+        lambda store: store.create("x"),
+        lambda store: store.names("x"),
+        lambda store: store.sizes("x"),
+        lambda store: store.get("y"),
+    ):
+        with pytest.raises(kind) as raised, patience(0.01):
+            act(Store(tmp_path, url))
+        assert "secret" not in str(raised.value) and raised.value.__suppress_context__
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("ftp://user:secret@host/run", "ftp://host/run"),
+        ("ftp://user:sec@ret@host/run", "ftp://host/run"),
+        ("ftp://user:sec/r@et@host/run", "ftp://host/run"),
+        ("ftp://user@host/run", "ftp://host/run"),
+        ("s3://bucket/run@2", "s3://bucket/run@2"),
+    ],
+)
+def test_no_password_of_a_storage_is_shown(url: str, shown: str):
+    assert Settings(out=Path("x"), storage=url).place == shown
 
 
 def test_a_good_storage_passes_the_check_and_keeps_nothing_of_it(tmp_path: Path, url: str):

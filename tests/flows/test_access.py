@@ -196,6 +196,21 @@ def test_a_string_that_no_header_carries_is_refused(tmp_path: Path, monkeypatch:
         access.make_auth_string(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["bytes", "folder", "unreadable"])
+def test_a_string_that_cannot_be_read_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str):
+    monkeypatch.delenv(access.VARIABLE, raising=False)
+    path = tmp_path / access.FILE
+    if kind == "bytes":
+        path.write_bytes(b"unish:\xff\xfe")
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to(path)
+    with pytest.raises(UsageError, match="and a new one is made by") as raised:
+        access.auth_string(tmp_path)
+    assert str(path) in str(raised.value) and raised.value.__suppress_context__
+
+
 def test_a_home_of_an_earlier_version_is_closed_to_others(tmp_path: Path):
     home = tmp_path / "state"
     home.mkdir(mode=0o755)

@@ -221,6 +221,119 @@ def test_plain_sound_has_as_many_samples_as_it_likes(tmp_path):
     refuse_tables(path, VideoLimits(max_frames=100))
 
 
+def box(kind: bytes, content: bytes = b"") -> bytes:
+    return struct.pack(">I4s", 8 + len(content), kind) + content
+
+
+def fragment(head: bytes, fields: bytes = b"", track: int = 1) -> bytes:
+    """A fragment with one `trun` box of these bytes: flags and count, and what it says of each sample."""
+    traf = box(b"tfhd", struct.pack(">III", 0x10, track, 1)) + box(b"trun", head + fields)
+    return box(b"moof", box(b"mfhd", bytes(8)) + box(b"traf", traf)) + box(b"mdat")
+
+
+def code_of(act) -> FailureCode:
+    with pytest.raises(StageError) as caught:
+        act()
+    return caught.value.code
+
+
+@pytest.mark.parametrize("flags", [0xA05, 0xF05, 0x100, 0x804])
+def test_a_fragment_that_counts_more_samples_than_it_lists_is_damaged(tmp_path, flags):
+    film, path = encode(tmp_path / "film.mp4", PICTURES, *H264), tmp_path / "bomb.mp4"
+    ffmpeg("-i", film, "-c", "copy", "-movflags", "frag_keyframe+empty_moov", path)
+    path.write_bytes(path.read_bytes() + fragment(struct.pack(">II", flags, 0x5000000), bytes(64)))
+    assert code_of(lambda: refuse_tables(path)) is FailureCode.CORRUPT
+
+
+def test_every_sample_of_a_fragment_counts(tmp_path):
+    film, path = encode(tmp_path / "film.mp4", PICTURES, *H264), tmp_path / "many.mp4"
+    ffmpeg("-i", film, "-c", "copy", "-movflags", "frag_keyframe+empty_moov", path)
+    refuse_tables(path, VideoLimits(max_frames=100))
+    once = fragment(struct.pack(">II", 0x200, 40), bytes(160))
+    path.write_bytes(path.read_bytes() + 2 * once + fragment(struct.pack(">II", 0x200, 40), bytes(160), track=2))
+    refuse_tables(path, VideoLimits(max_frames=100))  # each track by itself
+    path.write_bytes(path.read_bytes() + once)
+    refused(lambda: refuse_tables(path, VideoLimits(max_frames=100)))
+
+
+HIDDEN_FRAGMENTS = {
+    "longer than what holds it": lambda moof: moof.replace(
+        box(b"trun", bytes(8))[:8], struct.pack(">I4s", 999, b"trun")
+    ),
+    "longer than the file": lambda moof: struct.pack(">I", 9999) + moof[4:],
+    "in a meta box": lambda moof: box(b"meta", bytes(4) + box(b"hdlr", bytes(24)) + moof),
+    **{
+        kind: lambda moof, kind=kind: box(kind.encode(), moof)
+        for kind in ("udta", "dinf", "sinf", "tref", "mvex", "wave")
+    },
+}
+HIDDEN_HEADERS = {
+    "hoov": (b"moov", b"hoov"),
+    "free": (b"moov", b"free"),
+    "udta": (b"stbl", b"udta"),
+    "dinf": (b"minf", b"dinf"),
+}
+
+
+@pytest.mark.parametrize("how", HIDDEN_FRAGMENTS)
+def test_a_fragment_is_counted_wherever_ffmpeg_looks_for_it(tmp_path, how):
+    film, path = encode(tmp_path / "film.mp4", PICTURES, *H264), tmp_path / "bomb.mp4"
+    ffmpeg("-i", film, "-c", "copy", "-movflags", "frag_keyframe+empty_moov", path)
+    path.write_bytes(path.read_bytes() + HIDDEN_FRAGMENTS[how](fragment(struct.pack(">II", 0, 3_000_000))))
+    refused(lambda: refuse_tables(path))
+
+
+@pytest.mark.parametrize("how", [*HIDDEN_HEADERS, "longer than the file"])
+def test_a_table_is_counted_wherever_ffmpeg_looks_for_it(tmp_path, how):
+    path = table_bomb(encode(tmp_path / "film.mp4", PICTURES, *H264), tmp_path / "bomb.mp4", "samples")
+    data = path.read_bytes()
+    if how in HIDDEN_HEADERS:
+        path.write_bytes(data.replace(*HIDDEN_HEADERS[how]))
+    else:
+        place = data.index(b"moov")
+        path.write_bytes(data[: place - 4] + struct.pack(">I", 1 << 30) + data[place:])
+    refused(lambda: refuse_tables(path))
+
+
+def test_a_table_is_counted_in_the_description_of_the_samples_too(tmp_path):
+    path = table_bomb(encode(tmp_path / "film.mp4", PICTURES, *H264), tmp_path / "bomb.mp4", "samples")
+    top = _boxes(path.read_bytes())
+    (moov,) = (each for each in top if each.kind == b"moov")
+    table = moov.find(b"trak", b"mdia", b"minf", b"stbl")
+    stsz, stsd = table.find(b"stsz").content, table.find(b"stsd").content
+    size = 8 + len(stsz) + struct.unpack(">I", stsd[8:12])[0]
+    table.put(b"stsz", None)
+    table.put(b"stsd", stsd[:8] + struct.pack(">I", size) + stsd[12:] + box(b"stsz", stsz))
+    path.write_bytes(b"".join(each.bytes() for each in top))
+    refused(lambda: refuse_tables(path))
+
+
+def test_boxes_in_boxes_without_end_are_damaged(tmp_path):
+    path, data = tmp_path / "deep.mp4", b""
+    for _ in range(3000):
+        data = box(b"moov", data)
+    path.write_bytes(box(b"ftyp", b"isom" + bytes(4)) + data)
+    assert code_of(lambda: index_video(path)) is code_of(lambda: container_format(path)) is FailureCode.CORRUPT
+
+
+@pytest.mark.parametrize("holder", [b"moov", None])
+def test_boxes_without_end_are_refused(tmp_path, monkeypatch, holder):
+    film = encode(tmp_path / "film.mp4", PICTURES, *H264)
+    path, many = tmp_path / "many.mp4", 10_000 * box(b"free")
+    path.write_bytes(film.read_bytes() + (many if holder is None else box(holder, many)))
+    assert container_format(path).startswith("mov")
+    monkeypatch.setattr("curation.ingest.container.MOST_BOXES", 9000)
+    assert "9000 boxes" in refused(lambda: index_video(path))
+    assert "9000 boxes" in refused(lambda: container_format(path))
+
+
+def test_tracks_without_end_are_refused_before_the_file_is_opened(tmp_path):
+    film = encode(tmp_path / "film.mp4", PICTURES, *H264)
+    path = tmp_path / "many.mp4"
+    path.write_bytes(film.read_bytes() + box(b"moov", 65 * box(b"trak")))
+    assert "64 tracks" in refused(lambda: refuse_tables(path))
+
+
 def test_a_compressed_header_is_refused_unread(tmp_path):
     path = encode(tmp_path / "film.mp4", PICTURES, *H264)
     data = path.read_bytes()
