@@ -27,8 +27,8 @@ def remove_forgotten(state: State) -> None:
     """Delete or rewrite every file of this run that holds something of a forgotten video. Safe to repeat.
 
     Out of reach until it wakes: what a stopped process has not finished writing. What cannot be done is raised when all
-    else is done: UsageError of a debug file that cannot be changed, ShardError of a shard that cannot be read, OSError of
-    a full disk. OutageError is raised at once where the catalog or the storage is away.
+    else is done: UsageError of a debug file that cannot be changed, ShardError of a shard that cannot be read, OSError
+    of a full disk. OutageError is raised at once where the catalog or the storage is away.
     """
     faults: list[Exception] = []
     for work in _works(state):
