@@ -358,7 +358,7 @@ SNIPPETS = [
     "a: !!python/object/apply:os.system ['true']", "a: !!python/name:os.system", "a: !!binary é", "a: !!timestamp x",
     "a: !!int ''", "a: !!float x", "a: !!bool x", "a: 2020-13-45", "a: 0x_", "a: 1:99:99", "a: =", "=: 1", "1: 2",
     "~: 1", "? [a]\n: b", "? {a: b}\n: c", "a: *nobody", "a: &x 1\nb: *x", "--- \na: b", "%YAML 9.9", "\t- a", "{",
-    "a: b: c", "a: " + "[" * 3000, "a: " + "{a: " * 3000, "a: " + "9" * 5000,
+    "a: b: c", "a: " + "[" * 500, "a: " + "{a: " * 500, "a: " + "9" * 5000,
     "length: {min_samples: 0x" + "f" * 5000 + "}", "}",
     "a: |\n  b", "a: !x y", "!!set {a, b}", "\x00", "\x07", "\ufeff", "\u2028", '"\\e[31m": 1', "__class__: a",
     "hash: a",
