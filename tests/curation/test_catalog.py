@@ -111,6 +111,10 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return url
 
 
+# Several processes at once: that takes a server long, so it waits for the slow tests there.
+TOGETHER = pytest.mark.parametrize("url", ["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)], indirect=True)
+
+
 @pytest.fixture
 def catalog(url: str) -> Catalog:
     return Catalog(url)
@@ -473,6 +477,7 @@ def open_catalog(url: str, barrier: multiprocessing.synchronize.Barrier) -> None
     Catalog(url).register([ref(os.getpid())])
 
 
+@TOGETHER
 def test_several_processes_open_a_new_catalog_at_once(url: str) -> None:
     barrier = SERVED.Barrier(4)
     run_together([SERVED.Process(target=open_catalog, args=(url, barrier)) for _ in range(4)])
@@ -563,6 +568,7 @@ def write_records(url: str, stage: str, barrier: multiprocessing.synchronize.Bar
         catalog.record_verdicts(map(verdict, refs), {clip.clip_id: SHA for clip in refs})
 
 
+@TOGETHER
 def test_two_processes_writing_at_once_lose_nothing(url: str) -> None:
     catalog = Catalog(url)
     refs = [ref(n) for n in range(RECORDS)]
@@ -582,6 +588,7 @@ def write_for_ever(url: str) -> None:
         catalog.record_attempts([Attempt(clip.clip_id, "observe", FailureCode.TIMEOUT) for clip in refs])
 
 
+@TOGETHER
 def test_a_killed_writer_leaves_whole_transactions(url: str) -> None:
     catalog = Catalog(url)
     refs = [ref(n) for n in range(100)]
@@ -667,6 +674,7 @@ def claim_all(url: str, owner: str, barrier: multiprocessing.synchronize.Barrier
     (folder / owner).write_text("\n".join(won))
 
 
+@TOGETHER
 def test_a_name_is_never_held_twice(url: str, tmp_path: Path) -> None:
     Catalog(url)
     barrier = SERVED.Barrier(3)
@@ -789,6 +797,7 @@ def take_turns(url: str, barrier: multiprocessing.synchronize.Barrier, file: Pat
     file.write_text("\n".join(repr(turn.until) for turn in taken))
 
 
+@TOGETHER
 def test_processes_take_turns_together(url: str, tmp_path: Path) -> None:
     Catalog(url)
     barrier = SERVED.Barrier(4)
@@ -863,6 +872,7 @@ def add_clips(url: str, number: int, barrier: multiprocessing.synchronize.Barrie
             catalog.record_attempt(Attempt(ref(video).clip_id, "observe", code))
 
 
+@TOGETHER
 def test_counts_hold_while_clips_videos_and_failures_come_at_once(url: str) -> None:
     catalog = Catalog(url)
     catalog.register([ref(video) for video in range(30)])

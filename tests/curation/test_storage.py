@@ -64,6 +64,7 @@ def test_a_file_of_another_size_is_not_given_out(tmp_path: Path, url: str):
     assert there.get("video", 6).read_bytes() == b"123456", "a stale copy is replaced"
 
 
+@pytest.mark.slow
 def test_large_files_go_in_parts_and_are_read_back(tmp_path: Path, s3: str):
     store = Store(tmp_path / "a", f"{s3}/large")
     write(store, "video", bytes(range(256)) * (120 * 2**12))
@@ -197,6 +198,7 @@ def fickle(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Server]]:
         yield both
 
 
+@pytest.mark.slow
 def test_a_storage_that_goes_away_in_the_middle_is_waited_for(
     tmp_path: Path, fickle: tuple[str, Server], caplog: pytest.LogCaptureFixture
 ):

@@ -29,7 +29,7 @@ def test_a_worker_that_dies_costs_its_own_clip_only():
 def test_a_worker_that_is_stopped_is_killed_and_replaced(tmp_path: Path):
     tasks = [(number, str(tmp_path)) for number in range(8)]
     began = time.monotonic()
-    results = {task[0]: result for task, result in spread(_stop_on_three, tasks, 2, lambda task: 6.0)}
+    results = {task[0]: result for task, result in spread(_stop_on_three, tasks, 2, lambda task: 2.5)}
     stopped = results.pop(3)
     assert results == {n: n * n for n in (0, 1, 2, 4, 5, 6, 7)}, "others go on"
     assert isinstance(stopped, StageError) and stopped.code is FailureCode.TOO_SLOW

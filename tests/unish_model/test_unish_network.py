@@ -259,6 +259,7 @@ def test_wrong_shapes_are_refused_with_the_right_ones(tiny: UniSH, clip: Clip) -
         tiny(clip.images, clip.patches, clip.bbox[:, :-1])
 
 
+@pytest.mark.slow
 def test_blocks_and_scene_compile_without_graph_breaks(tiny: UniSH, clip: Clip) -> None:
     torch._dynamo.reset()
     scene = torch.compile(tiny.pi3, fullgraph=True, backend="eager")

@@ -144,6 +144,7 @@ def scene() -> Scene:
     return scene
 
 
+@pytest.mark.slow
 def test_the_scene_branch_exports_at_a_fixed_size(scene: Scene) -> None:
     from unish_model.network.onnx import OUTPUTS, FixedScene
 

@@ -85,7 +85,7 @@ def test_a_body_that_never_ends_is_given_up_by_its_average(place, length: dict):
     (place.server.folder / "slow.mp4").write_bytes(bytes(300_000))  # at most 4 kB/s: over a minute
     place.server.script("/slow.mp4", Fault(headers=length, drip_s=0.05, drip=200))
     began = time.monotonic()
-    error = place.failure("/slow.mp4", timeout_s=0.3, retries=3)
+    error = place.failure("/slow.mp4", timeout_s=0.2, retries=3)
     assert (error.code, place.waits) == (FailureCode.TIMEOUT, []), "it is not begun again within the same call"
     assert time.monotonic() - began < 20
     assert place.left() == ([] if length else [f"part/{PART}", f"part/{VALIDATOR}"]), "what came is kept"
@@ -96,7 +96,7 @@ def test_many_tiny_segments_are_given_up_by_their_average(place, found):  # noqa
     lines = [line for _ in range(1000) for line in ("#EXTINF:0.5,", "tiny.ts")]
     found.answer = video(playlist(place, *lines))
     began = time.monotonic()
-    assert place.failure(VIDEO, timeout_s=0.3, retries=3).code is FailureCode.TIMEOUT
+    assert place.failure(VIDEO, timeout_s=0.2, retries=3).code is FailureCode.TIMEOUT
     assert time.monotonic() - began < 20
 
 

@@ -19,6 +19,7 @@ def columns(table):
     return {label.name: np.array(table[label.name].to_pylist()) for label in LABELS}
 
 
+@pytest.mark.slow
 def test_shards_are_whole_and_deterministic(folder, tmp_path):
     (shard,) = verify(folder)
     assert [clip.frames for clip in shard.clips] == [4, 4]

@@ -45,6 +45,7 @@ def test_its_policy_is_a_policy():
     assert policy.single.person_confidence == policy.overlap.confidence == 0.25
 
 
+@pytest.mark.slow
 def test_it_finds_the_dancer(model):
     found = []
     for seed, case in ((21, "good"), (23, "truncated_left"), (24, "two_people")):

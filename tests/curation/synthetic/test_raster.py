@@ -6,6 +6,7 @@ import sys
 import time
 
 import numpy as np
+import pytest
 
 from curation.synthetic.raster import (
     TEXTURE_SIZE,
@@ -129,6 +130,7 @@ print(hashlib.sha256(frame.rendered.depth_m.tobytes() + frame.rendered.instances
 """
 
 
+@pytest.mark.slow
 def test_same_seed_same_pixels_in_a_fresh_process():
     from curation.synthetic.clips import ClipPlan, shoot
 
