@@ -19,5 +19,5 @@ def settings(tmp_path: Path, clips: Path, seer: Path, tolerant: Path) -> Setting
         observe=ObserveSettings(detector=str(seer), detector_long_side=192, frame_long_side=126),
         teacher=TeacherSettings(kind="none"),
         batch_clips=4,
-        workers=2,
+        workers=1,
     )

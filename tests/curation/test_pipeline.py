@@ -59,7 +59,7 @@ def shard_bytes(funnel: Funnel) -> dict[str, str]:
 
 def test_a_run_gives_verdicts_typed_failures_and_shards(settings: Settings):
     seen: list[tuple[str, int, int]] = []
-    funnel = pipeline.run(settings, REFS, lambda *state: seen.append(state))
+    funnel = pipeline.run(settings.model_copy(update={"workers": 2}), REFS, lambda *state: seen.append(state))
     assert (funnel.clips, funnel.observed, funnel.accepted, funnel.sharded) == (7, 4, 3, 3)
     assert funnel.rejected_by == {"shot": 1}
     assert funnel.failed == {"corrupt": 1, "span_out_of_range": 1, "removed": 1}
