@@ -81,12 +81,6 @@ class Funnel:
         total = max(self.clips, 1)
         return [{"stage": stage, "clips": clips, "share": f"{clips / total:.1%}"} for stage, clips in rows]
 
-    def markdown(self) -> str:
-        """The table as Markdown."""
-        lines = ["| stage | clips | share |", "|---|---:|---:|"]
-        lines += [f"| {row['stage']} | {row['clips']} | {row['share']} |" for row in self.table()]
-        return "\n".join(lines)
-
 
 def read_batches(refs: Sequence[ClipRef], settings: Settings) -> list[Batch]:
     """Cut a manifest into batches: its order, but the clips of one video kept together."""

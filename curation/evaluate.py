@@ -18,7 +18,7 @@ from curation.ingest.failures import StageError, UsageError
 from curation.last_resort import check_debug_file, failure_of, keep_text
 from curation.manifest import ClipRef
 from curation.observe.people import find_weights
-from curation.policy import CRITERIA, Policy, judge, load_policy
+from curation.policy import CRITERIA, Policy, judge
 from curation.settings import ObserveSettings
 from curation.workers import spread
 
@@ -211,11 +211,3 @@ def summary(results: Sequence[CaseResult]) -> str:
         found = f"{result.verdict} {result.first_reason or ''}".strip()
         lines.append(f"  {result.case.file}: expected {expected}, found {found}. {why}")
     return "\n".join(lines)
-
-
-def evaluate_files(
-    cases: Path, policy: Path, detector: str | None, progress: Callable[[int, int], None] | None = None
-) -> list[CaseResult]:
-    """`evaluate` from paths, as the command line gives them."""
-    settings = ObserveSettings(detector=detector)
-    return evaluate(read_cases(cases), cases.parent, load_policy(policy), settings, progress=progress)

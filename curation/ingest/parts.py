@@ -13,7 +13,6 @@ import errno
 import fcntl
 import json
 import os
-import re
 import shutil
 import tempfile
 import time
@@ -37,7 +36,6 @@ _PATIENCE = 1000
 _SWEEP_EVERY_S = 3600.0
 _SETTLED_S = 60.0  # RFC 9110, 8.8.2.2: a younger Last-Modified does not tell two versions apart
 _KEPT = frozenset({FailureCode.NETWORK, FailureCode.TIMEOUT, FailureCode.HTTP_5XX, FailureCode.RATE_LIMITED})
-_OLD_SCRATCH = re.compile(r"\.[0-9a-f]{16}\.\w+").fullmatch
 
 _swept: dict[Path, float] = {}
 
@@ -166,9 +164,6 @@ def sweep(folder: Path) -> None:
             if handle is not None:
                 os.close(handle)
         _remove_if_empty(home)
-    for path in _listed(folder):
-        if _OLD_SCRATCH(path.name) and _untouched(path):
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def sweep_now_and_then(folder: Path) -> None:

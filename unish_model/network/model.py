@@ -21,7 +21,6 @@ from unish_model.network.body import Body
 from unish_model.network.config import Compat, UniSHConfig
 from unish_model.network.geometry import (
     FocalShift,
-    axis_angle,
     body_to_world,
     half_diagonal,
     intrinsics_matrix,
@@ -99,16 +98,6 @@ class Prediction:
     def w2c(self) -> Tensor:
         """(B, S, 4, 4) the first frame's camera to each camera."""
         return inverse_se3(self.c2w)
-
-    @property
-    def pose_cam_axis_angle(self) -> Tensor:
-        """(B, S, 72)."""
-        return axis_angle(self.pose_cam).flatten(-2)
-
-    @property
-    def pose_world_axis_angle(self) -> Tensor:
-        """(B, S, 72)."""
-        return axis_angle(self.pose_world).flatten(-2)
 
 
 class UniSH(nn.Module):

@@ -369,22 +369,18 @@ def test_a_file_system_without_locks_shares_nothing_and_is_swept_after_a_day(tmp
 
 
 def test_a_sweep_removes_what_is_of_no_use_and_nothing_else(tmp_path):
-    old = time.time() - parts.MAX_AGE_S - 60
-    scratch = tmp_path / ".0123456789abcdef.k2j1_x"
-    fresh = tmp_path / ".fedcba9876543210.abcdefgh"
     video = tmp_path / "0123456789abcdef"
-    for folder in (scratch, fresh, video):
-        folder.mkdir()
-        (folder / "video.mp4").write_bytes(b"x")
-        if folder is not fresh:
-            for path in (folder / "video.mp4", folder):
-                os.utime(path, (old, old))
+    video.mkdir()
+    (video / "video.mp4").write_bytes(b"x")
+    old = time.time() - parts.MAX_AGE_S - 60
+    for path in (video / "video.mp4", video):
+        os.utime(path, (old, old))
     abandoned = tmp_path / PARTS / "a" / "tmp1"
     abandoned.mkdir(parents=True)
     (abandoned / PART).write_bytes(b"x")
     kept = failing(tmp_path, "b")
     sweep(tmp_path)
-    assert sorted(tmp_path.iterdir()) == sorted([fresh, video, tmp_path / PARTS])
+    assert sorted(tmp_path.iterdir()) == sorted([video, tmp_path / PARTS])
     assert list((tmp_path / PARTS).iterdir()) == [kept.parent]
     assert (kept / PART).exists()
 
