@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 EXTRAS := curate,flows,dask,postgres,s3,synthetic,model,dev
 
-.PHONY: help setup test test-slow check demo curate start stop constraints clean
+.PHONY: help setup docs test test-slow check demo curate start stop constraints clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -27,6 +27,9 @@ check: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+docs: $(STAMP)  ## write the pages of docs/ that are made from the code
+	$(BIN)/python docs/generate.py
 
 demo: $(STAMP)  ## the whole job on an embedded world: no network, GPU or weights needed
 	$(BIN)/python -m flows.demo demo

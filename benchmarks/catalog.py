@@ -40,11 +40,10 @@ import sqlalchemy as sa
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from curation.catalog import Attempt, Catalog
+from curation.failures import FailureCode, OutageError, UsageError
 from curation.files import sha256_json
-from curation.ingest.failures import FailureCode, OutageError, UsageError
-from curation.manifest import ClipRef
 from curation.outages import patience
-from curation.records import CriterionResult, Verdict
+from curation.records import ClipRef, CriterionResult, Verdict
 from curation.tables import metadata
 
 POLICY, OTHER_POLICY, NEW_POLICY = "a" * 16, "b" * 16, "c" * 16

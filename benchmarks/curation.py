@@ -45,8 +45,8 @@ Part = tuple[str, Callable[[], Any]]
 
 def ours(clip: Path, weights: str, folder: Path) -> list[Part]:
     """Shots, people, tracks and training frames in one pass, and the depth of those frames as shards hold it."""
-    from curation.manifest import ClipRef
     from curation.observe.observe import detector_for, observe
+    from curation.records import ClipRef
     from curation.settings import ObserveSettings
     from curation.shards import codec
 

@@ -136,7 +136,8 @@ def measured(variant: str, folder: Path, environment: dict[str, str]) -> dict[st
 def make_clips(folder: Path, clips: int) -> None:
     """Links to one generated video of two seconds, under as many names."""
     from curation.ffmpeg import ffmpeg_exe
-    from curation.manifest import ClipRef, write_manifest
+    from curation.manifest import write_manifest
+    from curation.records import ClipRef
 
     (folder / "videos").mkdir()
     first = folder / "first.mp4"

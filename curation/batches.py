@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from curation.files import sha256_json
-from curation.manifest import ClipRef
+from curation.records import ClipRef
 from curation.settings import Settings
 
 Progress = Callable[[int, int], None]

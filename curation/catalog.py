@@ -27,12 +27,11 @@ from typing import Any, Literal
 import sqlalchemy as sa
 
 from curation.database import Database, chunks
+from curation.failures import TRIES, FailureCode, Trait, UsageError
 from curation.files import sha256_json
 from curation.funnel import FunnelCounts, Tally
-from curation.ingest.failures import REPEATED, TRIES, FailureCode, UsageError
 from curation.leases import Leases
-from curation.manifest import ClipRef
-from curation.records import CriterionResult, Verdict, VideoFile
+from curation.records import ClipRef, CriterionResult, Verdict, VideoFile
 from curation.tables import (
     PRESENT,
     UNRESOLVED,
@@ -238,7 +237,7 @@ class Catalog(Leases, Turns):
     def record_attempts(self, tries: Iterable[Attempt]) -> frozenset[str]:
         """Add tries to the history, in order. Recording the same try twice makes two.
 
-        A failure of REPEATED is transient until it is the clip's TRIES-th in that stage since that stage last
+        A failure that is tried THRICE is transient until it is the clip's TRIES-th in that stage since that stage last
         succeeded, or failed for good and was tried again all the same.
         """
         written: set[tuple[Any, ...]] = set()  # by an earlier call of `write`, of whose commit nothing is known
@@ -641,7 +640,8 @@ def _attempt(row: sa.Row[Any]) -> Attempt:
 
 def _count_repeated(connection: sa.Connection, rows: list[dict[str, Any]]) -> None:
     """What may be chance is transient so many times in a row; then it is not, and the count begins anew."""
-    repeated = {row["clip_id"] for row in rows if row["code"] in REPEATED}
+    repeatable = FailureCode.having(Trait.THRICE)
+    repeated = {row["clip_id"] for row in rows if row["code"] in repeatable}
     if not repeated:
         return
     asked = sa.select(attempts.c.clip_id, attempts.c.stage, attempts.c.code, attempts.c.transient)
@@ -650,7 +650,7 @@ def _count_repeated(connection: sa.Connection, rows: list[dict[str, Any]]) -> No
 
     def count(clip_id: str, stage: str, code: str | None, transient: bool) -> int:
         if code is None or not transient:
-            for each in REPEATED:
+            for each in repeatable:
                 del counts[clip_id, stage, each.value]
             return 0
         counts[clip_id, stage, code] += 1
@@ -660,7 +660,7 @@ def _count_repeated(connection: sa.Connection, rows: list[dict[str, Any]]) -> No
         count(*found)
     for row in rows:
         tries = count(row["clip_id"], row["stage"], row["code"], row["transient"])
-        if row["code"] in REPEATED and tries >= TRIES:
+        if row["code"] in repeatable and tries >= TRIES:
             row["transient"] = False
             count(row["clip_id"], row["stage"], row["code"], False)
 

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from filelock import UnixFileLock
 
+from curation.failures import LostError, OutageError, UsageError
 from curation.files import fsync
-from curation.ingest.failures import LostError, OutageError, UsageError
 from curation.locks import try_lock
 from curation.outages import patience
 

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from curation.ingest.failures import FailureCode, OutageError, UsageError
+from curation.failures import FailureCode, OutageError, UsageError
 from curation.settings import DownloadSettings, ObserveSettings, Settings, TeacherSettings
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import ArgumentError, DatabaseError, DBAPIError, NoSuchModuleError, OperationalError
 from sqlalchemy.pool import NullPool
 
-from curation.ingest.failures import OutageError, UsageError
+from curation.failures import OutageError, UsageError
 from curation.outages import wait_for
 from curation.tables import metadata
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-from curation.ingest.failures import FailureCode, StageError
+from curation.failures import ClipFailure, FailureCode
 
 TOO_SLOW = "the work on it was ended after {:.0f} s"
 
@@ -25,7 +25,7 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def check_time() -> None:
-    """Raise StageError(TOO_SLOW) where the limit that this thread works under is over; without a limit do nothing."""
+    """Raise ClipFailure(TOO_SLOW) where the limit that this thread works under is over; without a limit do nothing."""
     limit = _limit.get()
     if limit is not None and time.monotonic() > limit[0]:
-        raise StageError(FailureCode.TOO_SLOW, TOO_SLOW.format(limit[1]))
+        raise ClipFailure(FailureCode.TOO_SLOW, TOO_SLOW.format(limit[1]))

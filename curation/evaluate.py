@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from curation.failures import ClipFailure, UsageError
 from curation.files import atomic_path
-from curation.ingest.failures import StageError, UsageError
 from curation.last_resort import check_debug_file, failure_of, keep_text
-from curation.manifest import ClipRef
 from curation.observe.people import find_weights
 from curation.policy import CRITERIA, Policy, judge
+from curation.pool import spread
+from curation.records import ClipRef
 from curation.settings import ObserveSettings
-from curation.workers import spread
 
 LIMIT_S = 3600.0  # for one clip
 _COLUMNS = ("file", "expected", "first_reason")
@@ -145,7 +145,7 @@ def _evaluate_one(task: tuple[Case, Path, str, ObserveSettings, Policy]) -> Case
         return _error(case, "missing", f"{case.file} is not in the folder of the cases")
     try:
         observations, _ = observe(ClipRef("local", case.file), path, settings, detector_for(settings, weights))
-    except StageError as error:
+    except ClipFailure as error:
         return _error(case, error.code.value, error.message)
     verdict = judge(observations, policy)
     return CaseResult(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import shutil
 
-from curation.ingest.failures import UsageError
+from curation.failures import UsageError
 
 
 @functools.cache

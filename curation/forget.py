@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from curation.derived import Derived, registered
-from curation.ingest.failures import UsageError
+from curation.failures import UsageError
 from curation.last_resort import remove_entries
 from curation.shards.index import VERSIONS, Place, heal, newest_index, version_name
 from curation.shards.remote import RemotePlace

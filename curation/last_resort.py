@@ -19,10 +19,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from curation.failures import DISK_ERRORS, ClipFailure, FailureCode, UsageError
 from curation.files import cut_short, fsync
-from curation.ingest.container import DISK_ERRORS, DISK_FULL
-from curation.ingest.failures import FailureCode, StageError, UsageError
-from curation.manifest import ClipRef
+from curation.records import ClipRef
 
 _FULL = re.compile(  # pyarrow, torch and SQLite have the system's error in their text alone
     rf"\[errno (?:{'|'.join(str(number) for number in sorted(DISK_ERRORS))})\]"
@@ -34,25 +33,25 @@ _ENTRY = re.compile(rb'\{"clips": \[')  # no line of a traceback begins so: they
 _UNFINISHED = ".unfinished"  # how the name of a file ends that is to take the debug file's place
 
 
-def failure_of(error: BaseException) -> StageError:
-    """The typed failure that any exception of a stage is; a StageError is itself.
+def failure_of(error: BaseException) -> ClipFailure:
+    """The typed failure that any exception of a stage is; a ClipFailure is itself.
 
     DISK_FULL or OUT_OF_MEMORY where that is at the root of it; else INTERNAL, with the name of the class where that is
     Python's or this program's own, and never with the exception's text.
     """
-    if isinstance(error, StageError):
+    if isinstance(error, ClipFailure):
         return error
     chain = list(_chain(error))
     if any(isinstance(link, OSError) and link.errno in DISK_ERRORS for link in chain):
-        return StageError(FailureCode.DISK_FULL, DISK_FULL)
+        return ClipFailure(FailureCode.DISK_FULL)
     if any(isinstance(link, MemoryError) or _NO_MEMORY.search(str(link)) for link in chain):
-        return StageError(FailureCode.OUT_OF_MEMORY, "the memory did not suffice")
-    if any(not isinstance(link, StageError | UsageError) and _FULL.search(str(link)) for link in chain):
-        return StageError(FailureCode.DISK_FULL, DISK_FULL)
+        return ClipFailure(FailureCode.OUT_OF_MEMORY, "the memory did not suffice")
+    if any(not isinstance(link, ClipFailure | UsageError) and _FULL.search(str(link)) for link in chain):
+        return ClipFailure(FailureCode.DISK_FULL)
     kind = type(error)
     known = kind.__module__ == "builtins" or kind.__module__.partition(".")[0] == "curation"
     named = f" ({kind.__name__})" if known else ""
-    return StageError(FailureCode.INTERNAL, f"an unexpected error{named}; --debug-file PATH keeps what it said")
+    return ClipFailure(FailureCode.INTERNAL, f"an unexpected error{named}; --debug-file PATH keeps what it said")
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -28,7 +28,7 @@ from pathlib import Path
 
 from filelock import Timeout, UnixFileLock
 
-from curation.ingest.failures import LostError, OutageError, UsageError
+from curation.failures import LostError, OutageError, UsageError
 
 _POLL_S = 0.05
 _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK}

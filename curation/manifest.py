@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import codecs
 import csv
-import hashlib
 import json
 import math
 import mmap
@@ -18,12 +17,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-from curation.addresses import address_allowed, host_listed
+from curation.failures import UsageError
 from curation.files import atomic_path
-from curation.ingest.failures import UsageError
 from curation.pages import footer_size, pages
+from curation.platforms import _INTEGER_IDS, _MATCH, PLATFORMS, link_listed, validate_video_id
+from curation.records import ClipRef
 
 COLUMNS = ("platform", "video_id", "start_s", "end_s", "split")
 MAX_ROWS = 10_000_000  # of one manifest, duplicates included
@@ -38,73 +37,8 @@ _FOOTER, _PAGE = 8 << 20, 16 << 20  # bytes of a Parquet file's footer, and of a
 _PREFIXED = 7  # the encoding in which a text may say that it begins as the one before: bytes that become gigabytes
 _BATCH = 8192
 
-# A segment of a local path: no leading dot, dash or space, no trailing dot or space, so neither "..", nor an option.
-_SEGMENT = r"[A-Za-z0-9_][A-Za-z0-9_.,+=@ -]{0,254}(?<![. ])"
-# Per platform: what an id looks like, and what to write instead of a wrong one.
-_IDS = {
-    "youtube": (r"[A-Za-z0-9_-]{11}", "write the 11 characters (A-Z a-z 0-9 - _) that follow watch?v="),
-    "bilibili": (r"BV1[0-9A-Za-z]{9}", "write BV1 and the 9 letters or digits after it"),
-    "tiktok": (r"[1-9][0-9]{0,24}", "write the digits after /video/, as text (a spreadsheet may have rounded them)"),
-    "vimeo": (r"[1-9][0-9]{0,24}", "write the digits that follow vimeo.com/"),
-    "http": (
-        r"(?=.{1,2000}\Z)https?://(?P<host>[a-z0-9.-]{1,253})(?P<port>:[1-9][0-9]{0,4})?"
-        r"(?:/(?!\.{1,2}(?:/|\Z))(?:[A-Za-z0-9_.~,+=@-]|%[2-9A-F][0-9A-F])+)+",
-        "write http(s)://host/path of a file: lower-case host, no user, query or fragment, other characters as %XX",
-    ),
-    "local": (
-        rf"(?=.{{1,1024}}\Z){_SEGMENT}(?:/{_SEGMENT})*",
-        "write a path below the root such as folder/clip.mp4, of A-Z a-z 0-9 _ . , + = @ - and spaces",
-    ),
-}
-PLATFORMS = tuple(_IDS)
-_MATCH = {platform: re.compile(pattern).fullmatch for platform, (pattern, _) in _IDS.items()}
-_INTEGER_IDS = ("tiktok", "vimeo")
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?").fullmatch
 _SPLIT = re.compile(r"[A-Za-z0-9_-]{1,32}").fullmatch
-_HOST_LABEL = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?").fullmatch
-_PRIVATE_SUFFIXES = (".local", ".internal", ".localdomain", ".home.arpa")
-_UNRESERVED_OR_SEPARATOR = re.compile(r"%(?:2[DEF]|3[0-9]|[46][1-9A-F]|[57][0-9A]|5[CF]|7[EF])")
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class ClipRef:
-    """One clip of one video.
-
-    Times are integer microseconds, half-open [start, end), relative to the first video frame's presentation time;
-    None means the video's own start or end.
-    """
-
-    platform: str
-    video_id: str
-    start_us: int | None = None
-    end_us: int | None = None
-    split: str | None = None
-
-    @property
-    def clip_id(self) -> str:
-        """First 16 hex digits of SHA-256 over platform, video id, start and end in microseconds ("" for None)."""
-        start = "" if self.start_us is None else str(self.start_us)
-        end = "" if self.end_us is None else str(self.end_us)
-        return _short_hash(self.platform, self.video_id, start, end)
-
-    @property
-    def video_key(self) -> str:
-        """16 hex digits that name the video whatever the span; the name of its folder on disk."""
-        return _short_hash(self.platform, self.video_id)
-
-    @property
-    def start_s(self) -> float:
-        """Start in seconds, 0 for the video's own start."""
-        return (self.start_us or 0) / 1e6
-
-    @property
-    def end_s(self) -> float | None:
-        """End in seconds, or None for the video's own end."""
-        return None if self.end_us is None else self.end_us / 1e6
-
-
-def _short_hash(*parts: str) -> str:
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -127,44 +61,6 @@ class ManifestError(UsageError):
         shown = "".join(f"\n  {problem}." for problem in self.problems[:20])
         more = f"\n  ... and {len(self.problems) - 20} more." if len(self.problems) > 20 else ""
         super().__init__(f"{name} cannot be used; correct these rows:{shown}{more}")
-
-
-def validate_video_id(platform: str, video_id: str, *, allow_loopback: bool = False) -> None:
-    """Accept an id that is safe to make a URL or a path from; ValueError with a sentence that says what to write.
-
-    youtube, bilibili, tiktok, vimeo: the platform's own id. local: a POSIX path relative to a root given at run time.
-    http: a link to a file in its one canonical spelling; private, link-local and metadata addresses are refused, and
-    loopback unless `allow_loopback`. Which hosts may be used is decided at run time, not here.
-    """
-    if platform not in _MATCH:
-        raise ValueError(f"write one of {', '.join(PLATFORMS)} as the platform")
-    match = _MATCH[platform](video_id)
-    if match is None:
-        raise ValueError(_IDS[platform][1])
-    if platform == "http":
-        _validate_link(video_id, match, allow_loopback)
-
-
-def _validate_link(link: str, match: re.Match[str], allow_loopback: bool) -> None:
-    host, port = match["host"], match["port"]
-    if port and (int(port[1:]) > 65535 or port == {"http": ":80", "https": ":443"}[link.partition(":")[0]]):
-        raise ValueError("leave out the default port, or write one up to 65535")
-    if _UNRESERVED_OR_SEPARATOR.search(link):
-        raise ValueError("write letters, digits, dots, dashes and slashes as they are, not as %XX")
-    labels = host.split(".")
-    if not all(map(_HOST_LABEL, labels)):
-        raise ValueError(_IDS["http"][1])
-    if labels[-1].isdigit() or labels[-1].startswith("0x"):  # other programs read such hosts as numbers
-        try:
-            allowed = address_allowed(host, allow_loopback=allow_loopback)
-        except ValueError:
-            allowed = False
-    elif labels[-1] == "localhost":
-        allowed = allow_loopback
-    else:
-        allowed = len(labels) > 1 and not host.endswith(_PRIVATE_SUFFIXES)
-    if not allowed:
-        raise ValueError("give a public host: private, loopback and link-local addresses are refused")
 
 
 def read_manifest(path: Path, *, http_hosts: Iterable[str] | None = (), allow_loopback: bool = False) -> list[ClipRef]:
@@ -605,9 +501,3 @@ def _find_rounded(refs: list[tuple[int, ClipRef]], problems: list[Problem]) -> N
             said = f"all {len(rows)} long ids of tiktok {what}; export this column as text from where the ids came from"
             problems.append(Problem(min(rows.values()), "video_id", said))
             return
-
-
-def link_listed(link: str, hosts: tuple[str, ...]) -> bool:
-    """True if `hosts` names the host of a valid http link, with its port or without."""
-    parts = urlsplit(link)
-    return host_listed(parts.hostname or "", parts.port or {"http": 80, "https": 443}[parts.scheme], hosts)

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
-from curation.ingest.failures import OutageError
+from curation.failures import OutageError
 
 OUTAGE_S = 300.0  # how long a database or a storage that is away is waited for
 _FIRST_S, _LONGEST_S = 0.2, 10.0  # pauses are drawn from 0 to these: from the first to the longest ones

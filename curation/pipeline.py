@@ -24,18 +24,17 @@ from curation.batches import Batch, Funnel, Progress, StageReport, read_batches
 from curation.catalog import Attempt, Catalog, ObservationFile, Output
 from curation.claims import Claims, Queue
 from curation.deadlines import time_limit
+from curation.failures import ENDS_THE_RUN, ClipFailure, FailureCode, LostError, UsageError
 from curation.files import sha256_file
-from curation.ingest.failures import ENDS_THE_RUN, FailureCode, LostError, StageError, UsageError
 from curation.last_resort import check_debug_file, failure_of, keep_text
-from curation.manifest import ClipRef
 from curation.observe.people import find_weights
 from curation.policy import Policy, find_policy, load_policy, part_taken, subject_boxes
 from curation.policy import judge as judge_observations
-from curation.records import WHOLE, ClipSample, Verdict
+from curation.pool import spread
+from curation.records import WHOLE, ClipRef, ClipSample, Verdict
 from curation.settings import Settings
 from curation.state import FOLDERS, State, forget_cached, frames_name, observation_name, state_of
 from curation.storage import Store
-from curation.workers import spread
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -180,7 +179,7 @@ def _fetch_video(state: State, gate: Gate, ref: ClipRef) -> None:
     try:
         _make_room(state)
         video = fetch(ref, state.settings.out / "videos", state.settings.download)
-    except StageError as error:
+    except ClipFailure as error:
         gate.failed(ref, error)
         raise
     gate.succeeded(ref)
@@ -188,11 +187,11 @@ def _fetch_video(state: State, gate: Gate, ref: ClipRef) -> None:
     state.store.put(name)
     if not state.catalog.record_video(ref.video_key, video, name):
         state.store.drop([name])  # forgotten while it was fetched
-        raise StageError(FailureCode.FORGOTTEN, "removal was requested")
+        raise ClipFailure(FailureCode.FORGOTTEN, "removal was requested")
 
 
 def _make_room(state: State) -> None:
-    """Delete finished videos, oldest first, until the next one fits into the budget; StageError if none is finished."""
+    """Delete finished videos, oldest first, until the next one fits into the budget. Raises ClipFailure."""
     budget = state.settings.download.budget_mb
     if budget is None:
         return
@@ -200,7 +199,7 @@ def _make_room(state: State) -> None:
     while over > 0:
         videos = state.catalog.finished_videos(state.policy.hash, state.dataset_hash, limit=16)
         if not videos:
-            raise StageError(
+            raise ClipFailure(
                 FailureCode.DISK_FULL, "The videos of unfinished clips fill budget_mb; raise it, or lower batch_clips."
             )
         for video in videos:
@@ -653,7 +652,7 @@ def _observe_clip(task: _ObserveTask) -> _Observed:
     """In a worker: `_observe_here`, any error of which is typed while all that led to it is still known."""
     try:
         return _observe_here(task)
-    except (StageError, *ENDS_THE_RUN):
+    except (ClipFailure, *ENDS_THE_RUN):
         raise
     except Exception as error:
         raise failure_of(error) from error
@@ -669,7 +668,7 @@ def _observe_here(task: _ObserveTask) -> _Observed:
     assert settings.detector is not None  # resolved by preflight
     video = store.get(task.video, task.video_bytes)
     if video is None:
-        raise StageError(FailureCode.NETWORK, _NOT_HERE)
+        raise ClipFailure(FailureCode.NETWORK, _NOT_HERE)
     detector = detector_for(settings, settings.detector)
     observations = prescreen(task.ref, video, settings, detector, task.policy.prescreen_share)
     if observations is None or judge_observations(observations, task.policy).decision != "reject":
@@ -695,7 +694,7 @@ def _sample(state: State, ref: ClipRef, teacher: Any) -> ClipSample:
     file = state.catalog.observations([ref])[ref.clip_id]
     observations = state.readable([file]).get(ref.clip_id)
     if observations is None:
-        raise StageError(FailureCode.NETWORK, "the measurements are not here; they will be made by the next run")
+        raise ClipFailure(FailureCode.NETWORK, "the measurements are not here; they will be made by the next run")
     part = part_taken(observations, state.policy)
     kept = state.store.get(frames_name(ref)) if part == WHOLE else None  # these are of the whole picture
     frames = None if kept is None else read_frames(kept)
@@ -706,7 +705,7 @@ def _sample(state: State, ref: ClipRef, teacher: Any) -> ClipSample:
     ):
         video = state.videos([ref]).get(ref.video_key)
         if video is None or (path := state.store.get(state.name_of(video.path), video.size_bytes)) is None:
-            raise StageError(FailureCode.NETWORK, _NOT_HERE)
+            raise ClipFailure(FailureCode.NETWORK, _NOT_HERE)
         frames = sample_frames(ref, path, settings, part)
     boxes, confidence = subject_boxes(observations, state.policy)
     boxes *= np.array([frames.width, frames.height] * 2, np.float32)

@@ -17,8 +17,8 @@ import yaml
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from curation.failures import UsageError
 from curation.files import sha256_json
-from curation.ingest.failures import UsageError
 from curation.observe.observations import Observations
 from curation.observe.sampling import TIE_S
 from curation.records import WHOLE, CriterionResult, Outcome, Part, Verdict

@@ -12,24 +12,19 @@ from curation.batches import Batch
 from curation.catalog import Catalog, ObservationFile, Output
 from curation.claims import Claims
 from curation.derived import Derived, Naming, register
+from curation.failures import FailureCode, Trait
 from curation.files import sha256_file, sha256_json
-from curation.ingest.failures import FailureCode
-from curation.manifest import ClipRef
 from curation.observe.hdr import OPERATOR
 from curation.observe.observations import Observations
 from curation.observe.people import find_weights
 from curation.observe.sampling import SAMPLER
 from curation.policy import Policy, describe, load_policy, part_taken
 from curation.policy import judge as judge_observations
-from curation.records import WHOLE, Verdict, VideoFile
+from curation.records import WHOLE, ClipRef, Verdict, VideoFile
 from curation.settings import Settings
 from curation.shards.index import Index, Place, ShardEntry, newest_index
 from curation.storage import Store
 
-# Permanent for a video, but not for a run with other settings, and cheap to find again: these never block a clip.
-_MENDED_BY_SETTINGS = frozenset(
-    {FailureCode.REFUSED, FailureCode.MISSING_DEPTH, FailureCode.NO_FORMAT, FailureCode.LIVE}
-)
 FOLDERS = ("videos", "observations", "frames", "staging", "shards", ".claims")  # below a run's own
 _INDEX_LEASE_S = 30.0
 
@@ -219,8 +214,8 @@ class State:
         if not wanted:
             return []
         here = self.videos(wanted)
-        retry = {FailureCode.CORRUPT.value, FailureCode.NO_VIDEO.value} & set(self.settings.retry)
-        anew = {a.clip_id for a in self.catalog.failures(wanted) if a.code and a.code.value in retry}
+        retry = FailureCode.having(Trait.REFETCH) & set(self.settings.retry)
+        anew = {a.clip_id for a in self.catalog.failures(wanted) if a.code in retry}
         return [ref for ref in wanted if ref.video_key not in here or ref.clip_id in anew]
 
     def _cropped(self, refs: Sequence[ClipRef]) -> frozenset[str]:
@@ -313,7 +308,7 @@ class State:
             if attempt.stage in stages
             and attempt.code is not None
             and not attempt.transient
-            and attempt.code not in _MENDED_BY_SETTINGS
+            and Trait.SETTINGS not in attempt.code.traits
             and attempt.code.value not in self.settings.retry
         )
 

@@ -19,8 +19,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+from curation.failures import OutageError, UsageError
 from curation.files import atomic_path
-from curation.ingest.failures import OutageError, UsageError
 from curation.outages import wait_for
 
 T = TypeVar("T")

@@ -13,7 +13,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from curation.database import Database
-from curation.ingest.failures import FailureCode
+from curation.failures import FailureCode
 from curation.tables import breakers, turns
 
 HOUR_S = 3600.0

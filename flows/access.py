@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from curation.ingest.failures import UsageError
+from curation.failures import UsageError
 
 VARIABLE = "PREFECT_API_AUTH_STRING"
 FILE = "auth-string"

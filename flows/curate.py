@@ -24,8 +24,9 @@ from pydantic import Field, ValidationError
 
 from curation import pipeline
 from curation.batches import Batch, Funnel, StageReport, read_batches
-from curation.ingest.failures import REPEATED, TRIES, FailureCode, LostError, OutageError, UsageError
-from curation.manifest import ClipRef, read_manifest
+from curation.failures import TRIES, FailureCode, LostError, OutageError, Trait, UsageError
+from curation.manifest import read_manifest
+from curation.records import ClipRef
 from curation.settings import DownloadSettings, ObserveSettings, Settings, TeacherSettings, VideoLimits
 from flows import stages
 from flows.runners import RunnerName, make_task_runner
@@ -318,7 +319,7 @@ def _failures(settings: Settings, funnel: Funnel, unfinished: list[str]) -> str:
     lines = ["| failure | clips | again by itself | what to do |", "|---|---|---|---|"]
     for code, clips in sorted(funnel.failed.items(), key=lambda item: (-item[1], item[0])):
         known = FailureCode(code)
-        again = f"up to {TRIES} times" if known in REPEATED else "may work" if known.transient else "no"
+        again = f"up to {TRIES} times" if Trait.THRICE in known.traits else "may work" if known.transient else "no"
         lines.append(f"| `{code}` | {clips} | {again} | {known.advice} |")
     if not funnel.failed:
         lines = ["No clip failed."]

@@ -31,9 +31,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from curation.failures import FailureCode, UsageError
 from curation.files import atomic_path
-from curation.ingest.failures import FailureCode, UsageError
-from curation.manifest import ClipRef, write_manifest
+from curation.manifest import write_manifest
+from curation.records import ClipRef
 
 if TYPE_CHECKING:
     from curation.synthetic.clips import ClipPlan

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
-from curation.ingest.failures import UsageError
+from curation.failures import UsageError
 
 RunnerName = Literal["threads", "dask", "ray"]
 VARIABLE = "UNISH_TASK_RUNNER"

@@ -35,7 +35,7 @@ from urllib.parse import urlsplit
 import psutil  # type: ignore[import-untyped]
 import typer
 
-from curation.ingest.failures import UsageError
+from curation.failures import UsageError
 from flows import access
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from prefect.logging import get_run_logger
 
 from curation import pipeline
 from curation.batches import Batch, StageReport, StageStopped
-from curation.ingest.failures import LostError, OutageError, UsageError
+from curation.failures import LostError, OutageError, UsageError
 from curation.settings import Settings
 
 RETRY_DELAYS_S = [5.0, 60.0]

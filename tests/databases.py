@@ -17,7 +17,7 @@ from types import ModuleType
 import pytest
 import sqlalchemy as sa
 
-from curation.ingest.failures import UsageError
+from curation.failures import UsageError
 
 
 @cache

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from curation.ingest.failures import UsageError
+from curation.failures import UsageError
 from curation.settings import DownloadSettings
 
 _HEADER = "# Netscape HTTP Cookie File\n"

@@ -15,8 +15,7 @@ from urllib3.exceptions import InvalidHeader
 from yt_dlp.networking.exceptions import HTTPError, RequestError, TransportError
 from yt_dlp.utils import ExtractorError, GeoRestrictedError, UnsupportedError, UserNotLive
 
-from curation.ingest.container import DISK_ERRORS
-from curation.ingest.failures import FailureCode
+from curation.failures import DISK_ERRORS, FailureCode
 from curation.ingest.headers import http_date
 from curation.ingest.network import AddressRefused
 

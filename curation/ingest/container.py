@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from curation.failures import ClipFailure, FailureCode
 from curation.ffmpeg import ffmpeg_exe
 from curation.files import fsync
-from curation.ingest.failures import FailureCode, StageError
 from curation.ingest.scrub import boxes
 from curation.settings import VideoLimits
 
@@ -57,13 +57,11 @@ _TIME_TOLERANCE_S = 1.1e-3  # Matroska keeps milliseconds
 _HELD_TOLERANCE_S = 0.1  # containers round the duration of a last frame, or take a usual one for it
 _TIMEOUT_S = 900
 
-DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-DISK_FULL = "There is no room for the file on the disk."
 _DISK_FULL_EXITS = frozenset({256 - errno.ENOSPC, 256 - errno.EDQUOT, 256 - errno.EFBIG, -signal.SIGXFSZ})
 
 
 def refuse_kind(path: Path) -> None:
-    """Raise StageError(WRONG_KIND) for a picture, still or animated: whole, but no video container."""
+    """Raise ClipFailure(WRONG_KIND) for a picture, still or animated: whole, but no video container."""
     with path.open("rb") as stream:
         head = stream.read(32)
     found = next((kind for begin, kind in _PICTURES.items() if head.startswith(begin)), None)
@@ -72,7 +70,7 @@ def refuse_kind(path: Path) -> None:
     if head[4:8] == b"ftyp" and head[8:12] in _PICTURE_BRANDS:
         found = "HEIF or AVIF picture"
     if found:
-        raise StageError(FailureCode.WRONG_KIND, f"The file is a {found}, a kind that is not taken; convert it to MP4.")
+        raise ClipFailure(FailureCode.WRONG_KIND, f"The file is a {found}; convert it to MP4.")
 
 
 # Not where they belong, but wherever FFmpeg goes on reading boxes.
@@ -96,7 +94,7 @@ class _Tables:
 
 
 def refuse_tables(path: Path, limits: VideoLimits = VideoLimits()) -> None:
-    """Raise StageError(TOO_LARGE) where an MP4 counts more samples or tracks than it may, or has more than MOST_BOXES.
+    """Raise ClipFailure(TOO_LARGE) where an MP4 counts more samples or tracks than it may, or has more than MOST_BOXES.
 
     Opening such a file takes 24 bytes for each sample that its tables count, also where the count is all there is of
     them, and for each time that an edit shows it. A header that is itself compressed is refused unread (WRONG_KIND), as
@@ -108,9 +106,9 @@ def refuse_tables(path: Path, limits: VideoLimits = VideoLimits()) -> None:
     with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
         for number, (kind, begin, end) in enumerate(_nested(data, 0, len(data))):
             if number >= MOST_BOXES:
-                raise StageError(FailureCode.TOO_LARGE, f"the file has more than {MOST_BOXES} boxes")
+                raise ClipFailure(FailureCode.TOO_LARGE, f"the file has more than {MOST_BOXES} boxes")
             if kind == b"cmov":
-                raise StageError(FailureCode.WRONG_KIND, "the header of the file is compressed; convert it to MP4")
+                raise ClipFailure(FailureCode.WRONG_KIND, "the header of the file is compressed; convert it to MP4")
             if kind == b"trak":
                 tracks.append(_Tables())
                 if len(tracks) > limits.max_tracks + 1:
@@ -141,15 +139,15 @@ def decoder_pixels(limits: VideoLimits) -> int:
     return limits.max_pixels + limits.max_pixels // 4 + (1 << 16)
 
 
-def too_many_frames(limits: VideoLimits) -> StageError:
+def too_many_frames(limits: VideoLimits) -> ClipFailure:
     """What is raised for a file with more frames than `limits` allows."""
-    return StageError(FailureCode.TOO_LARGE, f"a track of the file has more than {limits.max_frames} frames or samples")
+    return ClipFailure(FailureCode.TOO_LARGE, f"a track has more than {limits.max_frames} frames or samples")
 
 
-def too_many_tracks(limits: VideoLimits) -> StageError:
+def too_many_tracks(limits: VideoLimits) -> ClipFailure:
     """What is raised for a file with more tracks than `limits` allows."""
     text = f"the file has more than {limits.max_tracks} tracks, or {limits.max_pictures} with pictures"
-    return StageError(FailureCode.TOO_LARGE, text)
+    return ClipFailure(FailureCode.TOO_LARGE, text)
 
 
 def _run(data: mmap.mmap, begin: int, end: int) -> tuple[int, bool]:
@@ -158,7 +156,7 @@ def _run(data: mmap.mmap, begin: int, end: int) -> tuple[int, bool]:
     fields = (flags & _ONE_PER_SAMPLE).bit_count()
     first = begin + 8 + 4 * (flags & 0x5).bit_count()
     if fields and first + 4 * fields * samples > end:
-        raise StageError(FailureCode.CORRUPT, f"a fragment of {end - begin} bytes counts {samples} samples")
+        raise ClipFailure(FailureCode.CORRUPT, f"a fragment of {end - begin} bytes counts {samples} samples")
     return samples, bool(fields)
 
 
@@ -167,7 +165,7 @@ def _nested(data: mmap.mmap, place: int, end: int, depth: int = _DEEPEST) -> Ite
         yield kind, begin, stop
         for inner in _inside(data, kind, begin, stop):
             if not depth:
-                raise StageError(FailureCode.CORRUPT, f"the boxes of the file are nested deeper than {_DEEPEST}")
+                raise ClipFailure(FailureCode.CORRUPT, f"the boxes of the file are nested deeper than {_DEEPEST}")
             if kind != b"stsd":
                 yield from _nested(data, inner, stop, depth - 1)
                 continue
@@ -198,7 +196,7 @@ def _number(data: mmap.mmap, place: int, end: int) -> int:
 
 
 def refuse_cut(path: Path, container: Any, stream: Any, samples: int) -> None:
-    """Raise StageError(CORRUPT) where the container's own structure goes on after the end of the file.
+    """Raise ClipFailure(CORRUPT) where the container's own structure goes on after the end of the file.
 
     samples: how many with data the demuxer delivered of the stream. What a header merely declares, a count or a
     duration, is no evidence; where a frame's data lies, and how long an element is, is. Streams without structure may
@@ -208,17 +206,17 @@ def refuse_cut(path: Path, container: Any, stream: Any, samples: int) -> None:
     if name.startswith("mov"):
         listed = sum(entry.size > 0 for entry in stream.index_entries)
         if samples < listed:
-            raise StageError(FailureCode.CORRUPT, f"the data of {samples} of {listed} frames is in the file")
+            raise ClipFailure(FailureCode.CORRUPT, f"the data of {samples} of {listed} frames is in the file")
     size = path.stat().st_size
     if name == "avi" and (end := _riff_end(path)) > size:
-        raise StageError(FailureCode.CORRUPT, f"{size} of {end} bytes are in the file")
+        raise ClipFailure(FailureCode.CORRUPT, f"{size} of {end} bytes are in the file")
     walk = {"matroska,webm": _matroska_break, "avi": _avi_break, "flv": _flv_break}.get(name)
     walk = _fragments_break if name.startswith("mov") else walk
     if walk is not None:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             place = walk(data)
         if place is not None:
-            raise StageError(FailureCode.CORRUPT, f"the file breaks off or is damaged at byte {place} of {size}")
+            raise ClipFailure(FailureCode.CORRUPT, f"the file breaks off or is damaged at byte {place} of {size}")
 
 
 def _riff_end(path: Path) -> int:
@@ -325,7 +323,7 @@ def stated_end(container: Any, stream: Any) -> float | None:
 def container_format(path: Path, limits: VideoLimits = VideoLimits()) -> str:
     """ffmpeg's name for a file's container.
 
-    Raises StageError: WRONG_KIND for a picture, TOO_LARGE as refuse_tables, CORRUPT for what is no container: a page,
+    Raises ClipFailure: WRONG_KIND for a picture, TOO_LARGE as refuse_tables, CORRUPT for what is no container: a page,
     a playlist.
     """
     import av
@@ -338,7 +336,7 @@ def container_format(path: Path, limits: VideoLimits = VideoLimits()) -> str:
             return container.format.name
     except FFmpegError:
         pass
-    raise StageError(FailureCode.CORRUPT, "The file is no video container that can be read.")
+    raise ClipFailure(FailureCode.CORRUPT, "The file is no video container that can be read.")
 
 
 def strip(index: VideoIndex, source_format: str, target: Path) -> Path:
@@ -346,7 +344,7 @@ def strip(index: VideoIndex, source_format: str, target: Path) -> Path:
 
     Codec, presentation times, display matrix, pixel aspect and edit list stay; title, artist, location, cover art and
     sound go. An MP4 that cannot be written anew so that it shows the same is blanked in place instead. `target` is a
-    path without suffix; returns the fsynced file. Raises StageError CORRUPT or DISK_FULL.
+    path without suffix; returns the fsynced file. Raises ClipFailure CORRUPT or DISK_FULL.
     """
     makers: list[tuple[str, Callable[[VideoIndex, Path], bool]]]
     makers = [(suffix, _copy) for suffix in _TARGETS.get(source_format, _OTHER_TARGETS)]
@@ -359,7 +357,7 @@ def strip(index: VideoIndex, source_format: str, target: Path) -> Path:
                 fsync(written)
                 return written
             written.unlink(missing_ok=True)
-    raise StageError(FailureCode.CORRUPT, "The video stream cannot be copied into a container.")
+    raise ClipFailure(FailureCode.CORRUPT, "The video stream cannot be copied into a container.")
 
 
 def _scrub(index: VideoIndex, written: Path) -> bool:
@@ -405,7 +403,7 @@ def _copy(index: VideoIndex, written: Path) -> bool:
     except subprocess.TimeoutExpired:
         code = None
     if code in _DISK_FULL_EXITS:
-        raise StageError(FailureCode.DISK_FULL, DISK_FULL)
+        raise ClipFailure(FailureCode.DISK_FULL)
     return code == 0
 
 
@@ -428,7 +426,7 @@ def _same_frames(index: VideoIndex, source_format: str, written: Path, *, held: 
         promised = index_video(written, index.limits)
         with_index(written, settle, index.limits)
         copy = index_video(written, index.limits)
-    except StageError:
+    except ClipFailure:
         return False
     if copy.decoded != promised.decoded and source_format == "avi":
         return False

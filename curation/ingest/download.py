@@ -17,14 +17,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from curation.failures import DISK_ERRORS, ClipFailure, FailureCode, Trait
 from curation.files import fsync, sha256_file
 from curation.ingest.access import cookie_text, proxy_address
-from curation.ingest.container import DISK_ERRORS, DISK_FULL, container_format, strip
-from curation.ingest.failures import FailureCode, StageError
+from curation.ingest.container import container_format, strip
 from curation.ingest.limits import Limits
 from curation.ingest.parts import FETCHED, drop, sweep_now_and_then, tidy, workspace
-from curation.manifest import ClipRef, link_listed, validate_video_id
-from curation.records import VideoFile
+from curation.platforms import _SITES, link_listed, validate_video_id
+from curation.records import ClipRef, VideoFile
 from curation.settings import DownloadSettings, VideoLimits
 
 if TYPE_CHECKING:  # yt-dlp is loaded by the first download, not by whoever imports this module
@@ -34,34 +34,6 @@ Progress = Callable[[int, int], None]
 
 MAX_WAIT_S = 120.0
 _SLOW_DOWN = 5.0  # a server that asks for fewer requests waits this much longer than one that failed
-
-# Platform -> URL of an id, and the one extractor of yt-dlp that may read it.
-_SITES = {
-    "youtube": ("https://www.youtube.com/watch?v={}", "youtube"),
-    "bilibili": ("https://www.bilibili.com/video/{}", "BiliBili"),
-    "tiktok": ("https://www.tiktok.com/@_/video/{}", "TikTok"),
-    "vimeo": ("https://vimeo.com/{}", "vimeo"),
-}
-
-_SAID = {
-    FailureCode.REMOVED: "The video is no longer there.",
-    FailureCode.PRIVATE: "The video is not open to the public.",
-    FailureCode.GEO: "The video is not shown in this region.",
-    FailureCode.AGE: "The video is shown to signed-in adults only.",
-    FailureCode.MEMBERS: "The video is shown to paying members only.",
-    FailureCode.DRM: "The video is protected by DRM.",
-    FailureCode.LIVE: "The video is a live stream, running or announced.",
-    FailureCode.NO_FORMAT: "The platform offers no suitable format.",
-    FailureCode.UNSUPPORTED: "yt-dlp found no video at this address.",
-    FailureCode.BOT_CHECK: "The platform takes this machine for a robot.",
-    FailureCode.RATE_LIMITED: "The server asks for fewer requests.",
-    FailureCode.HTTP_5XX: "The server had an error of its own.",
-    FailureCode.NETWORK: "The connection failed or broke off.",
-    FailureCode.TIMEOUT: "The server did not answer in time.",
-    FailureCode.DISK_FULL: DISK_FULL,
-    FailureCode.CORRUPT: "The server sent no data.",
-    FailureCode.REFUSED: "The address, or one it redirects to, is not allowed.",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,13 +60,13 @@ def download(
     growing, jittered waits or as long as the server asks if that is not over MAX_WAIT_S. What a broken connection had
     brought of a file is kept below `folder`/.parts and continued, by this call or a later one, if the server vouches
     that it is still the same. Servers that keep below an average of pace.LEAST_BYTES_PER_S are given up, whatever the
-    size. Raises StageError with a fixed text, and UsageError for unusable settings (see
+    size. Raises ClipFailure with a fixed text, and UsageError for unusable settings (see
     check_settings).
     """
     try:
         validate_video_id(ref.platform, ref.video_id, allow_loopback=settings.allow_loopback)
     except ValueError:
-        raise StageError(FailureCode.REFUSED, _SAID[FailureCode.REFUSED]) from None
+        raise ClipFailure(FailureCode.REFUSED) from None
     folder.mkdir(parents=True, exist_ok=True)
     sweep_now_and_then(folder)
     limits = Limits(settings, folder, progress)
@@ -108,8 +80,8 @@ def download(
             fetched = _fetch(ref, work, settings, options, limits, sleep)
             try:
                 return _settle(fetched.path, work, home, limits, settings.limits)
-            except StageError as error:
-                if not fetched.resumed or error.code not in (FailureCode.CORRUPT, FailureCode.NO_VIDEO):
+            except ClipFailure as error:
+                if not fetched.resumed or Trait.REFETCH not in error.code.traits:
                     raise
             # Put together from connections that did not belong together after all: once more, from the beginning.
             fetched = _fetch(ref, work, settings, options, limits, sleep)
@@ -117,7 +89,7 @@ def download(
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-    raise StageError(FailureCode.DISK_FULL, DISK_FULL)
+    raise ClipFailure(FailureCode.DISK_FULL)
 
 
 def _settle(fetched: Path, work: Path, home: Path, limits: Limits, video_limits: VideoLimits) -> VideoFile:
@@ -141,17 +113,17 @@ def _settle(fetched: Path, work: Path, home: Path, limits: Limits, video_limits:
 
 def _local(ref: ClipRef, settings: DownloadSettings) -> Path:
     if settings.local_root is None:
-        raise StageError(FailureCode.REFUSED, "No root folder is set for local files.")
+        raise ClipFailure(FailureCode.REFUSED, "No root folder is set for local files.")
     root = settings.local_root.resolve()
     if not root.is_dir():  # a disk that is not mounted: no reason to call every file of it gone
-        raise StageError(FailureCode.REFUSED, "The root folder for local files does not exist.")
+        raise ClipFailure(FailureCode.REFUSED, "The root folder for local files does not exist.")
     path = Path(os.path.realpath(root / ref.video_id))  # where links really lead
     if not path.is_relative_to(root):
-        raise StageError(FailureCode.REFUSED, "The file is a link that leaves the root folder.")
+        raise ClipFailure(FailureCode.REFUSED, "The file is a link that leaves the root folder.")
     if not os.path.lexists(path):
-        raise StageError(FailureCode.REMOVED, "There is no such file below the root folder.")
+        raise ClipFailure(FailureCode.REMOVED, "There is no such file below the root folder.")
     if not path.is_file():
-        raise StageError(FailureCode.REFUSED, "The path is not a regular file.")
+        raise ClipFailure(FailureCode.REFUSED, "The path is not a regular file.")
     return path
 
 
@@ -174,7 +146,7 @@ def _fetch(
         wait = min(wait, MAX_WAIT_S) if outcome.retry_after_s is None else max(wait, outcome.retry_after_s)
         if not outcome.again or attempt >= settings.retries or wait > MAX_WAIT_S:
             # Outside any handler: yt-dlp's own error, with a title in its text, must not travel along as context.
-            raise StageError(outcome.code, _SAID[outcome.code], outcome.retry_after_s)
+            raise ClipFailure(outcome.code, retry_after_s=outcome.retry_after_s)
         sleep(wait)
     raise AssertionError("unreachable")
 
@@ -192,7 +164,7 @@ def _try(
     direct = ref.platform == "http"
     if direct:
         if not link_listed(ref.video_id, settings.http_hosts):
-            raise StageError(FailureCode.REFUSED, "The host of this link is not on the list of allowed hosts.")
+            raise ClipFailure(FailureCode.REFUSED, "The host of this link is not on the list of allowed hosts.")
         guard = Guard(settings.http_hosts, settings.allow_loopback)
     else:
         guard = Guard(None, settings.allow_loopback)
@@ -211,13 +183,13 @@ def _try(
             stopped = None
         except (YoutubeDLError, OSError) as error:
             return cause_of(error, ydl.last_error, direct=direct)
-        except StageError as error:
-            stopped = StageError(error.code, error.message)
+        except ClipFailure as error:
+            stopped = ClipFailure(error.code, error.message)
     if stopped is not None:  # by a limit of ours; raised here without yt-dlp's frames and errors
         raise stopped
     fetched = work / FETCHED
     if not fetched.is_file():
-        raise StageError(FailureCode.UNSUPPORTED, "yt-dlp ended without an error and without a file.")
+        raise ClipFailure(FailureCode.UNSUPPORTED, "yt-dlp ended without an error and without a file.")
     drop(work)
     return _Fetched(fetched, ydl.resumed)
 
@@ -285,4 +257,4 @@ def _options(work: Path, settings: DownloadSettings, limits: Limits, sleep: Call
 
 def _not_live(info: dict[str, Any], *, incomplete: bool = False) -> None:
     if info.get("is_live") or info.get("live_status") in ("is_live", "is_upcoming"):
-        raise StageError(FailureCode.LIVE, _SAID[FailureCode.LIVE])
+        raise ClipFailure(FailureCode.LIVE)

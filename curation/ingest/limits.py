@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from curation.ingest.failures import FailureCode, StageError
+from curation.failures import ClipFailure, FailureCode
 from curation.ingest.pace import Pace
 from curation.settings import DownloadSettings
 
@@ -23,7 +23,7 @@ _LOOK_EVERY = 16 << 20  # bytes between two looks at the disk
 
 
 class Limits:
-    """The limits of one video. Sizes are bytes; what is exceeded is raised as StageError.
+    """The limits of one video. Sizes are bytes; what is exceeded is raised as ClipFailure.
 
     REFUSED for the video, TOO_LARGE for one of its segments, DISK_FULL for the disk.
 
@@ -43,23 +43,23 @@ class Limits:
     def room(self, size: int = 0) -> None:
         """The disk must hold `size` more bytes and still have what is to be left free."""
         if shutil.disk_usage(self._folder).free < self._spare + size:
-            raise StageError(FailureCode.DISK_FULL, NO_ROOM)
+            raise ClipFailure(FailureCode.DISK_FULL, NO_ROOM)
 
     def announced(self, size: int, already: int = 0) -> None:
         """A server says how large the video is; `already` of it are here. The clean copy made of it counts too."""
         if size > self._largest:
-            raise StageError(FailureCode.REFUSED, TOO_LARGE)
+            raise ClipFailure(FailureCode.REFUSED, TOO_LARGE)
         self.room(2 * size - already)
 
     def hook(self, state: dict[str, Any]) -> None:
         """yt-dlp's progress hook: checks what has arrived, then tells the caller's progress."""
         done = int(state.get("downloaded_bytes") or 0)
         if done > self._largest:
-            raise StageError(FailureCode.REFUSED, TOO_LARGE)
+            raise ClipFailure(FailureCode.REFUSED, TOO_LARGE)
         if state.get("fragment_index") != self._segment:
             self._segment, self._before = state.get("fragment_index"), done
         if self._segment is not None and done - self._before > SEGMENT_BYTES:
-            raise StageError(FailureCode.TOO_LARGE, LARGE_SEGMENT)
+            raise ClipFailure(FailureCode.TOO_LARGE, LARGE_SEGMENT)
         if not self._looked_at <= done < self._looked_at + _LOOK_EVERY:  # smaller after a new beginning
             self._looked_at = done
             self.room()

@@ -25,7 +25,7 @@ from yt_dlp.networking._requests import RequestsHTTPAdapter, RequestsRH
 from yt_dlp.networking.exceptions import HTTPError, RequestError
 
 from curation.addresses import address_allowed, host_listed
-from curation.ingest.failures import FailureCode, StageError
+from curation.failures import ClipFailure, FailureCode
 from curation.ingest.headers import tame
 from curation.ingest.pace import Pace, paced_response
 
@@ -214,7 +214,7 @@ class GuardedYoutubeDL(YoutubeDL):
 
 
 def _bound(response: Any) -> None:
-    """Let no more than PAGE_BYTES, unpacked, be read of an answer at once; more is StageError(UNSUPPORTED)."""
+    """Let no more than PAGE_BYTES, unpacked, be read of an answer at once; more is ClipFailure(UNSUPPORTED)."""
     some = response.read
 
     def read(amt: int | None = None) -> bytes:
@@ -226,7 +226,7 @@ def _bound(response: Any) -> None:
             size += len(block)
             if size > PAGE_BYTES:
                 response.close()
-                raise StageError(FailureCode.UNSUPPORTED, TOO_LONG)
+                raise ClipFailure(FailureCode.UNSUPPORTED, TOO_LONG)
         return b"".join(blocks)
 
     response.read = read

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from curation.ingest.failures import FailureCode, StageError
+from curation.failures import ClipFailure, FailureCode
 
 FLOOR_BYTES_PER_S = 1000  # of one answer, over a window of the request's timeout
 LEAST_BYTES_PER_S = 16_000  # of all answers for a video
@@ -35,7 +35,7 @@ class Pace:
         self._asked: float | None = None  # when the request began whose answer has not begun
 
     def add(self, seconds: float, count: int = 0) -> None:
-        """Count a wait and what it brought. Raises StageError: TIMEOUT where too little came for so long, REFUSED
+        """Count a wait and what it brought. Raises ClipFailure: TIMEOUT where too little came for so long, REFUSED
         where more came than `most_bytes`.
 
         While asking, TimeoutError: the libraries below take no other for the end of a request, and `check` is for
@@ -45,7 +45,7 @@ class Pace:
             self.got += count
             self.waited_s += seconds
             if self.got > self._most:
-                raise StageError(FailureCode.REFUSED, TOO_MUCH)
+                raise ClipFailure(FailureCode.REFUSED, TOO_MUCH)
             self.check()
         elif self._late(time.monotonic() - self._asked):
             raise TimeoutError("too slow")
@@ -61,9 +61,9 @@ class Pace:
             self.waited_s += time.monotonic() - began
 
     def check(self) -> None:
-        """Raise StageError(TIMEOUT) where too little came for so long."""
+        """Raise ClipFailure(TIMEOUT) where too little came for so long."""
         if self._late():
-            raise StageError(FailureCode.TIMEOUT, TOO_SLOW)
+            raise ClipFailure(FailureCode.TIMEOUT, TOO_SLOW)
 
     def _late(self, more_s: float = 0.0) -> bool:
         return self.waited_s + more_s > self._grace_s + self.got / LEAST_BYTES_PER_S

@@ -21,8 +21,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from curation.failures import ClipFailure, Trait
 from curation.files import atomic_path
-from curation.ingest.failures import FailureCode, StageError
 from curation.ingest.headers import content_range, http_date, number
 
 PARTS = ".parts"
@@ -35,7 +35,6 @@ _GONE = "gone-"
 _PATIENCE = 1000
 _SWEEP_EVERY_S = 3600.0
 _SETTLED_S = 60.0  # RFC 9110, 8.8.2.2: a younger Last-Modified does not tell two versions apart
-_KEPT = frozenset({FailureCode.NETWORK, FailureCode.TIMEOUT, FailureCode.HTTP_5XX, FailureCode.RATE_LIMITED})
 
 _swept: dict[Path, float] = {}
 
@@ -130,7 +129,9 @@ def workspace(folder: Path, video_key: str) -> Iterator[Path]:
         tidy(work)
         yield work
     except BaseException as error:
-        keep = error.code in _KEPT if isinstance(error, StageError) else not isinstance(error, OSError)
+        keep = (
+            Trait.KEEPS_PART in error.code.traits if isinstance(error, ClipFailure) else not isinstance(error, OSError)
+        )
         raise
     finally:
         if keep:

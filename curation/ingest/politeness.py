@@ -14,15 +14,13 @@ from dataclasses import dataclass
 from typing import Protocol
 from urllib.parse import urlsplit
 
-from curation.ingest.failures import FailureCode, StageError
-from curation.manifest import ClipRef
+from curation.failures import ClipFailure, FailureCode, Trait
+from curation.records import ClipRef
 from curation.settings import DownloadSettings
 
 MAX_PATIENCE_S = 3660.0  # an hourly budget is always waited for; longer waits are not slept through
 
 NAP_S = 60.0  # a breaker that opens for less is waited for
-
-_CLOSES = (FailureCode.BOT_CHECK, FailureCode.RATE_LIMITED)
 
 
 class Answer(Protocol):
@@ -107,10 +105,10 @@ class Gate:
                 return Blocked(turn.blocked, turn.until)
             self._sleep(max(1.0, turn.wait_s))
 
-    def failed(self, ref: ClipRef, error: StageError) -> None:
+    def failed(self, ref: ClipRef, error: ClipFailure) -> None:
         """A service that takes this machine for a robot, or asks for fewer requests, is left alone by all workers."""
         service = service_of(ref)
-        if service is not None and error.code in _CLOSES:
+        if service is not None and Trait.BLOCKS in error.code.traits:
             self._catalog.block(service, self._settings.session, error.code, error.retry_after_s)
 
     def succeeded(self, ref: ClipRef) -> None:

@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from curation.failures import UsageError
 from curation.files import atomic_path
-from curation.ingest.failures import UsageError
 from curation.observe.hdr import Transfer
 
 Surround = Literal["none", "bars", "copy"]

@@ -11,8 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from curation.deadlines import check_time
-from curation.ingest.failures import FailureCode, StageError
-from curation.manifest import ClipRef
+from curation.failures import ClipFailure, FailureCode
 from curation.observe.hdr import OPERATOR, Transfer, transfer_of
 from curation.observe.observations import Observations, Surround
 from curation.observe.people import Detections, Detector, PeopleTracker, load_detector
@@ -31,7 +30,7 @@ from curation.observe.video import (
     to_rgb,
     with_index,
 )
-from curation.records import WHOLE, Frames, Part
+from curation.records import WHOLE, ClipRef, Frames, Part
 from curation.settings import ObserveSettings
 
 JPEG_QUALITY = 95
@@ -45,7 +44,7 @@ def observe(
 ) -> tuple[Observations, Frames]:  # fmt: skip
     """Measure every frame of the clip and sample its training frames, in one sequential decode.
 
-    Raises StageError: CORRUPT, NO_VIDEO, WRONG_KIND, TOO_LARGE or SPAN_OUT_OF_RANGE.
+    Raises ClipFailure: CORRUPT, NO_VIDEO, WRONG_KIND, TOO_LARGE or SPAN_OUT_OF_RANGE.
     """
     return with_index(path, lambda index: _observe(ref, index, settings, detector, progress), settings.limits)
 
@@ -122,7 +121,7 @@ def prescreen(
     """Detect people on those key frames of the clip that the full pass samples too, with the same pictures.
 
     Costs about a thirteenth of a full decode, or nothing: None where fewer than `settings.prescreen_key_frames`, or no
-    larger share of the samples than `share`, can be seen this way. Raises StageError as `observe`.
+    larger share of the samples than `share`, can be seen this way. Raises ClipFailure as `observe`.
     """
     index = index_video(path, settings.limits)
     first, last = index.span(ref.start_s, ref.end_s)
@@ -166,7 +165,7 @@ def sample_frames(ref: ClipRef, path: Path, settings: ObserveSettings, part: Par
 def _refuse_long(samples: int, settings: ObserveSettings) -> None:
     if samples > (most := settings.limits.max_samples):
         text = f"the clip has {samples} samples, at most {most} are held; cut it into shorter ones in the manifest"
-        raise StageError(FailureCode.TOO_LARGE, text)
+        raise ClipFailure(FailureCode.TOO_LARGE, text)
 
 
 def training_grid(index: VideoIndex, long_side: int, part: Part = WHOLE) -> tuple[int, int]:

@@ -17,7 +17,7 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from curation.ingest.failures import FailureCode, StageError
+from curation.failures import ClipFailure, FailureCode
 
 NONE = np.iinfo(np.int64).min  # a time that is not stated
 # A clock that may restart did so where it goes back by more than a tenth of a second, or forward by more than ten: the
@@ -167,14 +167,14 @@ def film_stream(container: Any, reopen: Callable[[], Any]) -> Any:
 
     A film has at least half of the frames and of the time of the longest stream; among films the default one comes
     first, then the one with more frames, then the larger. reopen: opens the file once more, to count packets; called
-    only where there is a choice. Raises StageError(NO_VIDEO).
+    only where there is a choice. Raises ClipFailure(NO_VIDEO).
     """
     streams = film_candidates(container)
     if not streams:
         covers = av.stream.Disposition.attached_pic
         pictures = any(not stream.disposition & covers for stream in container.streams.video)
         what = "no decoder for its video stream" if pictures else "no video stream"
-        raise StageError(FailureCode.NO_VIDEO, f"the file has {what}")
+        raise ClipFailure(FailureCode.NO_VIDEO, f"the file has {what}")
     if len(streams) == 1:
         return streams[0]
     frames, seconds = _lengths(reopen, {stream.index for stream in streams})

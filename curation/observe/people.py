@@ -20,8 +20,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from curation.failures import UsageError
 from curation.files import sha256_file
-from curation.ingest.failures import UsageError
 
 PERSON = "person"
 _STRIDE = 32

@@ -29,6 +29,7 @@ from av.error import FFmpegError
 from av.sidedata.sidedata import Type as SideData
 from numpy.typing import NDArray
 
+from curation.failures import ClipFailure, FailureCode
 from curation.files import sha256_file
 from curation.ingest.container import (
     READ_ONLY,
@@ -41,7 +42,6 @@ from curation.ingest.container import (
     too_many_frames,
     too_many_tracks,
 )
-from curation.ingest.failures import FailureCode, StageError
 from curation.observe.hdr import to_sdr, transfer_of
 from curation.observe.packets import NONE, Demuxer, Packets, film_candidates, film_stream, packet_of, steady_rate
 from curation.records import WHOLE, Part, VideoFile
@@ -116,17 +116,17 @@ class VideoIndex:
     def span(self, start_s: float, end_s: float | None) -> tuple[int, int]:
         """Indices [first, last) of the frames presented in [start_s, end_s).
 
-        Raises StageError(SPAN_OUT_OF_RANGE) where the span holds no frame or reaches beyond the video by over 0.1 s.
+        Raises ClipFailure(SPAN_OUT_OF_RANGE) where the span holds no frame or reaches beyond the video by over 0.1 s.
         """
         stop = self.end_s if end_s is None else end_s
         if stop > self.end_s + 0.1 or start_s >= self.end_s:
-            raise StageError(
+            raise ClipFailure(
                 FailureCode.SPAN_OUT_OF_RANGE, f"the clip ends at {stop:.3f} s, the video at {self.end_s:.3f} s"
             )
         first = int(np.searchsorted(self.times_s, start_s - TIME_TOLERANCE_S))
         last = int(np.searchsorted(self.times_s, stop - TIME_TOLERANCE_S))
         if first >= last:
-            raise StageError(
+            raise ClipFailure(
                 FailureCode.SPAN_OUT_OF_RANGE,
                 f"no frame begins between {start_s:.3f} s and {stop:.3f} s: one picture stands still for longer",
             )
@@ -145,7 +145,7 @@ class IndexDiffers(Exception):
 def index_video(path: Path, limits: VideoLimits = VideoLimits()) -> VideoIndex:
     """Read a file's packets and its first frame; a file whose packets do not tell its frames is decoded once.
 
-    Raises StageError NO_VIDEO (audio, or cover art only), WRONG_KIND (an animated picture, a picture turned by an odd
+    Raises ClipFailure NO_VIDEO (audio, or cover art only), WRONG_KIND (an animated picture, a picture turned by an odd
     angle), TOO_LARGE (beyond `limits`) or CORRUPT (unreadable, or without the end of its data).
     """
     return _kept(path, limits).index
@@ -176,7 +176,7 @@ def _kept(path: Path, limits: VideoLimits) -> _Kept:
 @functools.lru_cache(maxsize=_KEPT_INDICES)
 def _kept_for(path: Path, limits: VideoLimits, mtime_ns: int, size: int) -> _Kept:
     if size == 0:
-        raise StageError(FailureCode.CORRUPT, "the file is empty")
+        raise ClipFailure(FailureCode.CORRUPT, "the file is empty")
     return _Kept(_read_index(path, limits, by_decoding=False))
 
 
@@ -188,11 +188,11 @@ def _read_index(path: Path, limits: VideoLimits, *, by_decoding: bool) -> VideoI
         with _open(path, limits) as container:
             return _index(path, container, limits, by_decoding)
     except FFmpegError as error:
-        raise StageError(FailureCode.CORRUPT, f"the file cannot be read ({type(error).__name__})") from error
+        raise ClipFailure(FailureCode.CORRUPT, f"the file cannot be read ({type(error).__name__})") from error
 
 
 def _refuse_pictures(path: Path, limits: VideoLimits) -> None:
-    """Raise StageError(TOO_LARGE) for tracks and pictures that must not even be opened as `_open` does.
+    """Raise ClipFailure(TOO_LARGE) for tracks and pictures that must not even be opened as `_open` does.
 
     Opening decodes a frame of every track; without a limit where the container does not begin with a list of its tracks
     (FLV, MPEG). Here only tracks whose size nothing but a decoder knows are decoded, within the limit, and no cover.
@@ -223,8 +223,8 @@ def _decode_one(container: Any, streams: list[Any], limits: VideoLimits) -> None
             return
 
 
-def _too_many_pixels(limits: VideoLimits) -> StageError:
-    return StageError(FailureCode.TOO_LARGE, f"a picture of the film has more than {limits.max_pixels} pixels")
+def _too_many_pixels(limits: VideoLimits) -> ClipFailure:
+    return ClipFailure(FailureCode.TOO_LARGE, f"a picture of the film has more than {limits.max_pixels} pixels")
 
 
 def _open(path: Path, limits: VideoLimits) -> Any:
@@ -260,7 +260,7 @@ class _Seen(NamedTuple):
 
 
 def _read(demuxer: Demuxer, codec: str, header: bytes | None, limits: VideoLimits, decoding: bool) -> _Seen:
-    """Read every packet; decode up to the first frame, or everything. Raises StageError CORRUPT or TOO_LARGE."""
+    """Read every packet; decode up to the first frame, or everything. Raises ClipFailure CORRUPT or TOO_LARGE."""
     packets = Packets(codec, header or b"")
     shown, stamps = array("q"), array("q")
     first = second = None
@@ -269,7 +269,7 @@ def _read(demuxer: Demuxer, codec: str, header: bytes | None, limits: VideoLimit
         if number >= 0:
             # In a stream that may be joined, the mark means that packets may be missing before; the decoder knows.
             if packet.is_corrupt and not demuxer.may_restart:
-                raise StageError(FailureCode.CORRUPT, "the data of a frame is cut off")
+                raise ClipFailure(FailureCode.CORRUPT, "the data of a frame is cut off")
             packets.add(packet)
             keys += packet.is_keyframe
             if keys == 2 and second is None:
@@ -294,7 +294,7 @@ def _read(demuxer: Demuxer, codec: str, header: bytes | None, limits: VideoLimit
 def _index(path: Path, container: Any, limits: VideoLimits, by_decoding: bool) -> VideoIndex:
     stream = _single_threaded(film_stream(container, lambda: _open(path, limits)), limits)
     if stream.time_base is None or stream.width == 0:
-        raise StageError(FailureCode.CORRUPT, "the video stream has no size or no clock")
+        raise ClipFailure(FailureCode.CORRUPT, "the video stream has no size or no clock")
     name, codec = container.format.name, stream.codec_context.codec.canonical_name
     by_decoding = by_decoding or codec not in _TOLD_BY_PACKETS or name not in _TIMED
     demuxer = Demuxer(container, stream)
@@ -302,13 +302,13 @@ def _index(path: Path, container: Any, limits: VideoLimits, by_decoding: bool) -
     packets, first = seen.packets, seen.first
     refuse_cut(path, container, stream, len(packets.stamps))
     if first is None:
-        raise StageError(FailureCode.CORRUPT, "no frame of the file can be decoded")
+        raise ClipFailure(FailureCode.CORRUPT, "no frame of the file can be decoded")
     if packets.untimed and not by_decoding:
         return _read_index(path, limits, by_decoding=True)
     base = Fraction(stream.time_base)
     shown, stamps = _decoded(seen, demuxer, stream) if by_decoding else _shown_packets(packets, name)
     if not len(stamps):
-        raise StageError(FailureCode.CORRUPT, "the video stream shows no frame")
+        raise ClipFailure(FailureCode.CORRUPT, "the video stream shows no frame")
     numbers = np.full(len(packets.stamps), -1, np.int64)
     numbers[shown[shown >= 0]] = np.flatnonzero(shown >= 0)
     keys = _flags(packets.key)[shown] & (shown >= 0)
@@ -326,7 +326,7 @@ def _index(path: Path, container: Any, limits: VideoLimits, by_decoding: bool) -
     try:
         first.reformat(width=16, height=16, format="rgb24")
     except (FFmpegError, OSError, ValueError) as error:
-        raise StageError(FailureCode.WRONG_KIND, "its colours are of a kind that cannot be converted") from error
+        raise ClipFailure(FailureCode.WRONG_KIND, "its colours are of a kind that cannot be converted") from error
     rotation, mirrored = _orientation(first)
     width, height = _displayed(stream, rotation)
     return VideoIndex(
@@ -366,7 +366,7 @@ def _index(path: Path, container: Any, limits: VideoLimits, by_decoding: bool) -
 def _refuse_rate(times_s: NDArray[np.float64], limits: VideoLimits) -> None:
     apart = times_s[limits.max_fps :] - times_s[: -limits.max_fps]
     if (apart < 1 - 2 * TIME_TOLERANCE_S).any():
-        raise StageError(FailureCode.TOO_LARGE, f"more than {limits.max_fps} frames are shown within one second")
+        raise ClipFailure(FailureCode.TOO_LARGE, f"more than {limits.max_fps} frames are shown within one second")
 
 
 def _flags(flags: bytearray) -> NDArray[np.bool_]:
@@ -399,12 +399,12 @@ def _decoded(seen: _Seen, demuxer: Demuxer, stream: Any) -> tuple[NDArray[np.int
     """Packets whose frames were decoded, in the order in which they were, and their times.
 
     Where a container has no presentation times, as AVI, a frame is shown when it leaves the decoder. Raises
-    StageError(CORRUPT) where the clock starts anew and frames have no times.
+    ClipFailure(CORRUPT) where the clock starts anew and frames have no times.
     """
     stamps = np.asarray(seen.stamps, np.int64)
     timed = np.flatnonzero(stamps != NONE)
     if demuxer.restarted and len(timed) < len(stamps):
-        raise StageError(FailureCode.CORRUPT, _LOST_CLOCK)
+        raise ClipFailure(FailureCode.CORRUPT, _LOST_CLOCK)
     step = round(1 / ((stream.average_rate or 25) * stream.time_base))
     # A frame without a time is shown a step after the one before it, or, before any time, before the one after it.
     if not len(timed):
@@ -443,7 +443,7 @@ def _end(
 def _orientation(frame: Any) -> tuple[int, bool]:
     """Degrees counter-clockwise, then whether to mirror left to right: what the display matrix asks for.
 
-    Raises StageError(WRONG_KIND) for a matrix that turns by anything but quarters.
+    Raises ClipFailure(WRONG_KIND) for a matrix that turns by anything but quarters.
     """
     matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
     if matrix is None:
@@ -454,7 +454,7 @@ def _orientation(frame: Any) -> tuple[int, bool]:
     if straight == swapped == 0:
         return 0, False
     if min(straight, swapped) > _TILT * max(straight, swapped):
-        raise StageError(
+        raise ClipFailure(
             FailureCode.WRONG_KIND, "the picture is to be shown at an angle; convert the file to an upright MP4"
         )
     if straight > swapped:
@@ -465,7 +465,7 @@ def _orientation(frame: Any) -> tuple[int, bool]:
 def decode(index: VideoIndex, first: int, last: int, *, only: Iterable[int] | None = None) -> Iterator[tuple[int, Any]]:
     """Decode frames [first, last) in one sequential pass; yields (frame number, av.VideoFrame) of each, in order.
 
-    `only`: yield just these (a sorted sequence of numbers), still in one pass. Raises StageError(CORRUPT) for a frame
+    `only`: yield just these (a sorted sequence of numbers), still in one pass. Raises ClipFailure(CORRUPT) for a frame
     that does not decode, TOO_LARGE for one with too many pixels, and IndexDiffers where the decoder shows other frames
     than the packets promised.
     """
@@ -476,7 +476,7 @@ def decode(index: VideoIndex, first: int, last: int, *, only: Iterable[int] | No
             if wanted is None or number in wanted:
                 yield number, frame
     except FFmpegError as error:
-        raise StageError(FailureCode.CORRUPT, f"the video cannot be decoded ({type(error).__name__})") from error
+        raise ClipFailure(FailureCode.CORRUPT, f"the video cannot be decoded ({type(error).__name__})") from error
 
 
 def _frames_from(index: VideoIndex, first: int, last: int) -> Iterator[tuple[int, Any]]:
@@ -506,7 +506,7 @@ def _missing(index: VideoIndex, number: int) -> Exception:
 def _numbered(container: Any, index: VideoIndex, entry: int | None, first: int, last: int) -> Iterator[tuple[int, Any]]:
     """(number, frame) of decoded frames from `first` on, after a seek to the key frame `entry` if that is not None.
 
-    Raises StageError(CORRUPT) for data that does not decode and that frames [first, last) need.
+    Raises ClipFailure(CORRUPT) for data that does not decode and that frames [first, last) need.
     """
     stream = _single_threaded(container.streams[index.stream], index.limits)
     if entry is not None:
@@ -537,12 +537,12 @@ def _numbered(container: Any, index: VideoIndex, entry: int | None, first: int, 
                     yield number, frame
 
 
-def _damaged(number: int) -> StageError:
-    return StageError(FailureCode.CORRUPT, f"frame {number} cannot be decoded")
+def _damaged(number: int) -> ClipFailure:
+    return ClipFailure(FailureCode.CORRUPT, f"frame {number} cannot be decoded")
 
 
 def _decode_packet(packet: Any, limits: VideoLimits) -> list[Any] | None:
-    """Frames that a packet completes, None for one that cannot be decoded. Raises StageError(TOO_LARGE)."""
+    """Frames that a packet completes, None for one that cannot be decoded. Raises ClipFailure(TOO_LARGE)."""
     try:
         frames = packet.decode()
     except FFmpegError as error:
@@ -573,7 +573,7 @@ def decode_key_frames(index: VideoIndex, keys: NDArray[np.intp], *, limit: int) 
                     for frame in _decode_alone(stream.codec_context, packet, index.limits):
                         yield number, frame
     except FFmpegError as error:
-        raise StageError(FailureCode.CORRUPT, f"a key frame cannot be decoded ({type(error).__name__})") from error
+        raise ClipFailure(FailureCode.CORRUPT, f"a key frame cannot be decoded ({type(error).__name__})") from error
 
 
 def _decode_alone(codec: Any, packet: Any, limits: VideoLimits) -> list[Any]:
@@ -590,11 +590,11 @@ def verify(path: Path, limits: VideoLimits = VideoLimits()) -> VideoFile:
     """Check that a file is a whole, decodable video: every packet is there and a spread of key frames decodes.
 
     The full decode happens once, when the clip is observed; that pass checks every frame.
-    Raises StageError as index_video.
+    Raises ClipFailure as index_video.
     """
     index = index_video(path, limits)
     if not any(True for _ in decode_key_frames(index, np.flatnonzero(index.key), limit=_VERIFY_KEY_FRAMES)):
-        raise StageError(FailureCode.CORRUPT, "no key frame can be decoded")
+        raise ClipFailure(FailureCode.CORRUPT, "no key frame can be decoded")
     return VideoFile(
         path=path,
         sha256=sha256_file(path),
@@ -666,7 +666,7 @@ def pictures(index: VideoIndex, numbers: Sequence[int], width: int, height: int,
     """The frames of these numbers, or a part of each, as upright (height, width, 3) RGB; random access.
 
     Uses decord where it reads the file as PyAV does, PyAV otherwise. Holds one frame of full size at a time. Raises
-    StageError(CORRUPT), and IndexDiffers as `decode`.
+    ClipFailure(CORRUPT), and IndexDiffers as `decode`.
     """
     wanted = sorted(set(numbers))
     found = _by_decord(index, wanted, width, height, part)

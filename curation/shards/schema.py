@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from curation.ingest.failures import UsageError
+from curation.failures import UsageError
 
 SCHEMA_VERSION = 2
 ROWS_PER_GROUP = 180

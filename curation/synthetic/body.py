@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from curation.ingest.failures import UsageError
+from curation.failures import UsageError
 
 Array = NDArray[np.float64]
 VERTEX_COUNT, FACE_COUNT, JOINT_COUNT, SHAPE_COUNT, POSE_COUNT = 6890, 13776, 24, 10, 207

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from curation.files import atomic_path
 from curation.observe.sampling import sample_indices
+from curation.pool import spread
 from curation.records import Outcome
 from curation.synthetic.body import load_body
 from curation.synthetic.camera import Shot, film
@@ -26,7 +27,6 @@ from curation.synthetic.motion import Place, dance
 from curation.synthetic.scene import KINDS, Builder, build_scene
 from curation.synthetic.take import Dancer, Frame, Seen, Take, held_ball
 from curation.synthetic.wardrobe import Dressed, Outfit, dress
-from curation.workers import spread
 
 Array = NDArray[np.float64]
 Image = NDArray[np.uint8]

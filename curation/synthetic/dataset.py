@@ -19,12 +19,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from curation.manifest import ClipRef
-from curation.records import ClipSample, Frames, TeacherDepth
+from curation.pool import cores, spread
+from curation.records import ClipRef, ClipSample, Frames, TeacherDepth
 from curation.shards.codec import encode_jpeg, pack_mask
 from curation.shards.writer import encode_clip, write_tables
 from curation.synthetic.clips import ClipPlan, shoot
-from curation.workers import cores, spread
 
 FPS = 6
 WORLD_VERSION = 1  # raise it when the same seed no longer gives the same pixels

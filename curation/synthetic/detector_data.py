@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from curation.files import atomic_path
+from curation.pool import spread
 from curation.synthetic.body import load_body
 from curation.synthetic.camera import MOVES, Shot, film
 from curation.synthetic.clips import CASES, ClipPlan, shoot
@@ -23,7 +24,6 @@ from curation.synthetic.motion import Place, dance
 from curation.synthetic.scene import CLASSES, KINDS, Builder, build_scene
 from curation.synthetic.take import Dancer, Frame, Take, held_ball
 from curation.synthetic.wardrobe import Dressed, Outfit, dress
-from curation.workers import spread
 
 PER_SCENE = 12
 MIN_SHOWN, MIN_SIDE = 0.30, 0.02

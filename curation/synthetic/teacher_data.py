@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from curation.files import atomic_path
+from curation.pool import spread
 from curation.synthetic.clips import ClipPlan, shoot
-from curation.workers import spread
 
 SIZES = ((224, 126), (126, 224))  # 16 x 9 patches of 14 pixels
 PER_SCENE = 6

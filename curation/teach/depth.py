@@ -23,8 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from curation.deadlines import check_time
+from curation.failures import ClipFailure, FailureCode, UsageError
 from curation.files import sha256_file
-from curation.ingest.failures import FailureCode, StageError, UsageError
 from curation.records import Frames, TeacherDepth
 from curation.settings import TeacherSettings
 
@@ -47,7 +47,7 @@ class Teacher(Protocol):
         ...
 
     def __call__(self, frames: Frames, clip_id: str) -> TeacherDepth | None:
-        """Depth of every frame, or None if this teacher gives none. Raises StageError for a clip it cannot do.
+        """Depth of every frame, or None if this teacher gives none. Raises ClipFailure for a clip it cannot do.
 
         It calls `check_time` between two steps, so that it can be ended.
         """
@@ -147,7 +147,7 @@ class MogeTeacher:
         }
 
     def __call__(self, frames: Frames, clip_id: str) -> TeacherDepth:
-        """Depth of all frames, (N, H, W); a batch never spans clips. Raises StageError for a damaged frame."""
+        """Depth of all frames, (N, H, W); a batch never spans clips. Raises ClipFailure for a damaged frame."""
         count = len(frames.jpeg)
         depth_m = np.zeros((count, frames.height, frames.width), np.float32)
         valid = np.zeros(depth_m.shape, np.bool_)
@@ -204,7 +204,7 @@ class FolderTeacher:
         }
 
     def __call__(self, frames: Frames, clip_id: str) -> TeacherDepth:
-        """The clip's depth by nearest pixel on the training grid. Raises StageError(MISSING_DEPTH)."""
+        """The clip's depth by nearest pixel on the training grid. Raises ClipFailure(MISSING_DEPTH)."""
         entry = _read_entry(self.folder / f"{clip_id}.npz")
         height, width = entry.depth.shape[1:]
         displayed = frames.width / frames.height / frames.stretch
@@ -365,7 +365,7 @@ def _decode(jpeg: bytes, frames: Frames) -> NDArray[np.uint8]:
     flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
     image = cv2.imdecode(np.frombuffer(jpeg, np.uint8), flags) if jpeg else None  # OpenCV raises for no bytes at all
     if image is None or image.shape != (frames.height, frames.width, 3):
-        raise StageError(FailureCode.CORRUPT, "a sampled frame cannot be decoded")
+        raise ClipFailure(FailureCode.CORRUPT, "a sampled frame cannot be decoded")
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
@@ -395,8 +395,8 @@ def _folder_hash(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _missing(what: str) -> StageError:
-    return StageError(FailureCode.MISSING_DEPTH, what)
+def _missing(what: str) -> ClipFailure:
+    return ClipFailure(FailureCode.MISSING_DEPTH, what)
 
 
 def _read_entry(path: Path) -> _Entry:

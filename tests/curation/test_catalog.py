@@ -37,12 +37,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 import curation.database
 from curation.catalog import Attempt, Catalog, FunnelCounts, ObservationFile, Output, forgotten_digest
 from curation.database import Database
+from curation.failures import FailureCode, OutageError, UsageError
 from curation.files import sha256_json
-from curation.ingest.failures import FailureCode, OutageError, UsageError
 from curation.leases import Lease
-from curation.manifest import ClipRef
 from curation.outages import patience
-from curation.records import CriterionResult, Decision, Outcome, Verdict, VideoFile
+from curation.records import ClipRef, CriterionResult, Decision, Outcome, Verdict, VideoFile
 from curation.tables import metadata
 from curation.turns import Block, Turn
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from curation.catalog import Catalog
 from curation.claims import Claims, Queue
-from curation.ingest.failures import LostError
+from curation.failures import LostError
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ import sys
 from pathlib import Path
 from curation.catalog import Catalog
 from curation.claims import Claims
-from curation.ingest.failures import LostError
+from curation.failures import LostError
 with Claims(Catalog(sys.argv[1]), Path(sys.argv[2]), 1.5) as claims:
     assert claims.take("x") and claims.take("y")
     claims.check("x")

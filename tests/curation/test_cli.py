@@ -12,9 +12,9 @@ import pytest
 
 from curation.catalog import Catalog, Output
 from curation.cli import main, teacher_settings
-from curation.ingest.failures import FailureCode
-from curation.manifest import ClipRef
+from curation.failures import FailureCode
 from curation.pipeline import postponed
+from curation.records import ClipRef
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 
 from curation import evaluate as evaluation
 from curation.evaluate import Case, CaseResult
-from curation.ingest.failures import UsageError
+from curation.failures import UsageError
 from curation.policy import load_policy
 from curation.settings import ObserveSettings
 

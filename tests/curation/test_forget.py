@@ -19,11 +19,10 @@ from curation import pipeline
 from curation.batches import read_batches
 from curation.catalog import Catalog, forgotten_clip_digest
 from curation.derived import REGISTRY, Derived, register, registered
+from curation.failures import FailureCode, UsageError
 from curation.forget import remove_forgotten
-from curation.ingest.failures import FailureCode, UsageError
 from curation.last_resort import keep_text
-from curation.manifest import ClipRef
-from curation.records import ClipSample, Frames
+from curation.records import ClipRef, ClipSample, Frames
 from curation.settings import Settings
 from curation.shards import writer
 from curation.shards.codec import encode_jpeg

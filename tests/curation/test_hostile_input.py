@@ -40,19 +40,12 @@ from servers import FileServer, redirect, serve
 from curation.addresses import address_allowed
 from curation.catalog import Catalog
 from curation.cli import main
+from curation.failures import ClipFailure, FailureCode, UsageError
 from curation.ingest.download import download
-from curation.ingest.failures import FailureCode, StageError, UsageError
-from curation.manifest import (
-    COLUMNS,
-    MAX_SECONDS,
-    ClipRef,
-    ManifestError,
-    link_listed,
-    read_manifest,
-    validate_video_id,
-    write_manifest,
-)
+from curation.manifest import COLUMNS, MAX_SECONDS, ManifestError, read_manifest, write_manifest
+from curation.platforms import link_listed, validate_video_id
 from curation.policy import CRITERIA, Policy, describe, judge, load_policy
+from curation.records import ClipRef
 from curation.settings import POLICIES, DownloadSettings
 
 HOSTS = ("example.org", "media.example.org:8080", "93.184.215.14")
@@ -603,7 +596,7 @@ def test_no_request_goes_to_a_host_that_is_not_allowed(clips: Path, tmp_path: Pa
             with tempfile.TemporaryDirectory() as folder:
                 try:
                     download(ref, Path(folder) / "videos", got, sleep=lambda _: None)
-                except StageError as error:
+                except ClipFailure as error:
                     return error.code.value
             return "fetched"
 

@@ -21,12 +21,12 @@ from curation import pipeline
 from curation.batches import read_batches
 from curation.catalog import Attempt, Catalog, ObservationFile
 from curation.cli import main
+from curation.failures import TRIES, ClipFailure, FailureCode, OutageError, UsageError
 from curation.files import sha256_file
-from curation.ingest.failures import TRIES, FailureCode, OutageError, StageError, UsageError
 from curation.last_resort import check_debug_file, failure_of, keep_text, remove_entries
-from curation.manifest import ClipRef
 from curation.observe.observations import read_observations, write_observations
 from curation.observe.samples import read_frames, write_frames
+from curation.records import ClipRef
 from curation.settings import DownloadSettings, Settings
 from curation.state import frames_name, observation_name, state_of
 
@@ -151,7 +151,7 @@ def test_only_so_many_of_the_same_in_a_row_count(tmp_path: Path, history: list, 
         (MemoryError("Zq"), "out_of_memory", False),
         (PermissionError(13, "Zq"), "internal", True),
         (SystemExit("Zq"), "internal", True),
-        (StageError(FailureCode.CORRUPT, "words of ours"), "corrupt", False),
+        (ClipFailure(FailureCode.CORRUPT, "words of ours"), "corrupt", False),
     ],
 )
 def test_any_exception_has_a_type_and_fixed_words(error: BaseException, code: str, named: bool):

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from curation.ingest.failures import LostError, OutageError, UsageError
+from curation.failures import LostError, OutageError, UsageError
 from curation.locks import LockTimeoutError, hold, holder
 
 LEASE_S = 0.6
 HOLD = """
 import sys
 from pathlib import Path
-from curation.ingest.failures import LostError
+from curation.failures import LostError
 from curation.locks import hold
 with hold(Path(sys.argv[1]), "The thing", 20, float(sys.argv[2])) as held:
     print("held", flush=True)

@@ -17,17 +17,10 @@ from examples import examples
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from curation.ingest.failures import UsageError
-from curation.manifest import (
-    COLUMNS,
-    MAX_SECONDS,
-    PLATFORMS,
-    ClipRef,
-    ManifestError,
-    read_manifest,
-    validate_video_id,
-    write_manifest,
-)
+from curation.failures import UsageError
+from curation.manifest import COLUMNS, MAX_SECONDS, ManifestError, read_manifest, write_manifest
+from curation.platforms import PLATFORMS, validate_video_id
+from curation.records import ClipRef
 
 SUFFIXES = (".csv", ".jsonl", ".parquet")
 

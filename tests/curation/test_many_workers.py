@@ -18,7 +18,8 @@ from objects import s3_server
 
 from curation import pipeline
 from curation.catalog import Catalog
-from curation.manifest import ClipRef, read_manifest, write_manifest
+from curation.manifest import read_manifest, write_manifest
+from curation.records import ClipRef
 from curation.settings import DownloadSettings, ObserveSettings, Settings, TeacherSettings
 from curation.shards.reader import ShardReader, verify
 from curation.shards.remote import pull

@@ -22,11 +22,10 @@ from curation.batches import Batch
 from curation.catalog import Attempt, Catalog, ObservationFile
 from curation.claims import Claims, Queue
 from curation.database import Database
-from curation.ingest.failures import FailureCode, OutageError, UsageError
+from curation.failures import FailureCode, OutageError, UsageError
 from curation.ingest.politeness import Gate
-from curation.manifest import ClipRef
 from curation.outages import patience, wait_for
-from curation.records import VideoFile
+from curation.records import ClipRef, VideoFile
 from curation.settings import DownloadSettings, Settings
 
 SERVED = multiprocessing.get_context("forkserver")  # a fork of pytest would carry its threads' locks

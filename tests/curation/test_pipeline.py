@@ -20,14 +20,15 @@ from servers import Fault, serve
 from curation import pipeline
 from curation.batches import Funnel, read_batches
 from curation.catalog import Catalog
+from curation.failures import FailureCode, LostError, UsageError
 from curation.ffmpeg import ffmpeg_exe
 from curation.files import sha256_file
-from curation.ingest.failures import FailureCode, LostError, UsageError
-from curation.manifest import ClipRef, write_manifest
+from curation.manifest import write_manifest
 from curation.observe.hdr import OPERATOR
 from curation.observe.observe import sample_frames
 from curation.observe.samples import write_frames
 from curation.observe.sampling import SAMPLER
+from curation.records import ClipRef
 from curation.settings import DownloadSettings, ObserveSettings, Settings, TeacherSettings
 from curation.shards.codec import decode_jpeg
 from curation.shards.reader import ShardReader, verify

@@ -15,7 +15,7 @@ from examples import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from curation.ingest.failures import UsageError
+from curation.failures import UsageError
 from curation.observe.observations import Observations
 from curation.observe.sampling import sample_indices
 from curation.policy import CRITERIA, Policy, _stands_out, judge, load_policy, part_taken, subject_boxes

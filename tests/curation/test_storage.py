@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from objects import Server, restarting_s3_server, s3_server
 
-from curation.ingest.failures import OutageError, UsageError
+from curation.failures import OutageError, UsageError
 from curation.outages import patience
 from curation.settings import Settings
 from curation.storage import Store

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from curation.ingest.failures import FailureCode, StageError
-from curation.workers import WorkerError, spread
+from curation.failures import ClipFailure, FailureCode
+from curation.pool import WorkerError, spread
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -23,7 +23,7 @@ def test_a_worker_that_dies_costs_its_own_clip_only():
     results = dict(spread(_die_on_three, list(range(6)), 2))
     died = results.pop(3)
     assert results == {n: n * n for n in (0, 1, 2, 4, 5)}
-    assert isinstance(died, StageError) and died.code is FailureCode.INTERNAL
+    assert isinstance(died, ClipFailure) and died.code is FailureCode.INTERNAL
 
 
 def test_a_worker_that_is_stopped_is_killed_and_replaced(tmp_path: Path):
@@ -32,7 +32,7 @@ def test_a_worker_that_is_stopped_is_killed_and_replaced(tmp_path: Path):
     results = {task[0]: result for task, result in spread(_stop_on_three, tasks, 2, lambda task: 2.5)}
     stopped = results.pop(3)
     assert results == {n: n * n for n in (0, 1, 2, 4, 5, 6, 7)}, "others go on"
-    assert isinstance(stopped, StageError) and stopped.code is FailureCode.TOO_SLOW
+    assert isinstance(stopped, ClipFailure) and stopped.code is FailureCode.TOO_SLOW
     assert time.monotonic() - began < 60
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
@@ -42,7 +42,7 @@ def test_a_worker_that_is_stopped_is_killed_and_replaced(tmp_path: Path):
 
 def test_a_task_that_never_ends_is_ended_and_one_within_its_limit_is_not():
     results = dict(spread(_sleep, [99.0, 0.01], 2, lambda seconds: 1.0 if seconds > 1 else 60.0))
-    assert isinstance(results[99.0], StageError) and results[99.0].code is FailureCode.TOO_SLOW
+    assert isinstance(results[99.0], ClipFailure) and results[99.0].code is FailureCode.TOO_SLOW
     assert results[0.01] == 0.01
 
 
@@ -54,7 +54,7 @@ def test_workers_are_kept_between_calls():
 @pytest.mark.parametrize("what", ["plain", "unsendable", "exit", "unsendable result", "staged"])
 def test_whatever_a_task_raises_comes_back_with_its_traceback(what: str):
     ((_, error),) = spread(_raise, [what], 2)
-    expected = {"plain": ValueError, "exit": SystemExit, "staged": StageError, "unsendable": WorkerError}
+    expected = {"plain": ValueError, "exit": SystemExit, "staged": ClipFailure, "unsendable": WorkerError}
     assert type(error) is expected.get(what, type(error)) and isinstance(error, BaseException)
     if what != "unsendable result":
         assert "_raise" in error.__notes__[0]
@@ -103,7 +103,7 @@ def _raise(what: str) -> object:
     if what == "exit":
         raise SystemExit(3)
     if what == "staged":
-        raise StageError(FailureCode.CORRUPT, "said", 1.0)
+        raise ClipFailure(FailureCode.CORRUPT, "said", 1.0)
     return lambda: None
 
 

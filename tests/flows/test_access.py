@@ -20,7 +20,7 @@ from servers import serve
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
-from curation.ingest.failures import UsageError
+from curation.failures import UsageError
 from flows import access
 from flows.plugin import setup_environment
 from flows.service import Service, credentials

@@ -18,7 +18,8 @@ from servers import serve
 from curation import pipeline
 from curation.catalog import Catalog
 from curation.files import sha256_file
-from curation.manifest import ClipRef, write_manifest
+from curation.manifest import write_manifest
+from curation.records import ClipRef
 from curation.settings import DownloadSettings, ObserveSettings, Settings, TeacherSettings
 from curation.shards.reader import ShardReader, verify
 

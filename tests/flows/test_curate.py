@@ -19,8 +19,8 @@ from servers import Fault, redirect, serve
 from curation import pipeline
 from curation.batches import Batch, StageReport
 from curation.catalog import Catalog
-from curation.ingest.failures import OutageError, UsageError
-from curation.manifest import ClipRef
+from curation.failures import OutageError, UsageError
+from curation.records import ClipRef
 from curation.settings import Settings, VideoLimits
 from curation.state import State
 from flows import curate as curate_module

@@ -14,8 +14,9 @@ from servers import serve
 
 from curation import pipeline
 from curation.catalog import Catalog
-from curation.manifest import ClipRef, write_manifest
+from curation.manifest import write_manifest
 from curation.policy import load_policy
+from curation.records import ClipRef
 from curation.settings import Settings, TeacherSettings
 from curation.shards.reader import verify
 

@@ -15,7 +15,8 @@ from prefect_place import Place
 
 from curation import pipeline
 from curation.catalog import Catalog
-from curation.manifest import ClipRef, write_manifest
+from curation.manifest import write_manifest
+from curation.records import ClipRef
 from curation.settings import DownloadSettings, ObserveSettings, Settings, TeacherSettings
 from curation.shards.reader import verify
 from curation.shards.remote import pull

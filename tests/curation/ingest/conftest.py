@@ -10,11 +10,10 @@ import pytest
 from made_clips import make_clips
 from servers import FileServer, serve
 
+from curation.failures import ClipFailure
 from curation.ingest.download import download
-from curation.ingest.failures import StageError
 from curation.ingest.parts import PART
-from curation.manifest import ClipRef
-from curation.records import VideoFile
+from curation.records import ClipRef, VideoFile
 from curation.settings import DownloadSettings
 
 
@@ -74,9 +73,9 @@ class Place:
         ref = self.ref(path) if isinstance(path, str) else path
         return download(ref, self.folder, self.settings.model_copy(update=changes), sleep=self.waits.append)
 
-    def failure(self, path: str | ClipRef, **changes: Any) -> StageError:
+    def failure(self, path: str | ClipRef, **changes: Any) -> ClipFailure:
         """The error of a download that fails; it must say nothing of its own and carry no error along."""
-        with pytest.raises(StageError) as caught:
+        with pytest.raises(ClipFailure) as caught:
             self.fetch(path, **changes)
         error = caught.value
         assert error.__cause__ is None

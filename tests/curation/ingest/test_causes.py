@@ -26,8 +26,8 @@ from yt_dlp.networking.exceptions import (
 )
 from yt_dlp.utils import DownloadError, ExtractorError, GeoRestrictedError, UnsupportedError, UserNotLive
 
+from curation.failures import FailureCode
 from curation.ingest.causes import Cause, cause_of
-from curation.ingest.failures import FailureCode
 from curation.ingest.network import AddressRefused
 
 

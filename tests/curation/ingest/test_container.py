@@ -12,9 +12,9 @@ import av
 import pytest
 from made_clips import SECRETS
 
+from curation.failures import ClipFailure, FailureCode, UsageError
 from curation.ffmpeg import ffmpeg_exe
 from curation.ingest.container import container_format, strip
-from curation.ingest.failures import FailureCode, StageError, UsageError
 from curation.ingest.scrub import scrub
 from curation.observe.video import index_video
 
@@ -156,7 +156,7 @@ def test_the_same_file_gives_the_same_bytes(clips, tmp_path):
 def test_pages_playlists_and_lists_of_files_are_no_video(clips, tmp_path, content):
     path = tmp_path / "video.mp4"
     path.write_bytes(content.replace(b"{clip}", str(clips / "stream.ts").encode()))
-    with pytest.raises(StageError) as caught:
+    with pytest.raises(ClipFailure) as caught:
         container_format(path)
     assert caught.value.code is FailureCode.CORRUPT
     assert str(tmp_path) not in caught.value.message
@@ -168,7 +168,7 @@ def test_a_playlist_would_be_followed_without_the_list_of_formats(clips, tmp_pat
     path.write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\n{clips / 'stream.ts'}\n#EXT-X-ENDLIST\n")
     with av.open(str(path)) as container:
         assert container.format.name == "hls"
-    with pytest.raises(StageError):
+    with pytest.raises(ClipFailure):
         container_format(path)
 
 

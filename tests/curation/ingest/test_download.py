@@ -18,13 +18,13 @@ from made_clips import SECRETS
 from servers import Fault, redirect, serve
 from yt_dlp.utils import YoutubeDLError
 
+from curation.failures import ClipFailure, FailureCode
 from curation.ingest.causes import cause_of
 from curation.ingest.download import MAX_WAIT_S, _not_live, _options, download
-from curation.ingest.failures import FailureCode, StageError
 from curation.ingest.limits import Limits
 from curation.ingest.network import AddressRefused, Guard, GuardedYoutubeDL
-from curation.manifest import ClipRef
 from curation.observe.video import index_video
+from curation.records import ClipRef
 from curation.settings import DownloadSettings
 
 PAGE = b"<!doctype html><html><head><title>Private video of Planted Artist</title></head></html>" * 20
@@ -56,7 +56,7 @@ class Fetch:
         return download(self.ref, self.folder, settings, sleep=self.waits.append)
 
     def failure(self, path, **changes):
-        with pytest.raises(StageError) as caught:
+        with pytest.raises(ClipFailure) as caught:
             self(path, **changes)
         error = caught.value
         # yt-dlp's error, whose text may hold a title, must not travel along for a logger to print
@@ -133,7 +133,7 @@ def test_a_second_download_replaces_the_first_and_a_failed_one_leaves_it(tmp_pat
     first = download(ref, tmp_path, allowed).path
     assert first.name == "video.webm"
     server.script(path, Fault(410))
-    with pytest.raises(StageError):
+    with pytest.raises(ClipFailure):
         download(ref, tmp_path, allowed)
     assert list(tmp_path.rglob("video.*")) == [first]
     server.script(path, Fault(body=(clips / "base.mp4").read_bytes()))
@@ -256,7 +256,7 @@ def test_a_closed_port_is_a_network_failure(tmp_path):
         unused.bind(("127.0.0.1", 0))
         host = f"127.0.0.1:{unused.getsockname()[1]}"
         settings = DownloadSettings(http_hosts=(host,), allow_loopback=True, retries=0)
-        with pytest.raises(StageError) as caught:
+        with pytest.raises(ClipFailure) as caught:
             download(ClipRef("http", f"http://{host}/a.mp4"), tmp_path, settings)
     assert caught.value.code is FailureCode.NETWORK
 
@@ -333,7 +333,7 @@ def resolver(monkeypatch, address, port):
 def test_a_name_that_resolves_to_a_private_address_is_refused(tmp_path, server, monkeypatch, address):
     asked = resolver(monkeypatch, address, int(server.host.split(":")[1]))
     before = sum(server.hits.values())
-    with pytest.raises(StageError) as caught:
+    with pytest.raises(ClipFailure) as caught:
         download(
             ClipRef("http", "http://clips.example.org/base.mp4"),
             tmp_path,
@@ -364,7 +364,7 @@ def test_each_platform_asks_its_own_host_through_the_guard(tmp_path, server, mon
     """No platform is reached: every name resolves to loopback, which the guard refuses to a platform's extractor."""
     asked = resolver(monkeypatch, "127.0.0.1", int(server.host.split(":")[1]))
     before = sum(server.hits.values())
-    with pytest.raises(StageError) as caught:
+    with pytest.raises(ClipFailure) as caught:
         download(ClipRef(platform, video_id), tmp_path, DownloadSettings())
     assert caught.value.code is FailureCode.REFUSED
     assert asked[0] == host
@@ -382,7 +382,7 @@ def test_each_platform_asks_its_own_host_through_the_guard(tmp_path, server, mon
     ],
 )
 def test_an_id_that_never_went_through_a_manifest_is_refused(tmp_path, platform, video_id):
-    with pytest.raises(StageError) as caught:
+    with pytest.raises(ClipFailure) as caught:
         download(ClipRef(platform, video_id), tmp_path / "videos", DownloadSettings(local_root=tmp_path))
     assert caught.value.code is FailureCode.REFUSED
 
@@ -512,7 +512,7 @@ def test_an_offer_above_the_cap_or_without_a_picture_is_no_format(tmp_path):
 
 def test_live_streams_are_not_begun():
     for info in ({"is_live": True}, {"live_status": "is_upcoming"}, {"live_status": "is_live"}):
-        with pytest.raises(StageError) as caught:
+        with pytest.raises(ClipFailure) as caught:
             _not_live(info)
         assert caught.value.code is FailureCode.LIVE
     assert _not_live({"live_status": "was_live"}) is None
@@ -556,7 +556,7 @@ def test_links_are_followed_below_the_root_only(root, tmp_path, clips):
         ("none.mp4", FailureCode.REMOVED),
         ("set", FailureCode.REFUSED),
     ):
-        with pytest.raises(StageError) as caught:
+        with pytest.raises(ClipFailure) as caught:
             local(root, name, tmp_path / "videos")
         assert caught.value.code is code, name
         assert str(tmp_path) not in caught.value.message
@@ -568,20 +568,20 @@ def test_the_root_itself_may_be_a_link(root, tmp_path):
 
 
 def test_a_root_that_is_not_there_does_not_make_its_files_gone(tmp_path):
-    with pytest.raises(StageError) as caught:
+    with pytest.raises(ClipFailure) as caught:
         local(tmp_path / "not-mounted", "a.mp4", tmp_path / "videos")
     assert caught.value.code is FailureCode.REFUSED
 
 
 def test_a_pipe_is_not_waited_for(root, tmp_path):
     os.mkfifo(root / "pipe.mp4")
-    with pytest.raises(StageError) as caught:
+    with pytest.raises(ClipFailure) as caught:
         local(root, "pipe.mp4", tmp_path / "videos")
     assert caught.value.code is FailureCode.REFUSED
 
 
 def test_without_a_root_no_local_file_is_read(tmp_path):
-    with pytest.raises(StageError) as caught:
+    with pytest.raises(ClipFailure) as caught:
         download(ClipRef("local", "a.mp4"), tmp_path, DownloadSettings())
     assert caught.value.code is FailureCode.REFUSED
 
@@ -593,9 +593,9 @@ def test_nothing_is_said_by_a_success_or_a_failure(fetch, server, capfd, caplog)
     caplog.set_level(0)
     fetch("/tagged.mp4")
     path = copy(server, "base.mp4", Fault(404, body=PAGE))
-    with pytest.raises(StageError):
+    with pytest.raises(ClipFailure):
         fetch(path)
-    with pytest.raises(StageError):
+    with pytest.raises(ClipFailure):
         fetch("/cover-only.mp3")
     said = "".join(capfd.readouterr()) + caplog.text
     assert not any(secret in said for secret in SECRETS)
@@ -606,9 +606,9 @@ ALONE = """
 import json, resource, sys
 from pathlib import Path
 from curation.ingest.download import download
-from curation.ingest.failures import StageError
+from curation.failures import ClipFailure
 from curation.ingest.limits import Limits
-from curation.manifest import ClipRef
+from curation.records import ClipRef
 from curation.settings import DownloadSettings
 
 out, host, root, limit = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
@@ -619,7 +619,7 @@ codes = []
 for ref in (ClipRef("http", f"http://{host}/prores.mov"), ClipRef("local", "prores.mov")):
     try:
         codes.append(download(ref, out, settings).frames)
-    except StageError as error:
+    except ClipFailure as error:
         codes.append(error.code)
 print(json.dumps(codes))
 """

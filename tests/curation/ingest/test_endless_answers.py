@@ -15,9 +15,9 @@ from test_platforms import VIDEO, found, offer, playlist, video  # noqa: F401 - 
 from yt_dlp.networking import Request
 from yt_dlp.networking.exceptions import HTTPError
 
-from curation.ingest.failures import FailureCode, StageError
+from curation.failures import ClipFailure, FailureCode
 from curation.ingest.network import PAGE_BYTES, Guard, GuardedYoutubeDL
-from curation.manifest import ClipRef
+from curation.records import ClipRef
 
 NAME = "/base.mp4"
 MOST = 1 << 29  # bytes that such a server sends before it gives up itself
@@ -112,7 +112,7 @@ def test_a_page_is_read_whole_up_to_a_size(status: bytes):
                 page = ydl.urlopen(Request(f"http://{server.host}/"))
             except HTTPError as error:
                 page = error.response
-            with pytest.raises(StageError) as caught:
+            with pytest.raises(ClipFailure) as caught:
                 page.read()
             assert caught.value.code is FailureCode.UNSUPPORTED
         assert server.sent < 2 * PAGE_BYTES
@@ -124,7 +124,7 @@ def test_a_page_is_unpacked_up_to_a_size_and_smaller_ones_are_read_whole(place):
     place.server.script("/small", Fault(200, packed, bomb(PAGE_BYTES)))
     with GuardedYoutubeDL(Guard((place.server.host,), allow_loopback=True), {}, extractors=False) as ydl:
         assert len(ydl.urlopen(Request(place.server.url("/small"))).read()) == PAGE_BYTES
-        with pytest.raises(StageError):
+        with pytest.raises(ClipFailure):
             ydl.urlopen(Request(place.server.url("/large"))).read()
 
 

@@ -12,11 +12,11 @@ from servers import Fault, redirect, serve
 from yt_dlp.networking import Request
 from yt_dlp.networking.exceptions import HTTPError, TransportError
 
+from curation.failures import FailureCode
 from curation.ingest.causes import cause_of
-from curation.ingest.failures import FailureCode
 from curation.ingest.network import Guard, GuardedYoutubeDL
 from curation.ingest.parts import PART, VALIDATOR
-from curation.manifest import ClipRef
+from curation.records import ClipRef
 
 NAME = "/header-first.mp4"
 KEPT = [f"part/{PART}", f"part/{VALIDATOR}"]

@@ -13,11 +13,11 @@ from collections import namedtuple
 import pytest
 from servers import Fault, redirect
 
+from curation.failures import ClipFailure, FailureCode, UsageError
 from curation.ingest.access import check_settings, cookie_text, proxy_address
 from curation.ingest.download import download
-from curation.ingest.failures import FailureCode, StageError, UsageError
 from curation.ingest.limits import NO_ROOM, TOO_LARGE
-from curation.manifest import ClipRef
+from curation.records import ClipRef
 from curation.settings import DownloadSettings
 
 NAME = "/prores.mov"
@@ -93,7 +93,7 @@ def test_a_disk_that_fills_up_on_the_way_is_noticed(place, disk):
     disk[:] = [plenty, plenty, plenty, 0]
     seen = []
     settings = place.settings.model_copy(update={"min_free_mb": 100})
-    with pytest.raises(StageError) as caught:
+    with pytest.raises(ClipFailure) as caught:
         download(place.ref(NAME), place.folder, settings, lambda done, total: seen.append(done))
     assert caught.value.code is FailureCode.DISK_FULL
     assert 10 << 20 < max(seen) < 20 << 20

@@ -9,7 +9,7 @@ import pytest
 from servers import Fault
 from test_platforms import VIDEO, found, playlist, video  # noqa: F401 - `found` is a fixture
 
-from curation.ingest.failures import FailureCode
+from curation.failures import FailureCode
 from curation.ingest.headers import http_date
 from curation.ingest.parts import PART, VALIDATOR
 

@@ -15,10 +15,10 @@ from made_clips import SECRETS
 from servers import Fault, redirect, serve
 from yt_dlp.utils import ExtractorError, GeoRestrictedError, UserNotLive
 
-from curation.ingest.failures import FailureCode
+from curation.failures import FailureCode
 from curation.ingest.limits import TOO_LARGE
 from curation.ingest.parts import PART, VALIDATOR
-from curation.manifest import ClipRef
+from curation.records import ClipRef
 
 VIDEO = ClipRef("youtube", "abcdefghijk")
 SEGMENTS = 4

@@ -10,9 +10,9 @@ from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from curation.ingest.failures import FailureCode, StageError
+from curation.failures import ClipFailure, FailureCode
 from curation.ingest.politeness import MAX_PATIENCE_S, Blocked, Gate, Turn, Turns, service_of
-from curation.manifest import ClipRef
+from curation.records import ClipRef
 from curation.settings import DownloadSettings
 
 HOUR = 3600.0
@@ -160,7 +160,7 @@ def test_a_wait_that_is_too_long_is_told_at_once_and_reserves_nothing(memory, cl
 def test_a_breaker_that_opens_for_a_moment_is_waited_for(memory, clock):
     door = gate(memory)
     began = clock.time
-    door.failed(LINK, StageError(FailureCode.RATE_LIMITED, "", 3.0))
+    door.failed(LINK, ClipFailure(FailureCode.RATE_LIMITED, "", 3.0))
     assert door.wait(LINK) is None
     assert clock.time == began + 3
 
@@ -170,7 +170,7 @@ def test_a_breaker_that_opens_for_a_moment_is_waited_for(memory, clock):
 def test_a_breaker_opens_for_robots_and_rates_only(memory, clock, code, ref):
     door, other = gate(memory), gate(memory)
     assert door.wait(ref) is None
-    door.failed(ref, StageError(code, ""))
+    door.failed(ref, ClipFailure(code, ""))
     answer = other.wait(ref)
     if code in (FailureCode.BOT_CHECK, FailureCode.RATE_LIMITED):
         assert answer == Blocked(code, clock.time + STEPS[0])
@@ -181,19 +181,19 @@ def test_a_breaker_opens_for_robots_and_rates_only(memory, clock, code, ref):
 def test_a_breaker_grows_is_never_shorter_than_asked_and_closes_with_a_success(memory, clock):
     door = gate(memory)
     for step in (*STEPS, STEPS[-1]):
-        door.failed(VIDEO, StageError(FailureCode.BOT_CHECK, ""))
+        door.failed(VIDEO, ClipFailure(FailureCode.BOT_CHECK, ""))
         blocked = door.wait(VIDEO)
         assert blocked == Blocked(FailureCode.BOT_CHECK, clock.time + step)
         clock.time = blocked.until
     door.succeeded(VIDEO)
-    door.failed(VIDEO, StageError(FailureCode.RATE_LIMITED, "", 50_000.0))
+    door.failed(VIDEO, ClipFailure(FailureCode.RATE_LIMITED, "", 50_000.0))
     assert door.wait(VIDEO) == Blocked(FailureCode.RATE_LIMITED, clock.time + 50_000)
     door.succeeded(VIDEO)
     assert door.wait(VIDEO) is None
 
 
 def test_a_blocked_session_or_service_does_not_stop_another(memory):
-    gate(memory, session="a").failed(VIDEO, StageError(FailureCode.BOT_CHECK, ""))
+    gate(memory, session="a").failed(VIDEO, ClipFailure(FailureCode.BOT_CHECK, ""))
     assert gate(memory, session="b").wait(VIDEO) is None
     assert gate(memory, session="a").wait(ClipRef("vimeo", "1")) is None
     assert gate(memory, session="a").wait(VIDEO) is not None
@@ -205,7 +205,7 @@ def test_plain_links_are_not_slowed_down_and_their_hosts_not_stored(memory, cloc
     for _ in range(10):
         assert door.wait(LINK) is None
     assert clock.time == began
-    door.failed(LINK, StageError(FailureCode.RATE_LIMITED, ""))
+    door.failed(LINK, ClipFailure(FailureCode.RATE_LIMITED, ""))
     assert door.wait(LINK) is not None
     assert door.wait(ClipRef("http", "https://clips.example.org:444/a.mp4")) is None
     assert not any("example" in part for key in (*memory.times, *memory.breakers) for part in key)
@@ -223,6 +223,6 @@ def test_services():
 def test_local_files_need_no_turn(memory):
     door, ref = gate(memory), ClipRef("local", "a.mp4")
     assert door.wait(ref) is None
-    door.failed(ref, StageError(FailureCode.RATE_LIMITED, ""))
+    door.failed(ref, ClipFailure(FailureCode.RATE_LIMITED, ""))
     door.succeeded(ref)
     assert memory.calls == 0 and not memory.breakers

@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 from servers import Fault
 
+from curation.failures import ClipFailure, FailureCode
 from curation.ingest import parts
-from curation.ingest.failures import FailureCode, StageError
 from curation.ingest.parts import PART, PARTS, VALIDATOR, Validator, sweep, workspace
 
 NAME = "/prores.mov"
@@ -234,7 +234,7 @@ ALONE = """
 import sys
 from pathlib import Path
 from curation.ingest.download import download
-from curation.manifest import ClipRef
+from curation.records import ClipRef
 from curation.settings import DownloadSettings
 
 host, path, out = sys.argv[1], sys.argv[2], Path(sys.argv[3])
@@ -304,10 +304,10 @@ def test_an_interrupt_keeps_the_part(place):
 
 
 def failing(folder, key, code=FailureCode.NETWORK, content=b"abc"):
-    with pytest.raises(StageError), workspace(folder, key) as work:
+    with pytest.raises(ClipFailure), workspace(folder, key) as work:
         Validator("0", 10, '"a"', None).write(work)
         (work / PART).write_bytes(content)
-        raise StageError(code, "")
+        raise ClipFailure(code, "")
     return work
 
 
@@ -329,7 +329,7 @@ def test_many_at_once_keep_their_folders_to_themselves(tmp_path):
         while time.monotonic() < end:
             if chance.random() < 0.2:
                 sweep(tmp_path)
-            with contextlib.suppress(StageError), workspace(tmp_path, f"{chance.randrange(2)}") as folder:
+            with contextlib.suppress(ClipFailure), workspace(tmp_path, f"{chance.randrange(2)}") as folder:
                 owner = folder / "owner"
                 assert not owner.exists()
                 owner.write_text(f"{seed}")
@@ -338,7 +338,7 @@ def test_many_at_once_keep_their_folders_to_themselves(tmp_path):
                 time.sleep(chance.choice((0, 0.002)))
                 assert owner.read_text() == f"{seed}"
                 if chance.random() < 0.5:
-                    raise StageError(FailureCode.NETWORK, "")
+                    raise ClipFailure(FailureCode.NETWORK, "")
 
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(work, range(6)))

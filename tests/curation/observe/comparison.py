@@ -15,9 +15,9 @@ import numpy as np
 from av.error import FFmpegError
 from numpy.typing import NDArray
 
+from curation.failures import ClipFailure
 from curation.ffmpeg import ffmpeg_exe
 from curation.ingest.container import container_format, strip
-from curation.ingest.failures import StageError
 from curation.observe.video import (
     VideoIndex,
     decode,
@@ -132,9 +132,9 @@ def examine(path: Path, folder: Path, seed: int, held_s: float | None = None) ->
         found = list(_against(shown, index, stored, held_s))
         blamed = _of_the_library(path, index, stored) if found else []
         found += _against_itself(path, folder, random.Random(seed), index, stored, held_s)
-    except StageError as error:
+    except ClipFailure as error:
         return Outcome("refused", f"{error.code.name}: {error.message}", ["refused"], errors=shown.errors)
-    except Exception as error:  # whatever is raised: that it is no StageError is the finding
+    except Exception as error:  # whatever is raised: that it is no ClipFailure is the finding
         return Outcome("raised", f"{type(error).__name__}: {error}", ["raised"], errors=shown.errors)
     aspects = list(dict.fromkeys(aspect for aspect, _ in found))
     detail = "; ".join(f"{aspect}: {how}" for aspect, how in found)

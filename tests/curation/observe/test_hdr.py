@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from scenes import Watcher
 
 from curation.ffmpeg import ffmpeg_exe
-from curation.manifest import ClipRef
 from curation.observe.hdr import OPERATOR, to_sdr, transfer_of
 from curation.observe.observe import observe, prescreen, sample_frames
 from curation.observe.people import Detections
 from curation.observe.video import decode, index_video, resize, thumbnail, to_rgb
+from curation.records import ClipRef
 from curation.settings import ObserveSettings
 
 WIDTH, HEIGHT = 192, 112

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from curation.ingest.failures import UsageError
+from curation.failures import UsageError
 from curation.observe.observations import SCHEMA, Observations, read_observations, write_observations
 
 F32 = st.floats(width=32, allow_nan=False)

@@ -14,12 +14,12 @@ from numbered import encode, number_of, picture
 from scenes import COUNT, Watcher, scene
 from videos import geometry
 
-from curation.ingest.failures import FailureCode, StageError
-from curation.manifest import ClipRef
+from curation.failures import ClipFailure, FailureCode
 from curation.observe.observe import observe, prescreen, sample_frames, training_grid
 from curation.observe.samples import read_frames, write_frames
 from curation.observe.video import index_video, pictures
 from curation.policy import judge, load_policy
+from curation.records import ClipRef
 from curation.settings import ObserveSettings
 
 SETTINGS = ObserveSettings()
@@ -121,7 +121,7 @@ def test_a_damaged_clip_gives_no_measurements(video, tmp_path):
     data[len(data) // 2 : len(data) // 2 + 4000] = bytes(4000)
     path = tmp_path / "hole.mp4"
     path.write_bytes(data)
-    with pytest.raises(StageError) as caught:
+    with pytest.raises(ClipFailure) as caught:
         observe(ref(), path, SETTINGS, Watcher())
     assert caught.value.code is FailureCode.CORRUPT
 

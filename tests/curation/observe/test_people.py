@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import yaml
 
-from curation.ingest.failures import UsageError
+from curation.failures import UsageError
 from curation.observe import people
 from curation.observe.people import Detections, Detector, PeopleTracker, find_weights
 from curation.observe.video import decode, index_video, resize, to_rgb

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numbered import encode, ffmpeg, number_of, picture
 
-from curation.manifest import ClipRef
 from curation.observe.observe import sample_frames
 from curation.observe.sampling import TIE_S, sample_indices
+from curation.records import ClipRef
 from curation.settings import ObserveSettings
 
 RATES = [Fraction(rate) for rate in ("12", "15", "24000/1001", "25", "30000/1001", "30", "45", "60")]

@@ -10,11 +10,11 @@ import pytest
 from numbered import encode
 from scenes import COUNT, HEIGHT, MIDDLE, SCENES, WIDTH, Watcher, scene
 
-from curation.manifest import ClipRef
 from curation.observe.observations import Observations
 from curation.observe.observe import observe
 from curation.observe.shots import ShotMeter
 from curation.policy import judge, load_policy
+from curation.records import ClipRef
 from curation.settings import ObserveSettings
 
 CONTENT_CUT = 27.0  # PySceneDetect's default

@@ -8,12 +8,12 @@ import av
 import pytest
 from numbered import ffmpeg
 
-from curation.ingest.failures import FailureCode, StageError
+from curation.failures import ClipFailure, FailureCode
 from curation.observe.video import decode, frames_at, index_video, verify
 
 
 def code_of(act) -> FailureCode:
-    with pytest.raises(StageError) as caught:
+    with pytest.raises(ClipFailure) as caught:
         act()
     assert "/" not in caught.value.message  # a message is for people, and names no path
     return caught.value.code
@@ -81,7 +81,7 @@ def test_a_frame_that_the_decoder_calls_damaged_is_none(video, tmp_path):
         path.write_bytes(b"".join(packets[:lost] + packets[lost + 1 :]))
         try:
             decode_all(path)
-        except StageError as error:
+        except ClipFailure as error:
             codes.append(error.code)
     assert codes and set(codes) == {FailureCode.CORRUPT}
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numbered import number_of
 from videos import BY_DECORD, VIDEOS, geometry
 
-from curation.ingest.failures import FailureCode, StageError
+from curation.failures import ClipFailure, FailureCode
 from curation.observe import video as module
 from curation.observe.video import (
     decode,
@@ -190,7 +190,7 @@ def test_a_span_holds_exactly_the_frames_between_its_ends(steps, ends):
     try:
         first, last = index.span(start, end)
         assert list(range(first, last)) == inside
-    except StageError as error:
+    except ClipFailure as error:
         assert error.code is FailureCode.SPAN_OUT_OF_RANGE
         assert not inside or end > index.end_s + 0.1
 
@@ -199,7 +199,7 @@ def test_a_span_holds_exactly_the_frames_between_its_ends(steps, ends):
 def test_a_span_outside_the_video_or_without_a_frame_is_refused(video, ends):
     index = index_video(video("plain.mp4").path)
     assert index.end_s == pytest.approx(3.0)
-    with pytest.raises(StageError) as caught:
+    with pytest.raises(ClipFailure) as caught:
         index.span(*ends)
     assert caught.value.code is FailureCode.SPAN_OUT_OF_RANGE
 

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numbered import encode, ffmpeg, number_of, picture, shown_by_ffmpeg
 
+from curation.failures import ClipFailure, FailureCode
 from curation.ingest.container import container_format, strip
-from curation.ingest.failures import FailureCode, StageError
 from curation.observe.packets import _vp9_frames, steady_rate
 from curation.observe.video import VideoIndex, decode, frames_at, index_video, resize, to_rgb, verify, with_index
 
@@ -83,7 +83,7 @@ def test_every_display_matrix_of_quarters_and_mirrors_is_applied_as_ffmpeg_does(
 
 def test_a_picture_that_is_to_be_shown_at_an_angle_is_refused(film, tmp_path):
     path = turned(film, tmp_path / "tilted.mp4", [1, 1, -1, 1])
-    with pytest.raises(StageError, match="angle") as caught:
+    with pytest.raises(ClipFailure, match="angle") as caught:
         index_video(path)
     assert caught.value.code is FailureCode.WRONG_KIND
 
@@ -91,7 +91,7 @@ def test_a_picture_that_is_to_be_shown_at_an_angle_is_refused(film, tmp_path):
 def test_colours_that_nothing_here_converts_are_refused(tmp_path):
     path = tmp_path / "ictcp.mp4"
     encode(path, frames(3), "-c:v", "libx264", "-pix_fmt", "yuv420p", "-bsf:v", "h264_metadata=matrix_coefficients=14")
-    with pytest.raises(StageError, match="colours") as caught:
+    with pytest.raises(ClipFailure, match="colours") as caught:
         index_video(path)
     assert caught.value.code is FailureCode.WRONG_KIND
 
@@ -102,7 +102,7 @@ def test_a_picture_is_called_a_picture_and_not_damaged(film, tmp_path, name):
     count = [] if name in ("a.gif", "a.webp", "a.avif") else ["-frames:v", "1", "-update", "1"]
     ffmpeg("-i", film, "-t", "0.2", *count, path)
     for act in (index_video, container_format):
-        with pytest.raises(StageError, match="convert it to MP4") as caught:
+        with pytest.raises(ClipFailure, match="convert it to MP4") as caught:
             act(path)
         assert caught.value.code is FailureCode.WRONG_KIND
 
@@ -254,7 +254,7 @@ def test_a_recording_that_was_never_finished_is_taken_and_a_cut_file_is_not(tmp_
         )
         data = path.read_bytes()
         path.write_bytes(data[: len(data) * 3 // 4])
-        with pytest.raises(StageError) as caught:
+        with pytest.raises(ClipFailure) as caught:
             index_video(path)
         assert caught.value.code is FailureCode.CORRUPT
 
@@ -298,7 +298,7 @@ def test_a_hole_that_demuxers_pass_over_is_found(tmp_path, name):
     start = data.index(b"moof", len(data) // 2) - 4 if fragmented else len(data) // 2
     data[start:-40] = bytes(len(data) - 40 - start)
     path.write_bytes(data)
-    with pytest.raises(StageError, match=r"damaged at byte|cannot be decoded") as caught:
+    with pytest.raises(ClipFailure, match=r"damaged at byte|cannot be decoded") as caught:
         index_video(path)
     assert caught.value.code is FailureCode.CORRUPT
 

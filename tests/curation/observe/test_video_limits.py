@@ -14,17 +14,17 @@ from numbered import encode, ffmpeg, picture
 from peaks import peak_mb
 from scenes import Watcher
 
+from curation.failures import ClipFailure, FailureCode
 from curation.ingest.container import container_format, refuse_tables, strip
-from curation.ingest.failures import FailureCode, StageError
-from curation.manifest import ClipRef
 from curation.observe.observe import observe, sample_frames
 from curation.observe.video import decode, index_video, with_index
+from curation.records import ClipRef
 from curation.settings import ObserveSettings, VideoLimits
 
 H264 = ("-c:v", "libx264", "-preset", "ultrafast", "-pix_fmt", "yuv420p", "-bf", "0")
 IMPORTS = (
     "from pathlib import Path\nfrom curation.observe.observe import *\nfrom curation.observe.video import *\n"
-    "from curation.ingest.failures import StageError\n"
+    "from curation.failures import ClipFailure\n"
 )
 SMALL = VideoLimits(max_pixels=96 * 64)
 LARGER = [picture(number, 640, 480) for number in range(4)]
@@ -32,7 +32,7 @@ PICTURES = [picture(number) for number in range(8)]
 
 
 def refused(act) -> str:
-    with pytest.raises(StageError) as caught:
+    with pytest.raises(ClipFailure) as caught:
         act()
     assert caught.value.code is FailureCode.TOO_LARGE and "/" not in caught.value.message
     return caught.value.message
@@ -63,7 +63,7 @@ def test_a_picture_with_too_many_pixels_is_refused_in_every_container(tmp_path, 
         pytest.skip("no such stream in this container")
     try:
         index_video(path)
-    except StageError:
+    except ClipFailure:
         pytest.skip("not taken in this container")
     assert "6144 pixels" in refused(lambda: index_video(path, SMALL))
     assert len(index_video(path, VideoLimits(max_pixels=640 * 480)).times_s) == 4
@@ -85,7 +85,7 @@ def bombs(tmp_path_factory) -> list[Path]:
 def test_no_huge_picture_is_ever_decoded(bombs):
     script = (
         f"{IMPORTS}start()\nfor name in sys.argv[1:]:\n    try:\n        print(verify(Path(name)).frames)\n"
-        "    except StageError as error:\n        print(error.code)"
+        "    except ClipFailure as error:\n        print(error.code)"
     )
     assert max(path.stat().st_size for path in bombs) < 2 << 20
     assert peak_mb(script, *bombs) < 100
@@ -210,7 +210,7 @@ def test_samples_that_are_only_counted_are_refused_before_a_list_of_them_is_made
 
 def test_a_table_of_few_bytes_takes_no_memory(tmp_path):
     path = table_bomb(encode(tmp_path / "film.mp4", PICTURES, *H264), tmp_path / "bomb.mp4", "samples")
-    script = f"{IMPORTS}start()\ntry:\n    verify(Path(sys.argv[1]))\nexcept StageError:\n    pass"
+    script = f"{IMPORTS}start()\ntry:\n    verify(Path(sys.argv[1]))\nexcept ClipFailure:\n    pass"
     assert path.stat().st_size < 1 << 16
     assert peak_mb(script, path) < 60
 
@@ -232,7 +232,7 @@ def fragment(head: bytes, fields: bytes = b"", track: int = 1) -> bytes:
 
 
 def code_of(act) -> FailureCode:
-    with pytest.raises(StageError) as caught:
+    with pytest.raises(ClipFailure) as caught:
         act()
     return caught.value.code
 
@@ -341,7 +341,7 @@ def test_a_compressed_header_is_refused_unread(tmp_path):
     packed = zlib.compress(data[place:])
     parts = [Box(b"dcom", b"zlib"), Box(b"cmvd", struct.pack(">I", len(data) - place) + packed)]
     path.write_bytes(data[:place] + Box(b"moov", [Box(b"cmov", parts)]).bytes())
-    with pytest.raises(StageError) as caught:
+    with pytest.raises(ClipFailure) as caught:
         index_video(path)
     assert caught.value.code is FailureCode.WRONG_KIND
 
@@ -375,7 +375,7 @@ def test_what_observing_takes(tmp_path, rate, seconds, size, most_mb):
     """Half a gigabyte of it is the tracker's library."""
     script = (
         f"{IMPORTS}sys.path.insert(0, sys.argv[2])\nfrom scenes import Watcher\n"
-        "from curation.manifest import ClipRef\nfrom curation.settings import ObserveSettings\nstart()\n"
+        "from curation.records import ClipRef\nfrom curation.settings import ObserveSettings\nstart()\n"
         "observe(ClipRef('local', 'x'), Path(sys.argv[1]), ObserveSettings(), Watcher(16))"
     )
     assert peak_mb(script, fast_film(tmp_path / "film.mp4", rate, seconds, size), Path(__file__).parent) < most_mb

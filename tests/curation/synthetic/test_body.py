@@ -7,7 +7,7 @@ import types
 import numpy as np
 import pytest
 
-from curation.ingest.failures import UsageError
+from curation.failures import UsageError
 from curation.synthetic.body import (
     FACE_COUNT,
     JOINTS,

@@ -6,9 +6,8 @@ import av
 import numpy as np
 import pytest
 
-from curation.manifest import ClipRef
 from curation.observe.observe import sample_frames
-from curation.records import Frames
+from curation.records import ClipRef, Frames
 from curation.settings import ObserveSettings, TeacherSettings
 from curation.synthetic.clips import (
     CASES,

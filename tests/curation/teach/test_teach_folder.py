@@ -10,7 +10,7 @@ from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from curation.ingest.failures import FailureCode, StageError
+from curation.failures import ClipFailure, FailureCode
 from curation.records import Frames, TeacherDepth
 from curation.settings import TeacherSettings
 from curation.teach.depth import load_teacher
@@ -159,7 +159,7 @@ def good() -> dict[str, np.ndarray]:
 )
 def test_depth_that_does_not_fit_is_missing(folder, change, words):
     arrays = {name: array for name, array in (good() | change).items() if array is not None}
-    with pytest.raises(StageError, match=words) as failure:
+    with pytest.raises(ClipFailure, match=words) as failure:
         teach(folder, frames_of([0, 0.2]), **arrays)
     assert failure.value.code is FailureCode.MISSING_DEPTH
     assert str(folder) not in failure.value.message
@@ -169,14 +169,14 @@ def test_an_absent_or_damaged_file_is_missing_depth(tmp_path):
     np.savez(tmp_path / "ffffffffffffffff.npz", **good())
     path = tmp_path / f"{CLIP}.npz"
     teacher = load_teacher(TeacherSettings(kind="folder", model=str(tmp_path)))
-    with pytest.raises(StageError, match="no file for this clip"):
+    with pytest.raises(ClipFailure, match="no file for this clip"):
         teacher(frames_of([0, 0.2]), CLIP)
     whole = (tmp_path / "ffffffffffffffff.npz").read_bytes()
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 1
     for damaged in (whole[:-200], bytes(flipped), b"", b"\x93NUMPY"):
         path.write_bytes(damaged)
-        with pytest.raises(StageError, match="damaged") as failure:
+        with pytest.raises(ClipFailure, match="damaged") as failure:
             teacher(frames_of([0, 0.2]), CLIP)
         assert failure.value.code is FailureCode.MISSING_DEPTH
     load_teacher(TeacherSettings(kind="folder", model=str(tmp_path)))  # one damaged file stops its own clip only

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from small_moge import decoded, make_frames, noise_frames, small_network
 
+from curation.failures import ClipFailure, FailureCode
 from curation.files import sha256_file
-from curation.ingest.failures import FailureCode, StageError
 from curation.records import Frames
 from curation.settings import TeacherSettings
 from curation.teach.depth import MogeTeacher, _read_network, check_teacher, depth_preview, load_teacher
@@ -189,7 +189,7 @@ def test_a_clip_without_frames_has_empty_depth(teacher):
 
 @pytest.mark.parametrize("jpeg", [b"", b"no picture", noise_frames(1, 28, 28).jpeg[0]])
 def test_a_damaged_frame_is_a_typed_failure(teacher, jpeg):
-    with pytest.raises(StageError) as failure:
+    with pytest.raises(ClipFailure) as failure:
         teacher(Frames(84, 56, np.zeros(1), (jpeg,)), "0" * 16)
     assert failure.value.code is FailureCode.CORRUPT
 

@@ -18,14 +18,14 @@ import numpy as np
 import pytest
 from small_moge import small_config
 
-from curation.ingest.failures import UsageError
+from curation.failures import UsageError
 from curation.settings import TeacherSettings
 from curation.teach.depth import check_teacher, load_teacher
 
 MODEL = TeacherSettings().model
 CHECK = """
 import sys
-from curation.ingest.failures import UsageError
+from curation.failures import UsageError
 from curation.settings import TeacherSettings
 from curation.teach.depth import check_teacher
 try:

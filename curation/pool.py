@@ -24,7 +24,7 @@ from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from curation.deadlines import TOO_SLOW
-from curation.ingest.failures import FailureCode, StageError
+from curation.failures import ClipFailure, FailureCode
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -53,7 +53,7 @@ def spread(
 
     limit_s: the seconds after which the process that has the task is killed, the start of a new process included;
     without it a task may take for ever. An exception has the traceback of its process in its notes. Two ends have a
-    StageError for their result: INTERNAL where the process died (out of memory, a crash in a decoder), TOO_SLOW where
+    ClipFailure for their result: INTERNAL where the process died (out of memory, a crash in a decoder), TOO_SLOW where
     it was killed. Other tasks never notice.
     """
     if not tasks:
@@ -174,7 +174,7 @@ class _Child:
             return self._process.is_alive() and not self._pipe.closed
 
     def run(self, function: Callable[[Any], Any], task: Any, limit_s: float | None) -> tuple[Any, BaseException | None]:
-        """(result, None) or (None, exception) of function(task); a StageError where the process died before."""
+        """(result, None) or (None, exception) of function(task); a ClipFailure where the process died before."""
         order = pickle.dumps((function, task))
         timer = None if limit_s is None else _Timer(limit_s, self._process.kill)
         try:
@@ -188,8 +188,8 @@ class _Child:
         if answer is not None:
             return pickle.loads(answer)
         if late:
-            return None, StageError(FailureCode.TOO_SLOW, TOO_SLOW.format(limit_s))
-        return None, StageError(FailureCode.INTERNAL, DIED)
+            return None, ClipFailure(FailureCode.TOO_SLOW, TOO_SLOW.format(limit_s))
+        return None, ClipFailure(FailureCode.INTERNAL, DIED)
 
     def kill(self) -> None:
         self._process.kill()

@@ -1,0 +1,27 @@
+"""The pages that are made from the code say what the code says."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from curation.failures import FailureCode
+
+DOCS = Path(__file__).parent.parent / "docs"
+spec = importlib.util.spec_from_file_location("docs_generate", DOCS / "generate.py")
+generate = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(generate)
+
+
+@pytest.mark.parametrize("name", generate.PAGES)
+def test_a_page_made_from_the_code_is_up_to_date(name):
+    assert (DOCS / name).read_text() == generate.PAGES[name](), "run `make docs`"
+
+
+def test_every_failure_code_has_its_sentences():
+    for code in FailureCode:
+        assert FailureCode(code.value) is code
+        for sentence in (code.said, code.advice):
+            assert sentence.endswith(".") and "|" not in sentence
