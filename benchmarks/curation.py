@@ -45,7 +45,8 @@ Part = tuple[str, Callable[[], Any]]
 
 def ours(clip: Path, weights: str, folder: Path) -> list[Part]:
     """Shots, people, tracks and training frames in one pass, and the depth of those frames as shards hold it."""
-    from curation.observe.observe import detector_for, observe
+    from curation.observe.observe import observe
+    from curation.people.detector import detector_for
     from curation.records import ClipRef
     from curation.settings import ObserveSettings
     from curation.shards import codec
@@ -100,7 +101,7 @@ def naive(clip: Path, weights: str, folder: Path, stride: int = 1) -> list[Part]
 
 def naive_at_6_fps(clip: Path, weights: str, folder: Path) -> list[Part]:
     """The same, with a tracker that is told to skip frames."""
-    from curation.observe.video import index_video
+    from curation.video.index import index_video
 
     return naive(clip, weights, folder, stride=max(1, round(index_video(clip).fps / 6)))
 
@@ -112,7 +113,7 @@ def floor(clip: Path, weights: str, folder: Path) -> list[Part]:
 
 def floor_with_detector(clip: Path, weights: str, folder: Path) -> list[Part]:
     """A bare decode, and the detector's forward pass and nothing else at 6 frames a second."""
-    from curation.observe.observe import detector_for
+    from curation.people.detector import detector_for
     from curation.settings import ObserveSettings
 
     detector = detector_for(ObserveSettings(device="cpu"), weights)
@@ -150,7 +151,7 @@ def depth_maps(clip: Path) -> NDArray[np.float32]:
     from shards import scene
 
     from curation.observe.sampling import sample_indices
-    from curation.observe.video import index_video
+    from curation.video.index import index_video
 
     count = len(sample_indices(index_video(clip).times_s, 6.0))
     depth, _ = scene(min(30, count), width=WIDTH, height=HEIGHT)
@@ -186,7 +187,7 @@ def make_clip(target: Path, seconds: float) -> None:
 
     It shows no person; decoder and detector take the same time for it as for any other.
     """
-    from curation.ffmpeg import ffmpeg_exe
+    from curation.video.ffmpeg import ffmpeg_exe
 
     still = "mandelbrot=s=2560x1440:r=30:end_scale=0.3,select='eq(n,0)',loop=loop=-1:size=1,setpts=N/30/TB"
     moving = "crop=1920:1080:x='320+300*sin(t)':y='180+170*sin(1.7*t)',noise=alls=8:allf=t"

@@ -55,9 +55,10 @@ def refs_of(folder: Path) -> list[Any]:
 def floor(folder: Path) -> None:
     """The work alone, one clip after the other."""
     from curation.ingest.download import download
+    from curation.observe.frames import write_frames
     from curation.observe.observations import write_observations
-    from curation.observe.observe import detector_for, observe, prescreen
-    from curation.observe.samples import write_frames
+    from curation.observe.observe import observe, prescreen
+    from curation.people.detector import detector_for
     from curation.policy import judge, load_policy
 
     settings = settings_of(folder, "floor")
@@ -135,9 +136,9 @@ def measured(variant: str, folder: Path, environment: dict[str, str]) -> dict[st
 
 def make_clips(folder: Path, clips: int) -> None:
     """Links to one generated video of two seconds, under as many names."""
-    from curation.ffmpeg import ffmpeg_exe
     from curation.manifest import write_manifest
     from curation.records import ClipRef
+    from curation.video.ffmpeg import ffmpeg_exe
 
     (folder / "videos").mkdir()
     first = folder / "first.mp4"

@@ -16,7 +16,8 @@ from typing import Any
 from curation.failures import ClipFailure, UsageError
 from curation.files import atomic_path
 from curation.last_resort import check_debug_file, failure_of, keep_text
-from curation.observe.people import find_weights
+from curation.people.detector import detector_ready
+from curation.people.weights import find_weights
 from curation.policy import CRITERIA, Policy, judge
 from curation.pool import spread
 from curation.records import ClipRef
@@ -130,15 +131,9 @@ def evaluate(
     return [results[case.file] for case in cases]
 
 
-def detector_ready(weights: str, settings: ObserveSettings) -> None:
-    """Export the detector once, before workers that would all wait for it; a bad file fails here, at once."""
-    from curation.observe.observe import detector_for
-
-    detector_for(settings, weights)
-
-
 def _evaluate_one(task: tuple[Case, Path, str, ObserveSettings, Policy]) -> CaseResult:
-    from curation.observe.observe import detector_for, observe
+    from curation.observe.observe import observe
+    from curation.people.detector import detector_for
 
     case, path, weights, settings, policy = task
     if not path.is_file():

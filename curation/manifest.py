@@ -21,7 +21,7 @@ from typing import Any
 from curation.failures import UsageError
 from curation.files import atomic_path
 from curation.pages import footer_size, pages
-from curation.platforms import _INTEGER_IDS, _MATCH, PLATFORMS, link_listed, validate_video_id
+from curation.platforms import INTEGER_IDS, PLATFORMS, link_listed, validate_video_id
 from curation.records import ClipRef
 
 COLUMNS = ("platform", "video_id", "start_s", "end_s", "split")
@@ -403,9 +403,9 @@ def _parse(
 ) -> ClipRef | None:
     platform, video_id, start, end, split = values
     before = len(problems)
-    if type(video_id) is int and platform in _INTEGER_IDS and 0 < video_id < 10**25:
+    if type(video_id) is int and platform in INTEGER_IDS and 0 < video_id < 10**25:
         video_id = str(video_id)
-    if not isinstance(platform, str) or platform not in _MATCH:
+    if not isinstance(platform, str) or platform not in PLATFORMS:
         problems.append(Problem(row, "platform", f"write one of {', '.join(PLATFORMS)}"))
     elif not isinstance(video_id, str):
         problems.append(Problem(row, "video_id", "write the id as text"))

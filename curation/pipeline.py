@@ -27,7 +27,7 @@ from curation.deadlines import time_limit
 from curation.failures import ENDS_THE_RUN, ClipFailure, FailureCode, LostError, UsageError
 from curation.files import sha256_file
 from curation.last_resort import check_debug_file, failure_of, keep_text
-from curation.observe.people import find_weights
+from curation.people.weights import find_weights
 from curation.policy import Policy, find_policy, load_policy, part_taken, subject_boxes
 from curation.policy import judge as judge_observations
 from curation.pool import spread
@@ -55,10 +55,10 @@ def preflight(settings: Settings) -> Settings:
     Raises UsageError: policy, detector or teacher weights, ffmpeg, an output folder or a debug file that cannot be
     written.
     """
-    from curation.evaluate import detector_ready
-    from curation.ffmpeg import ffmpeg_exe
     from curation.ingest.access import check_settings
+    from curation.people.detector import detector_ready
     from curation.teach.depth import check_teacher
+    from curation.video.ffmpeg import ffmpeg_exe
 
     forget_cached()
     out = settings.out.expanduser().absolute()
@@ -660,9 +660,10 @@ def _observe_clip(task: _ObserveTask) -> _Observed:
 
 def _observe_here(task: _ObserveTask) -> _Observed:
     """Prescreen, measure, and keep the frames of a clip that the policy accepts with its whole picture."""
+    from curation.observe.frames import write_frames
     from curation.observe.observations import write_observations
-    from curation.observe.observe import detector_for, observe, prescreen
-    from curation.observe.samples import write_frames
+    from curation.observe.observe import observe, prescreen
+    from curation.people.detector import detector_for
 
     settings, store = task.settings.observe, task.store
     assert settings.detector is not None  # resolved by preflight
@@ -687,8 +688,7 @@ def _sample(state: State, ref: ClipRef, teacher: Any) -> ClipSample:
     """One accepted clip with its frames, the subject's boxes on the training grid, and the teacher's depth."""
     import numpy as np
 
-    from curation.observe.observe import sample_frames
-    from curation.observe.samples import read_frames
+    from curation.observe.frames import read_frames, sample_frames
 
     settings = state.settings.observe
     file = state.catalog.observations([ref])[ref.clip_id]

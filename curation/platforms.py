@@ -9,8 +9,6 @@ from curation.addresses import address_allowed, host_listed
 
 # A segment of a local path: no leading dot, dash or space, no trailing dot or space, so neither "..", nor an option.
 _SEGMENT = r"[A-Za-z0-9_][A-Za-z0-9_.,+=@ -]{0,254}(?<![. ])"
-
-
 # Per platform: what an id looks like, and what to write instead of a wrong one.
 _IDS = {
     "youtube": (r"[A-Za-z0-9_-]{11}", "write the 11 characters (A-Z a-z 0-9 - _) that follow watch?v="),
@@ -27,18 +25,11 @@ _IDS = {
         "write a path below the root such as folder/clip.mp4, of A-Z a-z 0-9 _ . , + = @ - and spaces",
     ),
 }
-
-
 PLATFORMS = tuple(_IDS)
-
 _MATCH = {platform: re.compile(pattern).fullmatch for platform, (pattern, _) in _IDS.items()}
-
-_INTEGER_IDS = ("tiktok", "vimeo")
-
+INTEGER_IDS = ("tiktok", "vimeo")
 _HOST_LABEL = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?").fullmatch
-
 _PRIVATE_SUFFIXES = (".local", ".internal", ".localdomain", ".home.arpa")
-
 _UNRESERVED_OR_SEPARATOR = re.compile(r"%(?:2[DEF]|3[0-9]|[46][1-9A-F]|[57][0-9A]|5[CF]|7[EF])")
 
 
@@ -87,7 +78,7 @@ def link_listed(link: str, hosts: tuple[str, ...]) -> bool:
 
 
 # Platform -> URL of an id, and the one extractor of yt-dlp that may read it.
-_SITES = {
+SITES = {
     "youtube": ("https://www.youtube.com/watch?v={}", "youtube"),
     "bilibili": ("https://www.bilibili.com/video/{}", "BiliBili"),
     "tiktok": ("https://www.tiktok.com/@_/video/{}", "TikTok"),

@@ -14,16 +14,16 @@ from curation.claims import Claims
 from curation.derived import Derived, Naming, register
 from curation.failures import FailureCode, Trait
 from curation.files import sha256_file, sha256_json
-from curation.observe.hdr import OPERATOR
 from curation.observe.observations import Observations
-from curation.observe.people import find_weights
 from curation.observe.sampling import SAMPLER
+from curation.people.weights import find_weights
 from curation.policy import Policy, describe, load_policy, part_taken
 from curation.policy import judge as judge_observations
 from curation.records import WHOLE, ClipRef, Verdict, VideoFile
 from curation.settings import Settings
 from curation.shards.index import Index, Place, ShardEntry, newest_index
 from curation.storage import Store
+from curation.video.hdr import OPERATOR
 
 FOLDERS = ("videos", "observations", "frames", "staging", "shards", ".claims")  # below a run's own
 _INDEX_LEASE_S = 30.0

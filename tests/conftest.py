@@ -23,8 +23,8 @@ import pytest
 import yaml
 from examples import examples
 
-from curation.ffmpeg import ffmpeg_exe
 from curation.settings import POLICIES
+from curation.video.ffmpeg import ffmpeg_exe
 
 ROOT = Path(__file__).parent.parent
 
@@ -170,9 +170,10 @@ def seer(common: Path, own_cache: None) -> Path:
     from filelock import FileLock
 
     from curation.files import sha256_file
-    from curation.observe.people import _exported, _keep_quiet
+    from curation.people.detector import _exported
+    from curation.people.weights import keep_quiet
 
-    _keep_quiet()  # before anything imports what would report home
+    keep_quiet()  # before anything imports what would report home
     path = common / "seer.pt"
     with FileLock(common / "seer.lock"):
         if not path.exists():

@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Any
 from curation.failures import DISK_ERRORS, ClipFailure, FailureCode, Trait
 from curation.files import fsync, sha256_file
 from curation.ingest.access import cookie_text, proxy_address
-from curation.ingest.container import container_format, strip
 from curation.ingest.limits import Limits
 from curation.ingest.parts import FETCHED, drop, sweep_now_and_then, tidy, workspace
-from curation.platforms import _SITES, link_listed, validate_video_id
+from curation.platforms import SITES, link_listed, validate_video_id
 from curation.records import ClipRef, VideoFile
 from curation.settings import DownloadSettings, VideoLimits
+from curation.video.container import container_format
+from curation.video.intake import strip
 
 if TYPE_CHECKING:  # yt-dlp is loaded by the first download, not by whoever imports this module
     from curation.ingest.causes import Cause
@@ -94,7 +95,8 @@ def download(
 
 def _settle(fetched: Path, work: Path, home: Path, limits: Limits, video_limits: VideoLimits) -> VideoFile:
     """Verify a fetched file, strip it and rename the result into `home`."""
-    from curation.observe.video import index_video, verify
+    from curation.video.index import index_video
+    from curation.video.intake import verify
 
     limits.room(fetched.stat().st_size)
     source_format = container_format(fetched, video_limits)  # before anything else opens the file
@@ -168,7 +170,7 @@ def _try(
         guard = Guard(settings.http_hosts, settings.allow_loopback)
     else:
         guard = Guard(None, settings.allow_loopback)
-        url, extractor = _SITES[ref.platform]
+        url, extractor = SITES[ref.platform]
         options = {**options, "allowed_extractors": [extractor]}
     if settings.cookies is not None:  # yt-dlp writes cookies back to where they came from: here, to memory
         options = {**options, "cookiefile": io.StringIO(cookie_text(settings.cookies))}

@@ -6,36 +6,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from curation.deadlines import check_time
-from curation.failures import ClipFailure, FailureCode
-from curation.observe.hdr import OPERATOR, Transfer, transfer_of
+from curation.observe.bars import BarFinder
+from curation.observe.frames import grid_stretch, refuse_long, training_grid
 from curation.observe.observations import Observations, Surround
-from curation.observe.people import Detections, Detector, PeopleTracker, load_detector
 from curation.observe.sampling import SAMPLER, sample_indices
 from curation.observe.shots import THUMB_LONG_SIDE, ShotMeasures, ShotMeter
 from curation.observe.surround import SurroundFinder
-from curation.observe.video import (
-    VideoIndex,
-    decode,
-    decode_key_frames,
-    halved,
-    index_video,
-    pictures,
-    resize,
-    thumbnail,
-    to_rgb,
-    with_index,
-)
+from curation.people.detector import Detections, Detector
+from curation.people.tracker import PeopleTracker
 from curation.records import WHOLE, ClipRef, Frames, Part
 from curation.settings import ObserveSettings
+from curation.shards.codec import encode_jpeg
+from curation.video.decode import decode, decode_key_frames, halved, resize, thumbnail, to_rgb
+from curation.video.hdr import OPERATOR, Transfer, transfer_of
+from curation.video.index import VideoIndex, index_video, with_index
 
-JPEG_QUALITY = 95
 _WAITING = 256  # thumbnails, at most 50 MB
-_BAR_NOISE = 12  # grey levels that compression adds to a uniform bar
 
 
 def observe(
@@ -55,7 +44,7 @@ def _observe(
 ) -> tuple[Observations, Frames]:  # fmt: skip
     first, last = index.span(ref.start_s, ref.end_s)
     samples = first + sample_indices(index.times_s[first:last], settings.sample_fps)
-    _refuse_long(len(samples), settings)
+    refuse_long(len(samples), settings)
     wanted = set(samples.tolist())
     width, height = training_grid(index, settings.frame_long_side)
     thumb, seen = _scaled(index, THUMB_LONG_SIDE), _scaled(index, detector.long_side)
@@ -64,7 +53,7 @@ def _observe(
     usual = float(np.median(gaps)) if len(gaps) else 1 / 25
     meter = ShotMeter(max(usual, 1 / settings.limits.max_fps))
     tracker = PeopleTracker(detector.person)
-    bars, copies = _BarFinder(), SurroundFinder()
+    bars, copies = BarFinder(), SurroundFinder()
     found: list[Detections] = []
     tracks: list[NDArray[np.int32]] = []
     jpeg: list[bytes] = []
@@ -96,7 +85,7 @@ def _observe(
         if sampled:
             stored = halved(to_rgb(frame), index, *larger)
             images.append(resize(stored, index, *seen))
-            jpeg.append(_jpeg(resize(stored, index, width, height)))
+            jpeg.append(encode_jpeg(resize(stored, index, width, height)))
         if len(images) in (0, detector.batch) or len(waiting) == _WAITING:
             flush()
         if progress is not None:
@@ -144,55 +133,6 @@ def prescreen(
     )  # fmt: skip
 
 
-def sample_frames(ref: ClipRef, path: Path, settings: ObserveSettings, part: Part = WHOLE) -> Frames:
-    """The clip's training frames alone, by random access: of the whole picture the same bytes as `observe` gives."""
-
-    def read(index: VideoIndex) -> Frames:
-        first, last = index.span(ref.start_s, ref.end_s)
-        numbers = first + sample_indices(index.times_s[first:last], settings.sample_fps)
-        _refuse_long(len(numbers), settings)
-        width, height = training_grid(index, settings.frame_long_side, part)
-        jpeg: list[bytes] = []
-        for picture in pictures(index, numbers.tolist(), width, height, part):
-            check_time()
-            jpeg.append(_jpeg(picture))
-        stretch = grid_stretch(index, width, height, part)
-        return Frames(width=width, height=height, times_s=index.times_s[numbers], jpeg=tuple(jpeg), stretch=stretch)
-
-    return with_index(path, read, settings.limits)
-
-
-def _refuse_long(samples: int, settings: ObserveSettings) -> None:
-    if samples > (most := settings.limits.max_samples):
-        text = f"the clip has {samples} samples, at most {most} are held; cut it into shorter ones in the manifest"
-        raise ClipFailure(FailureCode.TOO_LARGE, text)
-
-
-def training_grid(index: VideoIndex, long_side: int, part: Part = WHOLE) -> tuple[int, int]:
-    """Width and height with the longer side `long_side`, both multiples of 14 (one patch of the networks)."""
-    sides = _sides(index, part)
-    scale = long_side / max(sides)
-    return tuple(max(14, round(side * scale / 14) * 14) for side in sides)  # type: ignore[return-value]
-
-
-def grid_stretch(index: VideoIndex, width: int, height: int, part: Part = WHOLE) -> float:
-    """Horizontal over vertical scale of a width x height grid against this part as displayed; 1 is none."""
-    sides = _sides(index, part)
-    return (width / sides[0]) / (height / sides[1])
-
-
-def _sides(index: VideoIndex, part: Part) -> tuple[float, float]:
-    """Width and height of a part of the picture as displayed, pixels."""
-    return index.width * (part[2] - part[0]), index.height * (part[3] - part[1])
-
-
-def detector_for(settings: ObserveSettings, weights: str) -> Detector:
-    """This process's detector; loaded once."""
-    return load_detector(
-        weights, device=settings.device, long_side=settings.detector_long_side, confidence=settings.detector_confidence
-    )
-
-
 def _assemble(
     ref: ClipRef, index: VideoIndex, kind: Any, transfer: Transfer, first: int, last: int, times: NDArray[np.float64],
     found: list[Detections], tracks: list[NDArray[np.int32]], shots: ShotMeasures,
@@ -232,12 +172,6 @@ def _scaled(index: VideoIndex, long_side: int) -> tuple[int, int]:
     return max(2, round(index.width * scale)), max(2, round(index.height * scale))
 
 
-def _jpeg(rgb: NDArray[np.uint8]) -> bytes:
-    done, data = cv2.imencode(".jpg", cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
-    assert done
-    return data.tobytes()
-
-
 def _largest_person(found: Detections, person: int, fallback: NDArray[np.float32] | None) -> NDArray[np.float32] | None:
     people = np.flatnonzero(found.klass == person)
     if not len(people):
@@ -245,56 +179,3 @@ def _largest_person(found: Detections, person: int, fallback: NDArray[np.float32
     boxes = found.xyxy[people]
     area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     return boxes[int(np.argmax(area * found.confidence[people]))]
-
-
-class _BarFinder:
-    """Finds letterbox and pillarbox bars: lines of one colour that never change, against a picture that fills a line.
-
-    The second condition tells a bar from a plain backdrop, where the first different line is only a head or a hand.
-    """
-
-    def __init__(self) -> None:
-        self._low: NDArray[np.uint8] | None = None
-        self._high: NDArray[np.uint8] | None = None
-
-    def add(self, bgr: NDArray[np.uint8]) -> None:
-        if self._low is None or self._high is None:
-            self._low, self._high = bgr.copy(), bgr.copy()
-        else:
-            np.minimum(self._low, bgr, out=self._low)
-            np.maximum(self._high, bgr, out=self._high)
-
-    def active(self) -> Part:
-        """x1, y1, x2, y2 of the picture inside the bars, fractions of the whole."""
-        if self._low is None or self._high is None:
-            return WHOLE
-        low, high = self._low.astype(np.int16), self._high.astype(np.int16)
-        top, bottom = _bars(low, high)
-        left, right = _bars(low.swapaxes(0, 1), high.swapaxes(0, 1))
-        height, width = low.shape[:2]
-        return left / width, top / height, 1 - right / width, 1 - bottom / height
-
-
-def _bars(low: NDArray[np.int16], high: NDArray[np.int16]) -> tuple[int, int]:
-    """Number of bar rows at the top and at the bottom; both or none, as a letterbox has them.
-
-    One hard edge is enough: before a black backdrop the other bar has none, but it is as thick.
-    """
-    (top, top_edge), (bottom, bottom_edge) = _plain_rows(low, high), _plain_rows(low[::-1], high[::-1])
-    thick = max(top if top_edge else 0, bottom if bottom_edge else 0)
-    if not thick or min(top, bottom) < 0.8 * thick or thick < 0.02 * len(low) or thick > 0.4 * len(low):
-        return 0, 0
-    return min(top, thick), min(bottom, thick)
-
-
-def _plain_rows(low: NDArray[np.int16], high: NDArray[np.int16]) -> tuple[int, bool]:
-    """Rows of one colour that never change, from the first on; and whether a picture fills the row after them."""
-    colour = np.median(low[0], axis=0)
-    different = ((high - colour) > _BAR_NOISE).any(2) | ((colour - low) > _BAR_NOISE).any(2)
-    share = different.mean(1)
-    inner = np.flatnonzero(share > 0.02)
-    if not len(inner):
-        return len(low), False
-    first = int(inner[0])
-    # A bar's edge may fall inside one line of the thumbnail, so the next line counts too.
-    return first, bool(share[first : first + 2].max() > 0.5)

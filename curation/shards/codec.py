@@ -125,7 +125,8 @@ def encode_jpeg(rgb: NDArray[np.uint8], quality: int = JPEG_QUALITY) -> bytes:
 
 def decode_jpeg(data: bytes) -> NDArray[np.uint8]:
     """The (H, W, 3) RGB image of a JPEG. Raises ShardError if the bytes are not one."""
-    bgr = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data else None
+    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+    bgr = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None  # OpenCV raises for no bytes at all
     if bgr is None:
         raise ShardError("A frame is not a readable JPEG; the shard is damaged: write it anew.")
     return cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)

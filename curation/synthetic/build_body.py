@@ -1,6 +1,6 @@
 """Builds the embedded body file from primitives: run once by a developer, never by a user.
 
-    python -m curation.synthetic.build_body curation/synthetic/body.npz
+    python -m curation.synthetic.build_body curation/render/body.npz
 
 Smooth union of ellipsoids and round cones -> marching cubes -> simplification -> exactly 6890 vertices -> relaxation
 -> skinning by bone distance and diffusion -> shape directions from bone offsets -> joint regressor by non-negative
@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from curation.files import atomic_path
-from curation.synthetic.body import JOINT_COUNT, LANDMARKS, PARENTS, SHAPE_COUNT, VERTEX_COUNT
+from curation.render.body import JOINT_COUNT, LANDMARKS, PARENTS, SHAPE_COUNT, VERTEX_COUNT
 
 Array = NDArray[np.float64]
 VOXEL_M = 0.0055

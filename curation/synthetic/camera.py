@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from curation.synthetic.raster import Camera
+from curation.render.raster import Camera
 
 Array = NDArray[np.float64]
 MOVES = ("static", "handheld", "pan", "orbit", "dolly")

@@ -21,7 +21,7 @@ from curation.files import atomic_path
 from curation.observe.sampling import sample_indices
 from curation.pool import spread
 from curation.records import Outcome
-from curation.synthetic.body import load_body
+from curation.render.body import load_body
 from curation.synthetic.camera import Shot, film
 from curation.synthetic.motion import Place, dance
 from curation.synthetic.scene import KINDS, Builder, build_scene

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from curation.files import atomic_path
 from curation.pool import spread
-from curation.synthetic.body import load_body
+from curation.render.body import load_body
 from curation.synthetic.camera import MOVES, Shot, film
 from curation.synthetic.clips import CASES, ClipPlan, shoot
 from curation.synthetic.motion import Place, dance

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import minimum_filter1d, uniform_filter1d
 from scipy.spatial.transform import Rotation, Slerp
 
-from curation.synthetic.body import JOINT_COUNT, Body
+from curation.render.body import JOINT_COUNT, Body
 
 Array = NDArray[np.float64]
 _GRID_HZ = 60.0

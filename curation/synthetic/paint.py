@@ -10,8 +10,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from curation.synthetic.raster import TEXTURE_SIZE as SIZE
-from curation.synthetic.raster import Texture, texture
+from curation.render.raster import TEXTURE_SIZE as SIZE
+from curation.render.raster import Texture, texture
 
 Array = NDArray[np.float64]
 Image = NDArray[np.uint8]

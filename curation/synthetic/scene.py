@@ -15,9 +15,9 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from curation.render.raster import Light, Mesh, merge, vertex_normals
 from curation.synthetic import paint
 from curation.synthetic.paint import Colour, Paint, Painter
-from curation.synthetic.raster import Light, Mesh, merge, vertex_normals
 
 Array = NDArray[np.float64]
 CLASSES = ("person", "chair", "potted plant", "sports ball")

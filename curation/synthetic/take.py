@@ -8,10 +8,10 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from curation.synthetic.body import Posed
+from curation.render.body import Posed
+from curation.render.raster import Camera, Mesh, Rendered, merge, render, render_depth
 from curation.synthetic.motion import Motion
 from curation.synthetic.paint import Paint, painted
-from curation.synthetic.raster import Camera, Mesh, Rendered, merge, render, render_depth
 from curation.synthetic.scene import Builder, Scene
 from curation.synthetic.wardrobe import Dressed
 

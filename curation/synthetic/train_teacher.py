@@ -26,8 +26,9 @@ from numpy.typing import NDArray
 
 from curation.files import atomic_path
 from curation.settings import TeacherSettings
-from curation.synthetic.teacher import NAME, NUM_TOKENS, WEIGHTS, model_config, register
+from curation.synthetic.teacher import NAME, NUM_TOKENS, WEIGHTS, model_config
 from curation.synthetic.teacher_data import Pictures, read_scenes, write_scenes
+from curation.teach.small_backbone import register
 
 HELD_OUT_SEED = 900_000
 BATCH = 16

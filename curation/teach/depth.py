@@ -14,6 +14,7 @@ import re
 import warnings
 import zipfile
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +28,8 @@ from curation.failures import ClipFailure, FailureCode, UsageError
 from curation.files import sha256_file
 from curation.records import Frames, TeacherDepth
 from curation.settings import TeacherSettings
+from curation.shards.codec import decode_jpeg
+from curation.shards.schema import ShardError
 
 WEIGHTS_FILE = "model.pt"  # the one file of a MoGe repository
 HUB_TIMEOUT_S = 10.0
@@ -288,7 +291,7 @@ def _read_network(path: Path, *, mmap: bool = False) -> Any:
         raise _wrong_weights(path, "is damaged, or holds more than plain weights: fetch it again") from error
     config, state = _checkpoint_parts(path, checkpoint)
     if config["encoder"]["backbone"] == "synthetic_vit14":  # a size that MoGe does not know by itself
-        from curation.synthetic.teacher import register
+        from curation.teach.small_backbone import register
 
         register()
     try:
@@ -362,11 +365,11 @@ def _moge_version() -> str:
 
 def _decode(jpeg: bytes, frames: Frames) -> NDArray[np.uint8]:
     """(H, W, 3) RGB."""
-    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
-    image = cv2.imdecode(np.frombuffer(jpeg, np.uint8), flags) if jpeg else None  # OpenCV raises for no bytes at all
-    if image is None or image.shape != (frames.height, frames.width, 3):
-        raise ClipFailure(FailureCode.CORRUPT, "a sampled frame cannot be decoded")
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    with suppress(ShardError):
+        image = decode_jpeg(jpeg)
+        if image.shape == (frames.height, frames.width, 3):
+            return image
+    raise ClipFailure(FailureCode.CORRUPT, "a sampled frame cannot be decoded")
 
 
 # depth folders

@@ -24,8 +24,8 @@ from curation.cli import main
 from curation.failures import TRIES, ClipFailure, FailureCode, OutageError, UsageError
 from curation.files import sha256_file
 from curation.last_resort import check_debug_file, failure_of, keep_text, remove_entries
+from curation.observe.frames import read_frames, write_frames
 from curation.observe.observations import read_observations, write_observations
-from curation.observe.samples import read_frames, write_frames
 from curation.records import ClipRef
 from curation.settings import DownloadSettings, Settings
 from curation.state import frames_name, observation_name, state_of

@@ -30,8 +30,8 @@ from PIL.PngImagePlugin import PngInfo
 from servers import Fault, FileServer, redirect
 
 from curation.catalog import Catalog
-from curation.ffmpeg import ffmpeg_exe
 from curation.policy import load_policy
+from curation.video.ffmpeg import ffmpeg_exe
 
 ROOT = Path(__file__).parents[2]
 TAGS = {

@@ -21,12 +21,9 @@ from curation import pipeline
 from curation.batches import Funnel, read_batches
 from curation.catalog import Catalog
 from curation.failures import FailureCode, LostError, UsageError
-from curation.ffmpeg import ffmpeg_exe
 from curation.files import sha256_file
 from curation.manifest import write_manifest
-from curation.observe.hdr import OPERATOR
-from curation.observe.observe import sample_frames
-from curation.observe.samples import write_frames
+from curation.observe.frames import sample_frames, write_frames
 from curation.observe.sampling import SAMPLER
 from curation.records import ClipRef
 from curation.settings import DownloadSettings, ObserveSettings, Settings, TeacherSettings
@@ -34,6 +31,8 @@ from curation.shards.codec import decode_jpeg
 from curation.shards.reader import ShardReader, verify
 from curation.shards.remote import pull
 from curation.state import FOLDERS, frames_name, state_of
+from curation.video.ffmpeg import ffmpeg_exe
+from curation.video.hdr import OPERATOR
 
 
 def local(name: str, start_s: float | None = None, end_s: float | None = None) -> ClipRef:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from prefect_place import Place, free_port
 
-from curation.ffmpeg import ffmpeg_exe
+from curation.video.ffmpeg import ffmpeg_exe
 
 
 @pytest.fixture(scope="session")

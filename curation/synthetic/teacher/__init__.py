@@ -1,27 +1,15 @@
-"""The small MoGe-2 that the project carries: it knows the synthetic world only, useless on real video (MODEL_CARD.md).
-
-A checkpoint names its encoder, and MoGe looks that name up among its own DINOv2 sizes. `register` adds one more, so
-that the file loads through `MoGeModel.from_pretrained` and through the teacher as every other checkpoint does.
-"""
+"""The small MoGe-2 that comes with the package. It knows the synthetic world only (MODEL_CARD.md)."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-BACKBONE = "synthetic_vit14"  # a DINOv2 layout of our own size, not one of DINOv2's networks
+from curation.teach.small_backbone import BACKBONE, WIDTH
+
 WEIGHTS = Path(__file__).parent / "synthetic-moge.pt"
 NAME = "synthetic-moge"  # what provenance calls it
 NUM_TOKENS = 144  # 16 x 9, what it was trained at, for TeacherSettings.num_tokens
-
-_WIDTH, _SIDE = 144, 224
-
-
-def register() -> None:
-    """Let MoGe find BACKBONE. Changes nothing else, and may be called again."""
-    from moge.model.dinov2.hub import backbones
-
-    setattr(backbones, BACKBONE, _backbone)
 
 
 def model_config() -> dict[str, Any]:
@@ -52,24 +40,7 @@ def model_config() -> dict[str, Any]:
         },
         "points_head": head(narrow, [1, 0, 0, 0, 0], 3),
         "mask_head": head(mask, [0, 0, 0, 0, 0], 1),
-        "scale_head": {"dims": [_WIDTH, _WIDTH, 1]},
+        "scale_head": {"dims": [WIDTH, WIDTH, 1]},
         "remap_output": "exp",
         "num_tokens_range": [NUM_TOKENS, NUM_TOKENS],
     }
-
-
-def _backbone(*, pretrained: bool = False) -> Any:
-    """A DINOv2 transformer, 6 blocks 144 wide. There are no weights to fetch: `pretrained` is part of MoGe's call."""
-    from moge.model.dinov2.models.vision_transformer import DinoVisionTransformer
-
-    if pretrained:
-        raise ValueError(f"{BACKBONE} has no weights of its own: it comes with a whole checkpoint.")
-    return DinoVisionTransformer(
-        img_size=_SIDE,
-        patch_size=14,
-        embed_dim=_WIDTH,
-        depth=6,
-        num_heads=4,
-        init_values=1.0,
-        block_chunks=0,
-    )

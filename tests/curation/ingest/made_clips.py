@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-from curation.ffmpeg import ffmpeg_exe
+from curation.video.ffmpeg import ffmpeg_exe
 
 # Planted in every clip of _tagged; none may be in a stored file.
 SECRETS = ("Planted Title", "Planted Artist", "+48.1371+011.5754", "Planted Chapter", "Planted Comment")

@@ -13,10 +13,11 @@ import pytest
 from made_clips import SECRETS
 
 from curation.failures import ClipFailure, FailureCode, UsageError
-from curation.ffmpeg import ffmpeg_exe
-from curation.ingest.container import container_format, strip
-from curation.ingest.scrub import scrub
-from curation.observe.video import index_video
+from curation.video.container import container_format
+from curation.video.ffmpeg import ffmpeg_exe
+from curation.video.index import index_video
+from curation.video.intake import strip
+from curation.video.scrub import scrub
 
 KINDS = [
     ("base.mp4", ".mp4"),

@@ -23,9 +23,9 @@ from curation.ingest.causes import cause_of
 from curation.ingest.download import MAX_WAIT_S, _not_live, _options, download
 from curation.ingest.limits import Limits
 from curation.ingest.network import AddressRefused, Guard, GuardedYoutubeDL
-from curation.observe.video import index_video
 from curation.records import ClipRef
 from curation.settings import DownloadSettings
+from curation.video.index import index_video
 
 PAGE = b"<!doctype html><html><head><title>Private video of Planted Artist</title></head></html>" * 20
 

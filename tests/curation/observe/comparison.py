@@ -16,18 +16,11 @@ from av.error import FFmpegError
 from numpy.typing import NDArray
 
 from curation.failures import ClipFailure
-from curation.ffmpeg import ffmpeg_exe
-from curation.ingest.container import container_format, strip
-from curation.observe.video import (
-    VideoIndex,
-    decode,
-    decode_key_frames,
-    frames_at,
-    resize,
-    to_rgb,
-    verify,
-    with_index,
-)
+from curation.video.container import container_format
+from curation.video.decode import decode, decode_key_frames, frames_at, resize, to_rgb
+from curation.video.ffmpeg import ffmpeg_exe
+from curation.video.index import VideoIndex, with_index
+from curation.video.intake import strip, verify
 
 MEAN, HIGH = 2.0, 8.0  # grey levels: the mean difference, and the 99.9th percentile
 STRIPPED_S = 1.1e-3  # Matroska keeps milliseconds

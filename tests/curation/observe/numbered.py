@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from curation.ffmpeg import ffmpeg_exe
+from curation.video.ffmpeg import ffmpeg_exe
 
 WIDTH, HEIGHT, RATE = 96, 64, 30
 _ROWS, _COLUMNS = 3, 4  # one bit of the number in each field of the picture

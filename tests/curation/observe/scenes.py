@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from curation.observe.people import Detections
+from curation.people.detector import Detections
 
 WIDTH, HEIGHT, COUNT, MIDDLE = 192, 108, 60, 30
 _RED = (220, 30, 40)

@@ -18,13 +18,15 @@ from numbered import encode, ffmpeg, picture
 from numpy.typing import NDArray
 from scenes import Watcher
 
-from curation.ffmpeg import ffmpeg_exe
-from curation.observe.hdr import OPERATOR, to_sdr, transfer_of
-from curation.observe.observe import observe, prescreen, sample_frames
-from curation.observe.people import Detections
-from curation.observe.video import decode, index_video, resize, thumbnail, to_rgb
+from curation.observe.frames import sample_frames
+from curation.observe.observe import observe, prescreen
+from curation.people.detector import Detections
 from curation.records import ClipRef
 from curation.settings import ObserveSettings
+from curation.video.decode import decode, resize, thumbnail, to_rgb
+from curation.video.ffmpeg import ffmpeg_exe
+from curation.video.hdr import OPERATOR, to_sdr, transfer_of
+from curation.video.index import index_video
 
 WIDTH, HEIGHT = 192, 112
 REF, SETTINGS = ClipRef("local", "clip"), ObserveSettings()

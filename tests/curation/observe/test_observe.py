@@ -15,12 +15,13 @@ from scenes import COUNT, Watcher, scene
 from videos import geometry
 
 from curation.failures import ClipFailure, FailureCode
-from curation.observe.observe import observe, prescreen, sample_frames, training_grid
-from curation.observe.samples import read_frames, write_frames
-from curation.observe.video import index_video, pictures
+from curation.observe.frames import read_frames, sample_frames, training_grid, write_frames
+from curation.observe.observe import observe, prescreen
 from curation.policy import judge, load_policy
 from curation.records import ClipRef
 from curation.settings import ObserveSettings
+from curation.video.decode import pictures
+from curation.video.index import index_video
 
 SETTINGS = ObserveSettings()
 DEFAULT, PAPER = load_policy(Path("default")), load_policy(Path("paper"))

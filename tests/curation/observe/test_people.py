@@ -14,9 +14,12 @@ import pytest
 import yaml
 
 from curation.failures import UsageError
-from curation.observe import people
-from curation.observe.people import Detections, Detector, PeopleTracker, find_weights
-from curation.observe.video import decode, index_video, resize, to_rgb
+from curation.people import detector as people
+from curation.people.detector import Detections, Detector
+from curation.people.tracker import PeopleTracker
+from curation.people.weights import find_weights
+from curation.video.decode import decode, resize, to_rgb
+from curation.video.index import index_video
 
 SIDE = 640
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numbered import encode, ffmpeg, number_of, picture
 
-from curation.observe.observe import sample_frames
+from curation.observe.frames import sample_frames
 from curation.observe.sampling import TIE_S, sample_indices
 from curation.records import ClipRef
 from curation.settings import ObserveSettings

@@ -10,8 +10,8 @@ import pytest
 from numbered import encode
 from scenes import scene
 
-from curation.ffmpeg import ffmpeg_exe
 from curation.observe.surround import SurroundFinder
+from curation.video.ffmpeg import ffmpeg_exe
 
 RNG = np.random.default_rng(5)
 

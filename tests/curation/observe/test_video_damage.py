@@ -9,7 +9,9 @@ import pytest
 from numbered import ffmpeg
 
 from curation.failures import ClipFailure, FailureCode
-from curation.observe.video import decode, frames_at, index_video, verify
+from curation.video.decode import decode, frames_at
+from curation.video.index import index_video
+from curation.video.intake import verify
 
 
 def code_of(act) -> FailureCode:

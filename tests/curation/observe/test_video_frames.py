@@ -12,18 +12,10 @@ from numbered import number_of
 from videos import BY_DECORD, VIDEOS, geometry
 
 from curation.failures import ClipFailure, FailureCode
-from curation.observe import video as module
-from curation.observe.video import (
-    decode,
-    decode_key_frames,
-    frames_at,
-    halved,
-    index_video,
-    resize,
-    thumbnail,
-    to_rgb,
-    verify,
-)
+from curation.video import decode as module
+from curation.video.decode import decode, decode_key_frames, frames_at, halved, resize, thumbnail, to_rgb
+from curation.video.index import index_video
+from curation.video.intake import verify
 
 NAMES = list(VIDEOS)
 

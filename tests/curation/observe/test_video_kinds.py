@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from numbered import encode, ffmpeg, number_of, picture, shown_by_ffmpeg
 
 from curation.failures import ClipFailure, FailureCode
-from curation.ingest.container import container_format, strip
-from curation.observe.packets import _vp9_frames, steady_rate
-from curation.observe.video import VideoIndex, decode, frames_at, index_video, resize, to_rgb, verify, with_index
+from curation.video.container import container_format
+from curation.video.decode import decode, frames_at, resize, to_rgb
+from curation.video.index import VideoIndex, index_video, with_index
+from curation.video.intake import strip, verify
+from curation.video.packets import _vp9_frames, steady_rate
 
 H264 = ("-c:v", "libx264", "-preset", "ultrafast", "-pix_fmt", "yuv420p", "-g", "12", "-bf", "2")
 

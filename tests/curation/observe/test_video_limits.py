@@ -15,15 +15,18 @@ from peaks import peak_mb
 from scenes import Watcher
 
 from curation.failures import ClipFailure, FailureCode
-from curation.ingest.container import container_format, refuse_tables, strip
-from curation.observe.observe import observe, sample_frames
-from curation.observe.video import decode, index_video, with_index
+from curation.observe.frames import sample_frames
+from curation.observe.observe import observe
 from curation.records import ClipRef
 from curation.settings import ObserveSettings, VideoLimits
+from curation.video.container import container_format, refuse_tables
+from curation.video.decode import decode
+from curation.video.index import index_video, with_index
+from curation.video.intake import strip
 
 H264 = ("-c:v", "libx264", "-preset", "ultrafast", "-pix_fmt", "yuv420p", "-bf", "0")
 IMPORTS = (
-    "from pathlib import Path\nfrom curation.observe.observe import *\nfrom curation.observe.video import *\n"
+    "from pathlib import Path\nfrom curation.observe.observe import observe\nfrom curation.video.intake import verify\n"
     "from curation.failures import ClipFailure\n"
 )
 SMALL = VideoLimits(max_pixels=96 * 64)
@@ -322,7 +325,7 @@ def test_boxes_without_end_are_refused(tmp_path, monkeypatch, holder):
     path, many = tmp_path / "many.mp4", 10_000 * box(b"free")
     path.write_bytes(film.read_bytes() + (many if holder is None else box(holder, many)))
     assert container_format(path).startswith("mov")
-    monkeypatch.setattr("curation.ingest.container.MOST_BOXES", 9000)
+    monkeypatch.setattr("curation.video.container.MOST_BOXES", 9000)
     assert "9000 boxes" in refused(lambda: index_video(path))
     assert "9000 boxes" in refused(lambda: container_format(path))
 

@@ -11,7 +11,7 @@ import numpy as np
 from numbered import HEIGHT, WIDTH, encode, ffmpeg, picture
 from numpy.typing import NDArray
 
-from curation.observe.video import VideoIndex
+from curation.video.index import VideoIndex
 
 _H264 = ("-c:v", "libx264", "-preset", "veryfast", "-pix_fmt", "yuv420p")
 _BASE = (*_H264, "-g", "30", "-bf", "2")

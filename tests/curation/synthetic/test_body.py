@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from curation.failures import UsageError
-from curation.synthetic.body import (
+from curation.render.body import (
     FACE_COUNT,
     JOINTS,
     LANDMARKS,

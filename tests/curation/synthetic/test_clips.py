@@ -6,8 +6,9 @@ import av
 import numpy as np
 import pytest
 
-from curation.observe.observe import sample_frames
+from curation.observe.frames import sample_frames
 from curation.records import ClipRef, Frames
+from curation.render.raster import Camera, Rendered
 from curation.settings import ObserveSettings, TeacherSettings
 from curation.synthetic.clips import (
     CASES,
@@ -22,7 +23,6 @@ from curation.synthetic.clips import (
     truth_of,
     write_oracle,
 )
-from curation.synthetic.raster import Camera, Rendered
 from curation.synthetic.take import Frame, Seen
 from curation.teach.depth import check_teacher, load_teacher
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from curation.render.body import load_body, pose_body
 from curation.shards.reader import ShardReader, verify
-from curation.synthetic.body import load_body, pose_body
 from curation.synthetic.dataset import LABELS, labelled_clip, write_dataset
 
 

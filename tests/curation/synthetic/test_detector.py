@@ -30,7 +30,7 @@ def test_it_is_small_and_knows_its_classes(model):
 
 def test_the_pipeline_finds_the_dancer_with_it_from_an_empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """As on a machine that never ran it: exported from the shipped file, then asked as a run asks it."""
-    from curation.observe.people import Detector
+    from curation.people.detector import Detector
 
     monkeypatch.setenv("UNISH_CACHE", str(tmp_path))
     detector = Detector(WEIGHTS, device="cpu", long_side=LONG_SIDE, confidence=0.25)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from curation.synthetic.body import LANDMARKS, PARENTS, global_rotations, load_body, pose_body, rotation_matrices
+from curation.render.body import LANDMARKS, PARENTS, global_rotations, load_body, pose_body, rotation_matrices
 from curation.synthetic.motion import Place, dance
 
 

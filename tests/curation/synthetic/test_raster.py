@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from curation.synthetic.raster import (
+from curation.render.raster import (
     TEXTURE_SIZE,
     Camera,
     Light,

@@ -11,9 +11,10 @@ import pytest
 from curation.records import Frames
 from curation.settings import TeacherSettings
 from curation.shards.codec import encode_jpeg
-from curation.synthetic.teacher import BACKBONE, NAME, NUM_TOKENS, WEIGHTS, register
+from curation.synthetic.teacher import NAME, NUM_TOKENS, WEIGHTS
 from curation.synthetic.teacher_data import SIZES, Pictures, read_scenes, scene, write_scenes
 from curation.teach.depth import check_teacher, load_teacher
+from curation.teach.small_backbone import BACKBONE, register
 
 pytest.importorskip("moge")
 

@@ -6,14 +6,11 @@ weights file into the user's cache. Input is rectangular: no work on padding. Th
 
 from __future__ import annotations
 
-import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import cv2
@@ -22,17 +19,13 @@ from numpy.typing import NDArray
 
 from curation.failures import UsageError
 from curation.files import sha256_file
+from curation.people.weights import cache_folder, find_weights, keep_quiet, load_model
+from curation.settings import ObserveSettings
 
 PERSON = "person"
 _STRIDE = 32
 _PAD = 114  # the grey that ultralytics trains and predicts with
 _NMS_IOU = 0.7  # ultralytics' own default for prediction
-
-# What ultralytics calls track_buffer counts updates; at 6 samples a second this is 2 s.
-_TRACKER = SimpleNamespace(
-    track_high_thresh=0.25, track_low_thresh=0.1, new_track_thresh=0.25, track_buffer=12, match_thresh=0.8,
-    fuse_score=True,
-)  # fmt: skip
 
 
 # (n, H, W, 3) uint8 RGB -> what the network says of it, as a tensor that ultralytics' suppression understands.
@@ -55,7 +48,7 @@ class Detector:
     """
 
     def __init__(self, weights: Path, *, device: str, long_side: int, confidence: float) -> None:
-        _keep_quiet()
+        keep_quiet()
         self.weights = weights
         self.sha256 = sha256_file(weights)
         self.long_side = long_side
@@ -134,120 +127,16 @@ class Detector:
         return results
 
 
-class PeopleTracker:
-    """ByteTrack over the person boxes of consecutive samples of one clip."""
-
-    def __init__(self, person: int) -> None:
-        from ultralytics.trackers.byte_tracker import BYTETracker
-
-        self._tracker = BYTETracker(_TRACKER)
-        self._person = person
-
-    def __call__(self, found: Detections, width: int, height: int) -> NDArray[np.int32]:
-        """Track id (k,) of every detection of the next sample; 0 for what is no person or not tracked."""
-        from ultralytics.engine.results import Boxes
-
-        tracks = np.zeros(len(found.confidence), np.int32)
-        people = np.flatnonzero(found.klass == self._person)
-        size = np.array([width, height, width, height], np.float32)
-        table = np.column_stack([found.xyxy[people] * size, found.confidence[people], found.klass[people]])
-        for row in self._tracker.update(Boxes(table.astype(np.float32).reshape(-1, 6), (height, width))):
-            tracks[people[int(row[7])]] = int(row[4])
-        return tracks
-
-
 @lru_cache(maxsize=2)
 def load_detector(weights: str, *, device: str, long_side: int, confidence: float) -> Detector:
     """One detector per process and configuration. Raises UsageError where the weights are not to be had."""
     return Detector(find_weights(weights), device=device, long_side=long_side, confidence=confidence)
 
 
-def find_weights(weights: str) -> Path:
-    """A weights file by path, or a published ultralytics file by name (kept in the cache, fetched once).
-
-    Raises UsageError that names both ways where it is neither here nor to be had.
-    """
-    path = Path(weights).expanduser()
-    if path.is_file():
-        return path.absolute()
-    if path.is_dir():
-        raise UsageError(f"The detector weights {weights} are a folder; give the .pt file in it.")
-    cached = _cache() / "weights" / path.name
-    if cached.is_file():
-        return cached
-    if path.name == weights and _published(weights):
-        _fetch(weights, cached)
-        return cached
-    raise UsageError(
-        f"The detector weights {weights} are not here, and ultralytics publishes none of that name: pass --detector "
-        "with the path of a file, or with a published name such as yolo11x.pt."
-    )
-
-
-def _published(name: str) -> bool:
-    _keep_quiet()
-    from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES
-
-    return name in GITHUB_ASSETS_NAMES
-
-
-def _fetch(name: str, target: Path) -> None:
-    from ultralytics.utils.downloads import attempt_download_asset
-
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        file = Path(folder) / name
-        try:
-            attempt_download_asset(file)
-            file.replace(target)
-        except (OSError, RuntimeError, AssertionError, ValueError) as error:
-            raise UsageError(
-                f"The detector weights {name} are not here and could not be downloaded ({type(error).__name__}): "
-                "check the network, or copy the file to this machine and pass --detector PATH."
-            ) from error
-
-
-def _cache() -> Path:
-    root = os.environ.get("UNISH_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "unish"
-    return Path(root)
-
-
-def _keep_quiet() -> None:
-    """ultralytics and OpenVINO must neither install packages, nor phone home, nor print over our progress bars."""
-    os.environ.setdefault("YOLO_AUTOINSTALL", "false")
-    os.environ.setdefault("YOLO_OFFLINE", "true")  # no usage reports, no look-ups at import; downloads still work
-    # OpenVINO reports every import and conversion, unless this package cannot be imported: then it takes a stub.
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
-    os.environ.setdefault("YOLO_VERBOSE", "false")
-    os.environ.setdefault("YOLO_CONFIG_DIR", str(_cache() / "ultralytics"))
-    Path(os.environ["YOLO_CONFIG_DIR"]).mkdir(parents=True, exist_ok=True)
-
-
-def _load_model(weights: Path) -> Any:
-    from ultralytics import YOLO
-
-    try:
-        model = YOLO(str(weights), task="detect")
-        if model.task != "detect":
-            raise UsageError(f"{weights.name} is a {model.task} model; give weights of a detector.")
-        model.model.names  # noqa: B018 - a file that is no checkpoint fails here
-    except UsageError:
-        raise
-    except Exception as error:  # torch, pickle and ultralytics raise a dozen types for a file that is no checkpoint
-        raise UsageError(
-            f"{weights.name} cannot be read as ultralytics weights ({type(error).__name__}); fetch the file again."
-        ) from error
-    # Summary and export make a path of the layout's file name, which a checkpoint may lack or hold as None.
-    described = getattr(model.model, "yaml", None) or {}
-    if not isinstance(described.get("yaml_file"), str):
-        model.model.yaml = {**described, "yaml_file": f"{weights.stem}.yaml"}
-    return model
-
-
 def _torch_backend(weights: Path, device: str) -> tuple[Forward, dict[int, str]]:
     import torch
 
-    wrapper = _load_model(weights)
+    wrapper = load_model(weights)
     model = wrapper.model.fuse().to(device).half().eval()
 
     @torch.inference_mode()
@@ -297,7 +186,7 @@ def _exported(weights: Path, sha256: str) -> Path:
     """The OpenVINO form of these weights, made once: exported beside its final name and renamed."""
     import openvino
 
-    final = _cache() / "openvino" / f"{weights.stem}-{sha256[:16]}-{openvino.__version__.split('-')[0]}"
+    final = cache_folder() / "openvino" / f"{weights.stem}-{sha256[:16]}-{openvino.__version__.split('-')[0]}"
     if final.is_dir():
         return final
     final.parent.mkdir(parents=True, exist_ok=True)
@@ -305,10 +194,24 @@ def _exported(weights: Path, sha256: str) -> Path:
         copy = Path(work) / f"{weights.stem}.pt"  # ultralytics exports beside its input, which may be read-only
         shutil.copyfile(weights, copy)
         # the size is only that of the trial run, and a checkpoint's own may be unusable
-        exported = _load_model(copy).export(format="openvino", dynamic=True, imgsz=640, verbose=False)
+        exported = load_model(copy).export(format="openvino", dynamic=True, imgsz=640, verbose=False)
         try:
             Path(exported).rename(final)
         except OSError:
             if not final.is_dir():  # another process was first: its export is as good
                 raise
     return final
+
+
+def detector_for(settings: ObserveSettings, weights: str) -> Detector:
+    """This process's detector; loaded once."""
+    return load_detector(
+        weights, device=settings.device, long_side=settings.detector_long_side, confidence=settings.detector_confidence
+    )
+
+
+def detector_ready(weights: str, settings: ObserveSettings) -> None:
+    """Export the detector once, before workers that would all wait for it; a bad file fails here, at once."""
+    from curation.people.detector import detector_for
+
+    detector_for(settings, weights)

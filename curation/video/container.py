@@ -6,41 +6,22 @@ other files and addresses. No picture is re-encoded here.
 
 from __future__ import annotations
 
-import errno
 import mmap
 import re
-import signal
-import subprocess
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from curation.failures import ClipFailure, FailureCode
-from curation.ffmpeg import ffmpeg_exe
-from curation.files import fsync
-from curation.ingest.scrub import boxes
 from curation.settings import VideoLimits
+from curation.video.bounded import UNDECODED, too_many_frames, too_many_tracks
+from curation.video.scrub import boxes
 
 if TYPE_CHECKING:
-    from curation.observe.video import VideoIndex
+    pass
 
-# Audio containers are here so that a song is found to have no picture, instead of being taken for damage.
-READ_ONLY = {
-    "protocol_whitelist": "file",
-    "format_whitelist": "mov,matroska,mpegts,mpeg,avi,flv,asf,ogg,mp3,wav,flac,aac",
-}
-# The same for who wants no picture: opening a file decodes some frames of every track otherwise.
-UNDECODED = READ_ONLY | {"codec_whitelist": "none"}
-# By kind of source, the containers to try: the first that can hold the stream without touching its times.
-_TARGETS = {
-    "mov,mp4,m4a,3gp,3g2,mj2": (".mp4", ".mov"),
-    "matroska,webm": (".webm", ".mp4", ".mkv"),
-    "avi": (".mp4", ".mkv", ".avi"),
-    "mpegts": (".mp4", ".mkv", ".ts"),
-}
-_OTHER_TARGETS = (".mp4", ".mkv")
 _PICTURES = {
     b"GIF8": "GIF",
     b"\x89PNG": "PNG picture",
@@ -53,11 +34,6 @@ _PICTURES = {
 _PICTURE_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 _SEGMENT, _CLUSTER = b"\x18\x53\x80\x67", b"\x1f\x43\xb6\x75"
 _RIFF_UNKNOWN = 0xFFFFF000
-_TIME_TOLERANCE_S = 1.1e-3  # Matroska keeps milliseconds
-_HELD_TOLERANCE_S = 0.1  # containers round the duration of a last frame, or take a usual one for it
-_TIMEOUT_S = 900
-
-_DISK_FULL_EXITS = frozenset({256 - errno.ENOSPC, 256 - errno.EDQUOT, 256 - errno.EFBIG, -signal.SIGXFSZ})
 
 
 def refuse_kind(path: Path) -> None:
@@ -132,22 +108,6 @@ def refuse_tables(path: Path, limits: VideoLimits = VideoLimits()) -> None:
         track.edits * track.samples > 10 * limits.max_frames for track in listed
     ):
         raise too_many_frames(limits)
-
-
-def decoder_pixels(limits: VideoLimits) -> int:
-    """FFmpeg's max_pixels, which stops a decoder before it allocates a picture; some count a margin around it."""
-    return limits.max_pixels + limits.max_pixels // 4 + (1 << 16)
-
-
-def too_many_frames(limits: VideoLimits) -> ClipFailure:
-    """What is raised for a file with more frames than `limits` allows."""
-    return ClipFailure(FailureCode.TOO_LARGE, f"a track has more than {limits.max_frames} frames or samples")
-
-
-def too_many_tracks(limits: VideoLimits) -> ClipFailure:
-    """What is raised for a file with more tracks than `limits` allows."""
-    text = f"the file has more than {limits.max_tracks} tracks, or {limits.max_pictures} with pictures"
-    return ClipFailure(FailureCode.TOO_LARGE, text)
 
 
 def _run(data: mmap.mmap, begin: int, end: int) -> tuple[int, bool]:
@@ -337,101 +297,3 @@ def container_format(path: Path, limits: VideoLimits = VideoLimits()) -> str:
     except FFmpegError:
         pass
     raise ClipFailure(FailureCode.CORRUPT, "The file is no video container that can be read.")
-
-
-def strip(index: VideoIndex, source_format: str, target: Path) -> Path:
-    """Copy the video stream of `index` alone into a container without tags, chapters or other streams.
-
-    Codec, presentation times, display matrix, pixel aspect and edit list stay; title, artist, location, cover art and
-    sound go. An MP4 that cannot be written anew so that it shows the same is blanked in place instead. `target` is a
-    path without suffix; returns the fsynced file. Raises ClipFailure CORRUPT or DISK_FULL.
-    """
-    makers: list[tuple[str, Callable[[VideoIndex, Path], bool]]]
-    makers = [(suffix, _copy) for suffix in _TARGETS.get(source_format, _OTHER_TARGETS)]
-    if source_format.startswith("mov"):
-        makers.append((".mp4", _scrub))
-    for held in (True, False):  # a copy that shows the last frame for as long, or else one that shows the same frames
-        for suffix, make in makers:
-            written = target.with_name(target.name + suffix)
-            if make(index, written) and _same_frames(index, source_format, written, held=held):
-                fsync(written)
-                return written
-            written.unlink(missing_ok=True)
-    raise ClipFailure(FailureCode.CORRUPT, "The video stream cannot be copied into a container.")
-
-
-def _scrub(index: VideoIndex, written: Path) -> bool:
-    import av
-    from av.error import FFmpegError
-
-    from curation.ingest.scrub import scrub
-    from curation.observe.packets import all_packets
-
-    source, stream = index.path, index.stream
-    try:
-        with av.open(str(source), options=UNDECODED, metadata_errors="ignore") as container:
-            for _ in all_packets(container, container.streams[stream]):  # fragments are known only when they are read
-                pass
-            track = container.streams[stream].id
-            samples = [(entry.pos, entry.size) for entry in container.streams[stream].index_entries]
-        scrub(source, track, samples, written)
-    except (ValueError, FFmpegError):
-        return False
-    return True
-
-
-def _copy(index: VideoIndex, written: Path) -> bool:
-    import ffmpeg
-
-    command = (
-        ffmpeg.input(f"file:{index.path}", fflags="+genpts", max_pixels=decoder_pixels(index.limits), **READ_ONLY)
-        .output(
-            f"file:{written}",
-            map=f"0:{index.stream}",
-            c="copy",
-            map_metadata=-1,
-            map_chapters=-1,
-            fflags="+bitexact",
-            **{"flags:v": "+bitexact"},
-        )
-        .global_args("-nostdin", "-hide_banner", "-loglevel", "error")
-        .overwrite_output()
-        .compile(cmd=ffmpeg_exe())
-    )
-    try:
-        code = subprocess.run(command, capture_output=True, timeout=_TIMEOUT_S, check=False).returncode
-    except subprocess.TimeoutExpired:
-        code = None
-    if code in _DISK_FULL_EXITS:
-        raise ClipFailure(FailureCode.DISK_FULL)
-    return code == 0
-
-
-def _same_frames(index: VideoIndex, source_format: str, written: Path, *, held: bool) -> bool:
-    """Whether a copy shows as many frames at the same times, and if `held`, the last one for as long.
-
-    Where only decoding told what the source shows, the copy is decoded too. A copy from AVI whose packets say something
-    else than its decoder got its times in the wrong order.
-    """
-    import numpy as np
-
-    from curation.observe.video import decode, index_video, with_index
-
-    def settle(copy: VideoIndex) -> None:
-        if index.decoded:
-            for _ in decode(copy, 0, len(copy.times_s)):
-                pass
-
-    try:
-        promised = index_video(written, index.limits)
-        with_index(written, settle, index.limits)
-        copy = index_video(written, index.limits)
-    except ClipFailure:
-        return False
-    if copy.decoded != promised.decoded and source_format == "avi":
-        return False
-    if held and abs(copy.end_s - index.end_s) > _HELD_TOLERANCE_S:
-        return False
-    return len(copy.times_s) == len(index.times_s) and bool(
-        np.abs(copy.times_s - index.times_s).max() <= _TIME_TOLERANCE_S
-    )

@@ -1,51 +1,37 @@
-"""Frames of a video by presentation time, upright and with square pixels, whatever the container says.
-
-A file is whole if its container ends where the data ends and every packet with data decodes; the timeline is what
-ffmpeg shows, in seconds relative to the first shown frame. Declared counts and durations are hints. A frame is known by
-its packet and its order, never by a time: two frames may have the same one.
-
-Two decoders are hidden here: PyAV for the sequential pass and for whatever decord misreads, decord for random access;
-both give the same frame, and the same pixels, for the same number. This module never judges a video.
-"""
+"""The frames of a video by presentation time, known before any of them is decoded."""
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import functools
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import av
-import cv2
 import numpy as np
-from av.codec.context import Flags as CodecFlags
-from av.container import Flags
 from av.error import FFmpegError
 from av.sidedata.sidedata import Type as SideData
 from numpy.typing import NDArray
 
 from curation.failures import ClipFailure, FailureCode
-from curation.files import sha256_file
-from curation.ingest.container import (
-    READ_ONLY,
+from curation.settings import VideoLimits
+from curation.video.bounded import (
     UNDECODED,
-    decoder_pixels,
-    refuse_cut,
-    refuse_kind,
-    refuse_tables,
-    stated_end,
+    damaged,
+    decode_alone,
+    decode_packet,
+    open_video,
+    single_threaded,
     too_many_frames,
+    too_many_pixels,
     too_many_tracks,
 )
-from curation.observe.hdr import to_sdr, transfer_of
-from curation.observe.packets import NONE, Demuxer, Packets, film_candidates, film_stream, packet_of, steady_rate
-from curation.records import WHOLE, Part, VideoFile
-from curation.settings import VideoLimits
+from curation.video.container import refuse_cut, refuse_kind, refuse_tables, stated_end
+from curation.video.hdr import transfer_of
+from curation.video.packets import NONE, Demuxer, Packets, film_candidates, film_stream, packet_of, steady_rate
 
 # Asked times may be rounded to milliseconds, as some containers round theirs.
 TIME_TOLERANCE_S = 1e-3
@@ -58,12 +44,9 @@ _SOUGHT = frozenset({"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"})  # where a see
 # never changes: decord knows no limit. Everything else goes through PyAV.
 _DECORD_CODECS = frozenset({"h264", "hevc"})
 _DECORD_MIN_WIDTH = 64  # it takes the padding of a narrower picture's rows for a fourth channel
-_VERIFY_KEY_FRAMES = 24
 _KEPT_INDICES = 4  # of up to 80 MB each; the clips of one video mostly follow one upon the other
 _LOST_CLOCK = "its clock starts anew, and where it goes on cannot be told; convert the file to MP4"
 _TILT = 0.0175  # tangent of one degree: less is upright, as for ffmpeg
-
-RGB = NDArray[np.uint8]
 T = TypeVar("T")
 
 
@@ -185,14 +168,14 @@ def _read_index(path: Path, limits: VideoLimits, *, by_decoding: bool) -> VideoI
     refuse_tables(path, limits)
     try:
         _refuse_pictures(path, limits)
-        with _open(path, limits) as container:
+        with open_video(path, limits) as container:
             return _index(path, container, limits, by_decoding)
     except FFmpegError as error:
         raise ClipFailure(FailureCode.CORRUPT, f"the file cannot be read ({type(error).__name__})") from error
 
 
 def _refuse_pictures(path: Path, limits: VideoLimits) -> None:
-    """Raise ClipFailure(TOO_LARGE) for tracks and pictures that must not even be opened as `_open` does.
+    """Raise ClipFailure(TOO_LARGE) for tracks and pictures that must not even be opened as `open_video` does.
 
     Opening decodes a frame of every track; without a limit where the container does not begin with a list of its tracks
     (FLV, MPEG). Here only tracks whose size nothing but a decoder knows are decoded, within the limit, and no cover.
@@ -208,41 +191,19 @@ def _refuse_pictures(path: Path, limits: VideoLimits) -> None:
             raise too_many_tracks(limits)
         films = film_candidates(container)
         if any(stream.width * stream.height > limits.max_pixels for stream in films):
-            raise _too_many_pixels(limits)
+            raise too_many_pixels(limits)
         _decode_one(container, [stream for stream in films if not stream.width], limits)
 
 
 def _decode_one(container: Any, streams: list[Any], limits: VideoLimits) -> None:
     """Decode one packet of each stream, for its size alone."""
-    left = {_single_threaded(stream, limits).index for stream in streams}
+    left = {single_threaded(stream, limits).index for stream in streams}
     for packet in container.demux(streams) if streams else ():
         if packet.size and packet.stream_index in left:
-            _decode_packet(packet, limits)
+            decode_packet(packet, limits)
             left.remove(packet.stream_index)
         if not left:
             return
-
-
-def _too_many_pixels(limits: VideoLimits) -> ClipFailure:
-    return ClipFailure(FailureCode.TOO_LARGE, f"a picture of the film has more than {limits.max_pixels} pixels")
-
-
-def _open(path: Path, limits: VideoLimits) -> Any:
-    # metadata_errors: a title in a broken encoding is no reason to refuse a film.
-    options = READ_ONLY | {"max_pixels": str(decoder_pixels(limits)), "max_streams": str(limits.max_tracks + 1)}
-    container: Any = av.open(str(path), mode="r", options=options, metadata_errors="ignore")
-    container.flags &= ~Flags.gen_pts.value  # PyAV asks for times to be made up; what ffmpeg shows has none of these
-    return container
-
-
-def _single_threaded(stream: Any, limits: VideoLimits) -> Any:
-    """The stream, its decoder bound to one thread and, before it allocates a picture, to `limits`."""
-    stream.codec_context.options = {"max_pixels": str(decoder_pixels(limits))}
-    stream.codec_context.flags |= CodecFlags.unaligned.value  # a cropped picture begins where it says, as for ffmpeg
-    # One process per core: threads inside a decoder cost the same processor time and only blur the accounting.
-    stream.codec_context.thread_count = 1
-    stream.codec_context.thread_type = "NONE"
-    return stream
 
 
 class _Seen(NamedTuple):
@@ -278,10 +239,10 @@ def _read(demuxer: Demuxer, codec: str, header: bytes | None, limits: VideoLimit
             raise too_many_frames(limits)
         if first is not None and not decoding:
             continue
-        frames = _decode_packet(packet, limits)
+        frames = decode_packet(packet, limits)
         # Before its first picture a stream may hold parts of others: it was cut anywhere.
         if first is not None and (frames is None or any(frame.is_corrupt for frame in frames)):
-            raise _damaged(len(shown))
+            raise damaged(len(shown))
         for frame in frames or ():
             if not frame.is_corrupt:
                 first = first or frame
@@ -292,7 +253,7 @@ def _read(demuxer: Demuxer, codec: str, header: bytes | None, limits: VideoLimit
 
 
 def _index(path: Path, container: Any, limits: VideoLimits, by_decoding: bool) -> VideoIndex:
-    stream = _single_threaded(film_stream(container, lambda: _open(path, limits)), limits)
+    stream = single_threaded(film_stream(container, lambda: open_video(path, limits)), limits)
     if stream.time_base is None or stream.width == 0:
         raise ClipFailure(FailureCode.CORRUPT, "the video stream has no size or no clock")
     name, codec = container.format.name, stream.codec_context.codec.canonical_name
@@ -314,7 +275,7 @@ def _index(path: Path, container: Any, limits: VideoLimits, by_decoding: bool) -
     keys = _flags(packets.key)[shown] & (shown >= 0)
     # With intra refresh the picture is renewed bit by bit: what is marked as a key frame is none.
     second = seen.second
-    refreshed = second is not None and not second.is_discard and not _decode_alone(stream.codec_context, second, limits)
+    refreshed = second is not None and not second.is_discard and not decode_alone(stream.codec_context, second, limits)
     if refreshed:
         keys[1:] = False
     places, discarded = np.asarray(packets.places, np.int64), any(packets.discard)
@@ -460,254 +421,3 @@ def _orientation(frame: Any) -> tuple[int, bool]:
     if straight > swapped:
         return (0 if d > 0 else 180), (a < 0) != (d < 0)
     return (90 if b < 0 else 270), (b > 0) == (c > 0)
-
-
-def decode(index: VideoIndex, first: int, last: int, *, only: Iterable[int] | None = None) -> Iterator[tuple[int, Any]]:
-    """Decode frames [first, last) in one sequential pass; yields (frame number, av.VideoFrame) of each, in order.
-
-    `only`: yield just these (a sorted sequence of numbers), still in one pass. Raises ClipFailure(CORRUPT) for a frame
-    that does not decode, TOO_LARGE for one with too many pixels, and IndexDiffers where the decoder shows other frames
-    than the packets promised.
-    """
-    wanted = None if only is None else set(only)
-    last = min(last, len(index.times_s))
-    try:
-        for number, frame in _frames_from(index, first, last):
-            if wanted is None or number in wanted:
-                yield number, frame
-    except FFmpegError as error:
-        raise ClipFailure(FailureCode.CORRUPT, f"the video cannot be decoded ({type(error).__name__})") from error
-
-
-def _frames_from(index: VideoIndex, first: int, last: int) -> Iterator[tuple[int, Any]]:
-    """Frames [first, last), decoded from the nearest place before them that gives clean pictures."""
-    keys = np.flatnonzero(index.key[: first + 1]).tolist()
-    entries = keys[:-3:-1] if len(index.places) and len(keys) > 1 else []
-    expected = first
-    # A seek may find a later key frame, or lose frames: what is then still missing is sought from further before.
-    for entry in (*entries, None):
-        with _open(index.path, index.limits) as container:
-            for number, frame in _numbered(container, index, entry, expected, last):
-                if number != expected:
-                    break
-                yield number, frame
-                expected += 1
-                if expected == last < len(index.times_s):
-                    return
-            if expected == last:  # and no frame came after the last one of all
-                return
-    raise _missing(index, expected)
-
-
-def _missing(index: VideoIndex, number: int) -> Exception:
-    return _damaged(number) if index.decoded else IndexDiffers()
-
-
-def _numbered(container: Any, index: VideoIndex, entry: int | None, first: int, last: int) -> Iterator[tuple[int, Any]]:
-    """(number, frame) of decoded frames from `first` on, after a seek to the key frame `entry` if that is not None.
-
-    Raises ClipFailure(CORRUPT) for data that does not decode and that frames [first, last) need.
-    """
-    stream = _single_threaded(container.streams[index.stream], index.limits)
-    if entry is not None:
-        stamp = index.origin + round(float(index.times_s[entry]) / float(index.time_base))
-        container.seek(stamp, stream=stream, backward=True, any_frame=False)
-    keys = np.flatnonzero(index.key[: first + 1])
-    needed = range(int(keys[-1]) if len(keys) else 0, last)
-    count, reached = 0, -1
-    for sent, packet in Demuxer(container, stream).since(None if entry is None else index.places):
-        frames = _decode_packet(packet, index.limits)
-        if frames is None:
-            number = int(index.numbers[sent])
-            if (number if number >= 0 or reached < 0 else reached + 1) in needed:
-                raise _damaged(max(number, reached + 1))
-        for frame in frames or ():
-            packet_number = packet_of(frame)
-            number = count if index.decoded else -1 if packet_number < 0 else int(index.numbers[packet_number])
-            count += 1
-            if frame.is_corrupt:
-                if number >= first:
-                    raise _damaged(number)
-            elif number < 0:
-                if entry is None:  # after a seek, a decoder may make up a frame that it misses
-                    raise IndexDiffers
-            else:
-                reached = number
-                if number >= first:
-                    yield number, frame
-
-
-def _damaged(number: int) -> ClipFailure:
-    return ClipFailure(FailureCode.CORRUPT, f"frame {number} cannot be decoded")
-
-
-def _decode_packet(packet: Any, limits: VideoLimits) -> list[Any] | None:
-    """Frames that a packet completes, None for one that cannot be decoded. Raises ClipFailure(TOO_LARGE)."""
-    try:
-        frames = packet.decode()
-    except FFmpegError as error:
-        # Decoders say it in several ways: they keep the size, or none with an error of their own; dav1d only the error.
-        codec = packet.stream.codec_context
-        refused = (codec.width == 0 and error.errno == errno.EINVAL) or error.errno == errno.ERANGE
-        if refused or codec.width * codec.height > limits.max_pixels:
-            raise _too_many_pixels(limits) from error
-        return None
-    if any(frame.width * frame.height > limits.max_pixels for frame in frames):
-        raise _too_many_pixels(limits)
-    return frames
-
-
-def decode_key_frames(index: VideoIndex, keys: NDArray[np.intp], *, limit: int) -> Iterator[tuple[int, Any]]:
-    """Decode these key frames only (all of them: about a thirteenth of a full decode); at most `limit`, evenly spread.
-
-    keys: (k,) numbers of frames, each of which `index.key` calls a key frame.
-    """
-    if len(keys) > limit:
-        keys = keys[np.linspace(0, len(keys) - 1, limit).round().astype(int)]
-    wanted = set(keys.tolist())
-    try:
-        with _open(index.path, index.limits) as container:
-            stream = _single_threaded(container.streams[index.stream], index.limits)
-            for packet_number, packet in Demuxer(container, stream):
-                if packet_number >= 0 and (number := int(index.numbers[packet_number])) in wanted:
-                    for frame in _decode_alone(stream.codec_context, packet, index.limits):
-                        yield number, frame
-    except FFmpegError as error:
-        raise ClipFailure(FailureCode.CORRUPT, f"a key frame cannot be decoded ({type(error).__name__})") from error
-
-
-def _decode_alone(codec: Any, packet: Any, limits: VideoLimits) -> list[Any]:
-    """The frame of one packet; the decoder is emptied, or it would wait for packets that never come."""
-    codec.flush_buffers()
-    frames = _decode_packet(packet, limits) or []
-    with contextlib.suppress(FFmpegError):
-        frames += codec.decode(None)
-    codec.flush_buffers()
-    return [frame for frame in frames if not frame.is_corrupt][:1]
-
-
-def verify(path: Path, limits: VideoLimits = VideoLimits()) -> VideoFile:
-    """Check that a file is a whole, decodable video: every packet is there and a spread of key frames decodes.
-
-    The full decode happens once, when the clip is observed; that pass checks every frame.
-    Raises ClipFailure as index_video.
-    """
-    index = index_video(path, limits)
-    if not any(True for _ in decode_key_frames(index, np.flatnonzero(index.key), limit=_VERIFY_KEY_FRAMES)):
-        raise ClipFailure(FailureCode.CORRUPT, "no key frame can be decoded")
-    return VideoFile(
-        path=path,
-        sha256=sha256_file(path),
-        size_bytes=path.stat().st_size,
-        codec=index.codec,
-        width=index.width,
-        height=index.height,
-        frames=len(index.times_s),
-        duration_s=index.end_s,
-    )
-
-
-def to_rgb(frame: Any) -> RGB:
-    """The stored picture as (coded height, coded width, 3) RGB, not yet upright; HDR as SDR."""
-    if transfer_of(frame) != "sdr":
-        return to_sdr(frame)
-    return frame.to_ndarray(format="rgb24", threads=1)
-
-
-def upright(stored: NDArray[np.uint8], index: VideoIndex) -> NDArray[np.uint8]:
-    """Turn and mirror a stored (or scaled stored) picture as the display matrix asks."""
-    turned = np.rot90(stored, index.rotation // 90)
-    return np.ascontiguousarray(turned[:, ::-1] if index.mirrored else turned)
-
-
-def halved(stored: RGB, index: VideoIndex, width: int, height: int) -> RGB:
-    """A stored picture, halved as often as it stays at least as large as an upright (height, width) one.
-
-    `resize` does this itself; done before, several sizes share the work and come out no different.
-    """
-    size = (height, width) if index.rotation % 180 else (width, height)
-    while stored.shape[1] // 2 >= size[0] and stored.shape[0] // 2 >= size[1]:
-        half = (stored.shape[1] // 2, stored.shape[0] // 2)
-        stored = cv2.resize(stored, half, interpolation=cv2.INTER_AREA)
-    return stored
-
-
-def resize(stored: RGB, index: VideoIndex, width: int, height: int, part: Part = WHOLE) -> RGB:
-    """Upright (height, width, 3) picture from a stored one; applies pixel aspect and display matrix with the scaling.
-
-    Halved and then interpolated: a third of the time of an area filter, which OpenCV does slowly for odd factors. Of a
-    part only its own pixels are read, the nearest whole ones as stored.
-    """
-    if part != WHOLE:
-        turned = upright(stored, index)
-        x1, y1, x2, y2 = (round(at * side) for at, side in zip(part, turned.shape[1::-1] * 2, strict=True))
-        stored, index = turned[y1:y2, x1:x2], replace(index, rotation=0, mirrored=False)
-    size = (height, width) if index.rotation % 180 else (width, height)
-    return upright(cv2.resize(halved(stored, index, width, height), size, interpolation=cv2.INTER_LINEAR), index)
-
-
-def thumbnail(frame: Any, index: VideoIndex, width: int, height: int) -> RGB:
-    """Small upright (height, width, 3) BGR picture scaled inside the decoder's own scaler; for per-frame measures."""
-    if index.rotation % 180:
-        width, height = height, width
-    if transfer_of(frame) != "sdr":
-        small = cv2.cvtColor(to_sdr(frame, width=width, height=height, interpolation="AREA"), cv2.COLOR_RGB2BGR)
-    else:
-        small = frame.to_ndarray(width=width, height=height, format="bgr24", interpolation="AREA", threads=1)
-    return upright(small, index)
-
-
-def frames_at(index: VideoIndex, times_s: Sequence[float], width: int, height: int) -> list[RGB]:
-    """The frames on screen at these times, as upright (height, width, 3) RGB; random access, as `pictures`."""
-    return pictures(index, index.on_screen(np.asarray(times_s, np.float64)).tolist(), width, height)
-
-
-def pictures(index: VideoIndex, numbers: Sequence[int], width: int, height: int, part: Part = WHOLE) -> list[RGB]:
-    """The frames of these numbers, or a part of each, as upright (height, width, 3) RGB; random access.
-
-    Uses decord where it reads the file as PyAV does, PyAV otherwise. Holds one frame of full size at a time. Raises
-    ClipFailure(CORRUPT), and IndexDiffers as `decode`.
-    """
-    wanted = sorted(set(numbers))
-    found = _by_decord(index, wanted, width, height, part)
-    if found is None:
-        found = _by_pyav(index, wanted, width, height, part)
-    return [found[number] for number in numbers]
-
-
-def _by_pyav(index: VideoIndex, wanted: list[int], width: int, height: int, part: Part = WHOLE) -> dict[int, RGB]:
-    pictures = {}
-    # One pass per group of neighbouring frames; each starts at the key frame before it.
-    for group in np.split(np.asarray(wanted, np.intp), np.flatnonzero(np.diff(wanted) > 300) + 1):
-        for number, frame in decode(index, int(group[0]), int(group[-1]) + 1, only=group.tolist()):
-            pictures[number] = resize(to_rgb(frame), index, width, height, part)
-    return pictures
-
-
-def _by_decord(
-    index: VideoIndex, wanted: list[int], width: int, height: int, part: Part = WHOLE
-) -> dict[int, RGB] | None:
-    """None where decord's idea of the file differs from PyAV's.
-
-    decord ignores edit lists, rotates by itself, cannot open AV1, converts 10 bits differently, and loses count after
-    a seek into open groups of pictures. For all else its own frame times, and its pixels at both ends, must agree.
-    """
-    if not index.plain:
-        return None
-    try:
-        import decord
-    except ImportError:  # not built for every system
-        return None
-    try:
-        reader = decord.VideoReader(str(index.path), num_threads=1)
-        if len(reader) != len(index.times_s):
-            return None
-        starts = reader.get_frame_timestamp(range(len(reader)))[:, 0].astype(np.float64)
-        if not np.allclose(starts - starts[0], index.times_s, atol=2 * TIME_TOLERANCE_S):
-            return None
-        found = {number: resize(reader[number].asnumpy(), index, width, height, part) for number in wanted}
-    except decord.DECORDError:
-        return None
-    ends = sorted({wanted[0], wanted[-1]})
-    same = all(np.array_equal(found[n], _by_pyav(index, [n], width, height, part)[n]) for n in ends)
-    return found if same else None
