@@ -40,11 +40,11 @@ import sqlalchemy as sa
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from curation.catalog import Attempt, Catalog
+from curation.catalog.tables import metadata
 from curation.failures import FailureCode, OutageError, UsageError
 from curation.files import sha256_json
 from curation.outages import patience
 from curation.records import ClipRef, CriterionResult, Verdict
-from curation.tables import metadata
 
 POLICY, OTHER_POLICY, NEW_POLICY = "a" * 16, "b" * 16, "c" * 16
 SHA = "1" * 64

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from curation.files import sha256_json
 from curation.records import ClipRef
@@ -38,48 +37,6 @@ class StageReport:
     skipped: int = 0
     failed: dict[str, int] = field(default_factory=dict)
     postponed: int = 0
-
-
-@dataclass(frozen=True)
-class Funnel:
-    """How far the clips of a manifest got.
-
-    postponed: platform -> seconds, from when this was counted, for which it will not be asked again.
-    """
-
-    clips: int
-    downloaded: int
-    observed: int
-    accepted: int
-    rejected: int
-    unknown: int
-    failed: dict[str, int]
-    rejected_by: dict[str, int]
-    sharded: int
-    shards: tuple[str, ...]
-    folder: str
-    postponed: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def pending(self) -> int:
-        """Clips of which nothing is known yet."""
-        return max(0, self.clips - self.observed - sum(self.failed.values()))
-
-    def table(self) -> list[dict[str, Any]]:
-        """Rows of stage, clips and share, for a table."""
-        rows = [
-            ("in the manifest", self.clips),
-            ("video here or seen", self.downloaded),
-            ("observed", self.observed),
-            ("accepted", self.accepted),
-            *((f"rejected: {reason}", clips) for reason, clips in sorted(self.rejected_by.items())),
-            ("undecided", self.unknown),
-            *((f"failed: {code}", clips) for code, clips in sorted(self.failed.items())),
-            *([("not yet tried", self.pending)] if self.pending else []),
-            ("in shards", self.sharded),
-        ]
-        total = max(self.clips, 1)
-        return [{"stage": stage, "clips": clips, "share": f"{clips / total:.1%}"} for stage, clips in rows]
 
 
 def read_batches(refs: Sequence[ClipRef], settings: Settings) -> list[Batch]:

@@ -26,8 +26,7 @@ from curation.failures import FailureCode, OutageError, UsageError
 from curation.settings import DownloadSettings, ObserveSettings, Settings, TeacherSettings
 
 if TYPE_CHECKING:
-    from curation.batches import Funnel
-    from curation.catalog import Catalog
+    from curation.catalog import Catalog, Funnel
 
 _INTERRUPTED = 130  # the exit code of a command ended by Ctrl-C
 _OUTAGE = 75  # EX_TEMPFAIL of sysexits.h: the same command may work later

@@ -15,13 +15,13 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from curation.batches import Batch, Funnel, Progress, StageReport, read_batches
-from curation.catalog import Attempt, Catalog, ObservationFile, Output
+from curation.batches import Batch, Progress, StageReport, read_batches
+from curation.catalog import Attempt, Catalog, Funnel, ObservationFile, Output
 from curation.claims import Claims, Queue
 from curation.deadlines import time_limit
 from curation.failures import ENDS_THE_RUN, ClipFailure, FailureCode, LostError, UsageError
@@ -417,21 +417,11 @@ def funnel(settings: Settings, refs: Sequence[ClipRef] | None) -> Funnel:
     """How far these clips, or all of the catalog, got."""
     state = state_of(settings)
     counts = state.catalog.funnel(refs, state.policy.hash, state.dataset_hash)
-    failed: dict[str, int] = {}
-    for (_, code), clips in counts.failed.items():
-        failed[code] = min(failed.get(code, 0) + clips, counts.clips)
     if refs is not None and counts.clips < len(refs):
-        failed[FailureCode.FORGOTTEN.value] = len(refs) - counts.clips
-    return Funnel(
-        clips=counts.clips if refs is None else len(refs),
-        downloaded=counts.downloaded,
-        observed=counts.observed,
-        accepted=counts.accepted,
-        rejected=counts.rejected,
-        unknown=counts.unknown,
-        failed=failed,
-        rejected_by=counts.rejected_by,
-        sharded=counts.sharded,
+        forgotten = {("download", FailureCode.FORGOTTEN.value): len(refs) - counts.clips}
+        counts = replace(counts, clips=len(refs), failed=counts.failed | forgotten)
+    return replace(
+        counts,
         shards=state.shards_with(refs),
         folder=f"{settings.place}/{state.shards}",
         postponed={block.service.partition("-")[0]: block.left_s for block in state.catalog.blocks()},

@@ -23,7 +23,8 @@ from prefect.task_runners import TaskRunner
 from pydantic import Field, ValidationError
 
 from curation import pipeline
-from curation.batches import Batch, Funnel, StageReport, read_batches
+from curation.batches import Batch, StageReport, read_batches
+from curation.catalog import Funnel
 from curation.failures import TRIES, FailureCode, LostError, OutageError, Trait, UsageError
 from curation.manifest import read_manifest
 from curation.records import ClipRef
@@ -303,12 +304,12 @@ def _conclude(settings: Settings, refs: list[ClipRef], unfinished: list[str]) ->
             f"{len(unfinished)} batches were not finished ({unfinished[0]}); run again, what is done is kept."
         )
     if not funnel.observed:
-        code, clips = max(funnel.failed.items(), key=lambda item: item[1], default=("internal", funnel.clips))
+        code, clips = max(funnel.failed_by_code.items(), key=lambda item: item[1], default=("internal", funnel.clips))
         return _failed(f"None of {funnel.clips} clips could be measured; {clips} x {code}: {FailureCode(code).advice}")
     for platform, left_s in funnel.postponed.items():
         get_run_logger().warning("%s", pipeline.postponed(platform, left_s))
     message = f"{funnel.accepted} of {funnel.clips} clips accepted, {funnel.sharded} in {len(funnel.shards)} shards"
-    failed = sum(funnel.failed.values())
+    failed = sum(funnel.failed_by_code.values())
     get_run_logger().info(message)
     for handler in logging.getLogger("prefect.flow_runs").handlers:
         handler.flush()  # who watches a run reads its warnings before its end
@@ -317,11 +318,11 @@ def _conclude(settings: Settings, refs: list[ClipRef], unfinished: list[str]) ->
 
 def _failures(settings: Settings, funnel: Funnel, unfinished: list[str]) -> str:
     lines = ["| failure | clips | again by itself | what to do |", "|---|---|---|---|"]
-    for code, clips in sorted(funnel.failed.items(), key=lambda item: (-item[1], item[0])):
+    for code, clips in sorted(funnel.failed_by_code.items(), key=lambda item: (-item[1], item[0])):
         known = FailureCode(code)
         again = f"up to {TRIES} times" if Trait.THRICE in known.traits else "may work" if known.transient else "no"
         lines.append(f"| `{code}` | {clips} | {again} | {known.advice} |")
-    if not funnel.failed:
+    if not funnel.failed_by_code:
         lines = ["No clip failed."]
     if unfinished:
         lines += ["", "Not finished; run again, what is done is kept:", ""] + [f"- {line}" for line in unfinished]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Protocol
 from urllib.parse import urlsplit
 
+from curation.catalog.turns import Turn
 from curation.failures import ClipFailure, FailureCode, Trait
 from curation.records import ClipRef
 from curation.settings import DownloadSettings
@@ -23,33 +24,10 @@ MAX_PATIENCE_S = 3660.0  # an hourly budget is always waited for; longer waits a
 NAP_S = 60.0  # a breaker that opens for less is waited for
 
 
-class Answer(Protocol):
-    """What the catalog says to a worker that wants to ask a service; the meaning of the fields is at Turn."""
-
-    @property
-    def wait_s(self) -> float: ...
-    @property
-    def blocked(self) -> FailureCode | None: ...
-    @property
-    def until(self) -> float: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """A reserved time, `wait_s` seconds from now; or, with `blocked` set, none before the unix time `until`.
-
-    `until` is by the catalog's clock and for people; a worker goes by `wait_s`, because its own clock may be wrong.
-    """
-
-    wait_s: float
-    blocked: FailureCode | None = None
-    until: float = 0.0
-
-
 class Turns(Protocol):
     """The catalog's side: atomic across processes and machines, by one clock."""
 
-    def take_turn(self, service: str, session: str, *, per_hour: int, pause_s: float, patience_s: float) -> Answer:
+    def take_turn(self, service: str, session: str, *, per_hour: int, pause_s: float, patience_s: float) -> Turn:
         """Reserve the next time at least `pause_s` after the last one, at most `per_hour` (0: any) in an hour."""
         ...
 

@@ -34,16 +34,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-import curation.database
-from curation.catalog import Attempt, Catalog, FunnelCounts, ObservationFile, Output, forgotten_digest
-from curation.database import Database
+import curation.catalog.database
+from curation.catalog import Attempt, Catalog, Funnel, ObservationFile, Output, forgotten_digest
+from curation.catalog.database import Database
+from curation.catalog.leases import Lease
+from curation.catalog.tables import metadata
+from curation.catalog.turns import Block, Turn
 from curation.failures import FailureCode, OutageError, UsageError
 from curation.files import sha256_json
-from curation.leases import Lease
 from curation.outages import patience
 from curation.records import ClipRef, CriterionResult, Decision, Outcome, Verdict, VideoFile
-from curation.tables import metadata
-from curation.turns import Block, Turn
 
 POLICY, OTHER_POLICY = "a" * 64, "b" * 64
 SHA, OTHER_SHA = "1" * 64, "2" * 64
@@ -197,7 +197,7 @@ def test_recording_again_changes_nothing_but_history(catalog: Catalog) -> None:
         catalog.record_outputs([output(clip, digest) for clip in refs] * 2)
         snapshots.append(catalog.funnel(None, POLICY))
     assert snapshots[0] == snapshots[1]
-    assert snapshots[0] == FunnelCounts(3, 3, 3, 3, 0, 0, 3, {}, {}, {}, {digest: 3})
+    assert snapshots[0] == Funnel(3, 3, 3, 3, 0, 0, 3, {}, {}, {}, {digest: 3})
 
 
 def test_no_number_of_an_index_is_given_twice(catalog: Catalog) -> None:
@@ -240,7 +240,7 @@ def test_records_of_unknown_clips_are_left_out_and_named(catalog: Catalog) -> No
     assert catalog.record_verdicts(map(verdict, both), {clip.clip_id: SHA for clip in both}) == missing
     assert catalog.record_outputs([output(clip, digest) for clip in both]) == missing
     assert not catalog.record_video(ref(2).video_key, video_file(), "videos/k/video.mp4")
-    assert catalog.funnel(None, POLICY) == FunnelCounts(1, 0, 1, 1, 0, 0, 1, {}, {}, {}, {digest: 1})
+    assert catalog.funnel(None, POLICY) == Funnel(1, 0, 1, 1, 0, 0, 1, {}, {}, {}, {digest: 1})
 
 
 def test_failures_are_the_last_tries_that_failed(catalog: Catalog) -> None:
@@ -284,7 +284,7 @@ def test_the_funnel_counts_by_decision_and_first_reason(catalog: Catalog) -> Non
     ]
     catalog.record_verdicts(judged, {clip.clip_id: SHA for clip in refs})
     catalog.record_outputs([output(refs[0], one), output(refs[0], two)])
-    whole = FunnelCounts(
+    whole = Funnel(
         clips=8,
         downloaded=6,
         observed=6,
@@ -300,7 +300,7 @@ def test_the_funnel_counts_by_decision_and_first_reason(catalog: Catalog) -> Non
     assert catalog.funnel(None, POLICY) == catalog.funnel(refs + refs, POLICY) == whole
     assert catalog.funnel(refs, POLICY, two) == replace(whole, datasets={two: 1})
     assert catalog.funnel(None, OTHER_POLICY).rejected_by == {"overlap": 1}
-    assert catalog.funnel([], POLICY) == FunnelCounts(0, 0, 0, 0, 0, 0, 0, {}, {}, {}, {})
+    assert catalog.funnel([], POLICY) == Funnel(0, 0, 0, 0, 0, 0, 0, {}, {}, {}, {})
     assert catalog.funnel([refs[1], refs[6]], POLICY).downloaded == 1
 
 
@@ -391,7 +391,7 @@ def test_forgetting_removes_all_of_a_video_and_nothing_else(catalog: Catalog) ->
     assert catalog.forget([ref(7)]).clip_ids == ()
     assert catalog.register([ref(7, 4)]) == {ref(7, 4).clip_id}
     assert catalog.forget([kept[0].video_key]).clip_ids == (kept[0].clip_id,)
-    assert catalog.funnel(None, POLICY) == FunnelCounts(0, 0, 0, 0, 0, 0, 0, {}, {}, {}, {})
+    assert catalog.funnel(None, POLICY) == Funnel(0, 0, 0, 0, 0, 0, 0, {}, {}, {}, {})
 
 
 def fill(catalog: Catalog, refs: list[ClipRef]) -> None:
@@ -431,7 +431,7 @@ def written(path: Path) -> bytes:
 
 
 def test_a_reader_in_the_way_of_scrubbing_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(curation.database, "LOCK_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(curation.catalog.database, "LOCK_TIMEOUT_S", 0.1)
     path = tmp_path / "catalog.sqlite"
     catalog = Catalog(f"sqlite:///{path}")
     catalog.register([ref(1)])
@@ -460,8 +460,8 @@ def test_migrations_make_the_tables_the_code_uses(url: str) -> None:
         catalog.register([ref(1)])
         assert catalog._database.run(differences) == []
     assert catalog.funnel(None, POLICY).clips == 1
-    migrations = ScriptDirectory(str(Path(curation.database.__file__).parent / "migrations"))
-    assert migrations.get_current_head() == curation.database.SCHEMA
+    migrations = ScriptDirectory(str(Path(curation.catalog.database.__file__).parent / "migrations"))
+    assert migrations.get_current_head() == curation.catalog.database.SCHEMA
 
 
 def test_a_newer_schema_is_refused(url: str) -> None:
@@ -511,7 +511,7 @@ def test_sqlite_is_set_up_for_many_writers(tmp_path: Path) -> None:
 
 
 def test_what_is_no_usable_database_is_named_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(curation.database, "LOCK_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(curation.catalog.database, "LOCK_TIMEOUT_S", 0.1)
     path = tmp_path / "catalog.sqlite"
     Catalog(f"sqlite:///{path}")
     (tmp_path / "text").write_text("not a database at all, but long enough to be taken for one" * 20)
@@ -730,7 +730,7 @@ def test_a_breaker_opens_longer_each_time_and_closes_with_a_success(catalog: Cat
     assert catalog.block("youtube", "me", limited, 9000) == clock[0] + 9000
     catalog.unblock("youtube", "me")
     assert catalog.blocks(), "a success of a request from before the block says nothing"
-    catalog.unblock("youtube", "me", anyway=True)
+    catalog.unblock("youtube", "me", force=True)
     assert catalog.block("youtube", "me", limited, 3) == clock[0] + 3, "who says how long is believed"
     clock[0] += 3
     assert turn().blocked is None
@@ -890,7 +890,7 @@ def test_counts_hold_while_clips_videos_and_failures_come_at_once(url: str) -> N
 def test_a_catalog_of_the_first_version_is_upgraded_with_its_rows(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = Path(curation.database.__file__).parent / "migrations"
+    folder = Path(curation.catalog.database.__file__).parent / "migrations"
     config = Config()
     config.set_main_option("script_location", str(folder))
     engine = sa.create_engine(url.replace("postgresql:", "postgresql+psycopg:"), poolclass=sa.pool.NullPool)
@@ -1141,7 +1141,7 @@ class CatalogMachine(RuleBasedStateMachine):
         decisions = Counter(it.decision for it in self.verdicts.values())
         counts = self.catalog.funnel(None, POLICY)
         assert counts == self.catalog.funnel(self.refs, POLICY)
-        assert counts == FunnelCounts(
+        assert counts == Funnel(
             clips=len(self.clips),
             downloaded=sum(clip.video_key in self.videos for clip in self.clips.values()),
             observed=len(self.observed),

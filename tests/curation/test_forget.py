@@ -93,7 +93,7 @@ def test_nothing_of_a_forgotten_clip_stays(settings: Settings, state: State) -> 
     verify(folder)
     assert (ShardReader(folder).frames(KEPT.clip_id).rgb == window).all()
     assert "of another clip" in settings.debug_file.read_text()
-    assert pipeline.run(settings, [GONE, KEPT]).failed == {"forgotten": 1}
+    assert pipeline.run(settings, [GONE, KEPT]).failed_by_code == {"forgotten": 1}
     assert traces(out.parent, GONE, pictures) == []
 
 

@@ -100,14 +100,14 @@ def test_the_third_internal_error_in_a_row_is_for_good(settings: Settings):
     in_the_way(settings.out / "videos" / BAD.video_key)
     catalog = Catalog(settings.database)
     for number in range(1, TRIES + 2):
-        assert pipeline.run(settings, [BAD, GOOD]).failed == {"internal": 1}
+        assert pipeline.run(settings, [BAD, GOOD]).failed_by_code == {"internal": 1}
         tries = catalog.clip(BAD.clip_id).attempts
         assert len(tries) == min(number, TRIES) and tries[-1].transient == (number < TRIES)
     again = settings.model_copy(update={"retry": ("internal",)})
-    assert pipeline.run(again, [BAD]).failed == {"internal": 1}
+    assert pipeline.run(again, [BAD]).failed_by_code == {"internal": 1}
     assert last_attempt(settings, BAD).transient, "the count begins anew"
     (settings.out / "videos" / BAD.video_key).unlink()
-    assert pipeline.run(settings, [BAD]).failed == {}
+    assert pipeline.run(settings, [BAD]).failed_by_code == {}
 
 
 @pytest.mark.parametrize(
@@ -372,4 +372,4 @@ def test_a_full_disk_under_the_catalog_ends_in_one_sentence(settings: Settings, 
         pipeline.observe(ready, batch)
     filler.unlink()
     funnel = pipeline.run(other, REFS[:1])
-    assert shard_bytes(funnel) == whole and funnel.failed == {}
+    assert shard_bytes(funnel) == whole and funnel.failed_by_code == {}

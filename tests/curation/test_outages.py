@@ -16,12 +16,12 @@ import pytest
 import sqlalchemy as sa
 from databases import Line, execute, restarting_server
 
-import curation.database
+import curation.catalog.database
 from curation import pipeline
 from curation.batches import Batch
 from curation.catalog import Attempt, Catalog, ObservationFile
+from curation.catalog.database import Database
 from curation.claims import Claims, Queue
-from curation.database import Database
 from curation.failures import FailureCode, OutageError, UsageError
 from curation.ingest.politeness import Gate
 from curation.outages import patience, wait_for
@@ -276,7 +276,7 @@ def test_too_many_connections_are_waited_for(url: str) -> None:
 def test_a_locked_sqlite_file_is_waited_for_longer_than_sqlite_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(curation.database, "LOCK_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(curation.catalog.database, "LOCK_TIMEOUT_S", 0.1)
     path = tmp_path / "catalog.sqlite"
     catalog = Catalog(f"sqlite:///{path}")
     writer = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
@@ -337,7 +337,7 @@ def test_a_worker_whose_clock_is_wrong_waits_as_long_as_any(
 
     def sleep(seconds: float) -> None:
         slept.append(seconds)
-        catalog.unblock("youtube", "default", anyway=True)
+        catalog.unblock("youtube", "default", force=True)
 
     gate = Gate(catalog, DownloadSettings(pause_s=(0.0, 0.0)), sleep=sleep)
     blocked = gate.wait(ref)
@@ -357,7 +357,7 @@ def test_a_run_whose_clock_is_wrong_neither_hangs_nor_gives_up(
     def sleep(seconds: float) -> None:
         assert len(slept) < 3, "it would ask for hours"
         slept.append(seconds)
-        catalog.unblock("youtube", "default", anyway=True)
+        catalog.unblock("youtube", "default", force=True)
 
     catalog.block("youtube", "default", FailureCode.RATE_LIMITED, 900.0)
     (block,) = catalog.blocks()
@@ -369,6 +369,6 @@ def test_a_run_whose_clock_is_wrong_neither_hangs_nor_gives_up(
         queue.leave(work, later=True)
         monkeypatch.setattr(pipeline.time, "sleep", sleep)
         assert not pipeline.wait_for_more(settings, queue), "15 minutes are more than its patience"
-        catalog.unblock("youtube", "default", anyway=True)
+        catalog.unblock("youtube", "default", force=True)
         catalog.block("youtube", "default", FailureCode.RATE_LIMITED, 30.0)
         assert pipeline.wait_for_more(settings, queue) and slept, "30 seconds are not"

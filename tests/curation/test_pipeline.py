@@ -18,8 +18,8 @@ import yaml
 from servers import Fault, serve
 
 from curation import pipeline
-from curation.batches import Funnel, read_batches
-from curation.catalog import Catalog
+from curation.batches import read_batches
+from curation.catalog import Catalog, Funnel
 from curation.failures import FailureCode, LostError, UsageError
 from curation.files import sha256_file
 from curation.manifest import write_manifest
@@ -62,7 +62,7 @@ def test_a_run_gives_verdicts_typed_failures_and_shards(settings: Settings):
     funnel = pipeline.run(settings.model_copy(update={"workers": 2}), REFS, lambda *state: seen.append(state))
     assert (funnel.clips, funnel.observed, funnel.accepted, funnel.sharded) == (7, 4, 3, 3)
     assert funnel.rejected_by == {"shot": 1}
-    assert funnel.failed == {"corrupt": 1, "span_out_of_range": 1, "removed": 1}
+    assert funnel.failed_by_code == {"corrupt": 1, "span_out_of_range": 1, "removed": 1}
     assert max(done for stage, done, _ in seen if stage == "teach") == 7
     verify(Path(funnel.folder))
     reader = ShardReader(Path(funnel.folder))
@@ -92,11 +92,11 @@ def test_a_permanent_failure_is_tried_again_only_on_request(settings: Settings, 
     (root / "bars.mp4").write_bytes(b"half a video")
     settings = settings.model_copy(update={"download": DownloadSettings(local_root=root)})
     refs = [local("bars")]
-    assert pipeline.run(settings, refs).failed == {"corrupt": 1}
+    assert pipeline.run(settings, refs).failed_by_code == {"corrupt": 1}
     shutil.copy(clips / "bars.mp4", root)
-    assert pipeline.run(settings, refs).failed == {"corrupt": 1}
+    assert pipeline.run(settings, refs).failed_by_code == {"corrupt": 1}
     funnel = pipeline.run(settings.model_copy(update={"retry": ("corrupt",)}), refs)
-    assert funnel.failed == {} and funnel.sharded == 1
+    assert funnel.failed_by_code == {} and funnel.sharded == 1
 
 
 def test_judging_again_needs_no_video(settings: Settings, tolerant: Path, tmp_path: Path):
@@ -250,16 +250,16 @@ def test_a_depth_folder_is_another_teacher_in_a_data_set_of_its_own(settings: Se
     stored = ShardReader(Path(funnel.folder)).frames(REFS[0].clip_id)
     np.testing.assert_allclose(stored.depth_m, depth, rtol=5e-4)
     missing = pipeline.run(taught, REFS[:3])
-    assert missing.failed["corrupt"] == 1 and missing.sharded == 1
+    assert missing.failed_by_code["corrupt"] == 1 and missing.sharded == 1
     missing = pipeline.run(taught, [local("count")])
-    assert missing.failed == {"missing_depth": 1}
+    assert missing.failed_by_code == {"missing_depth": 1}
 
 
 def test_a_forgotten_clip_stays_out(settings: Settings):
     pipeline.run(settings, REFS[:1])
     Catalog(settings.database).forget([REFS[0]])
     funnel = pipeline.run(settings, REFS[:1])
-    assert funnel.failed == {"forgotten": 1} and funnel.sharded == 0
+    assert funnel.failed_by_code == {"forgotten": 1} and funnel.sharded == 0
 
 
 def test_batches_keep_videos_together_and_do_not_depend_on_what_follows(settings: Settings):
@@ -354,7 +354,7 @@ def test_killed_anywhere_and_run_again_gives_the_same_shards(
     _wait_until_gone(process.pid)
     funnel = pipeline.run(killed, REFS)
     assert shard_bytes(funnel) == undisturbed
-    assert funnel.failed == {"corrupt": 1, "span_out_of_range": 1, "removed": 1}
+    assert funnel.failed_by_code == {"corrupt": 1, "span_out_of_range": 1, "removed": 1}
     assert not list(out.rglob(".*.parquet")), "no half-written file stays in the data set"
 
 
@@ -386,7 +386,7 @@ def test_what_was_damaged_is_made_again(settings: Settings):
         if path == video:
             observation.unlink()
         funnel = pipeline.run(settings, REFS[:1])
-        assert (funnel.sharded, funnel.failed) == (1, {})
+        assert (funnel.sharded, funnel.failed_by_code) == (1, {})
         assert shard_bytes(funnel) == whole
     observation.unlink()
     assert pipeline.judge_all(settings.model_copy(update={"policy": Path("paper")})) == 0
@@ -408,7 +408,7 @@ def test_what_an_older_version_measured_is_measured_anew(settings: Settings, old
     old = replace(file, sha256=sha256_file(path), provenance_hash=catalog.put_provenance(made_with))
     catalog.record_observations([old])
     funnel = pipeline.run(settings, REFS[:1])
-    assert (funnel.accepted, funnel.sharded, funnel.failed) == (1, 1, {})
+    assert (funnel.accepted, funnel.sharded, funnel.failed_by_code) == (1, 1, {})
     new = catalog.observations([clip])[clip]
     assert (new.sha256, new.provenance_hash) == (file.sha256, file.provenance_hash)
 
@@ -419,7 +419,9 @@ def test_other_settings_mend_what_they_caused(settings: Settings, tmp_path: Path
     nothing = TeacherSettings(kind="folder", model=str(tmp_path / "empty"), name="sam")
     with pytest.raises(UsageError, match="--local-root"):
         pipeline.run(settings.model_copy(update={"download": DownloadSettings()}), REFS[:1])
-    assert pipeline.run(settings.model_copy(update={"teacher": nothing}), REFS[:1]).failed == {"missing_depth": 1}
+    assert pipeline.run(settings.model_copy(update={"teacher": nothing}), REFS[:1]).failed_by_code == {
+        "missing_depth": 1
+    }
     assert pipeline.run(settings, REFS[:1]).sharded == 1
 
 
@@ -441,7 +443,7 @@ def test_a_platform_that_says_no_is_left_alone_and_others_go_on(settings: Settin
         funnel = pipeline.run(settings, links)
         assert no.hits == {"/bars.mp4": 1}, "one no is enough"
         assert yes.hits["/set.mp4"] and (funnel.observed, funnel.pending) == (1, 2)
-        assert funnel.failed == {"rate_limited": 1}
+        assert funnel.failed_by_code == {"rate_limited": 1}
         ((platform, left_s),) = funnel.postponed.items()
         assert platform == "http" and 7000 < left_s < 7300
         again = pipeline.run(settings, links)
@@ -449,10 +451,10 @@ def test_a_platform_that_says_no_is_left_alone_and_others_go_on(settings: Settin
         assert no.hits == {"/bars.mp4": 1}
 
         (block,) = Catalog(settings.database).blocks()
-        Catalog(settings.database).unblock(block.service, block.session, anyway=True)  # two hours later
+        Catalog(settings.database).unblock(block.service, block.session, force=True)  # two hours later
         no.script("/bars.mp4", [])
         funnel = pipeline.run(settings, links)
-        assert funnel.observed == 4 and not funnel.postponed and not funnel.pending and not funnel.failed
+        assert funnel.observed == 4 and not funnel.postponed and not funnel.pending and not funnel.failed_by_code
 
 
 def test_a_short_no_is_waited_for_within_the_run(settings: Settings, clips: Path):
@@ -461,7 +463,7 @@ def test_a_short_no_is_waited_for_within_the_run(settings: Settings, clips: Path
         links = [ClipRef("http", server.url(f"/{name}.mp4")) for name in ("bars", "set")]
         allowed = DownloadSettings(http_hosts=(server.host,), allow_loopback=True, retries=0)
         funnel = pipeline.run(settings.model_copy(update={"download": allowed}), links)
-        assert funnel.failed == {"rate_limited": 1} and funnel.observed == 1 and not funnel.postponed
+        assert funnel.failed_by_code == {"rate_limited": 1} and funnel.observed == 1 and not funnel.postponed
 
 
 # over while other clips are measured, and after
@@ -474,7 +476,7 @@ def test_postponed_clips_are_come_back_to_within_the_run(
         links = [ClipRef("http", server.url(f"/{name}.mp4")) for name in ("bars", "set", "count")]
         allowed = DownloadSettings(http_hosts=(server.host,), allow_loopback=True, retries=0)
         funnel = pipeline.run(settings.model_copy(update={"download": allowed, "batch_clips": 1}), links)
-        assert funnel.failed == {"rate_limited": 1} and (funnel.observed, funnel.pending) == (2, 0)
+        assert funnel.failed_by_code == {"rate_limited": 1} and (funnel.observed, funnel.pending) == (2, 0)
         assert server.hits == {"/bars.mp4": 1, "/set.mp4": 1, "/count.mp4": 1}
 
 
@@ -491,7 +493,7 @@ def test_finished_videos_make_room_and_are_not_fetched_again(settings: Settings,
     budget = DownloadSettings(local_root=folder, budget_mb=size * 2 // 2**20)
     settings = settings.model_copy(update={"download": budget, "batch_clips": 1})
     funnel = pipeline.run(settings, refs)
-    assert funnel.sharded == 4 and not funnel.failed
+    assert funnel.sharded == 4 and not funnel.failed_by_code
     kept = sorted(path.parent.name for path in (settings.out / "videos").glob("*/video.*"))
     assert 1 <= len(kept) <= 3 and refs[3].video_key in kept and refs[0].video_key not in kept
     shards = shard_bytes(funnel)

@@ -12,9 +12,9 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from curation.database import Database
+from curation.catalog.database import Database
+from curation.catalog.tables import breakers, turns
 from curation.failures import FailureCode
-from curation.tables import breakers, turns
 
 HOUR_S = 3600.0
 PROBE_S = 600.0  # how long one worker may find out whether the service answers again, before another one may
@@ -30,8 +30,8 @@ class Turn:
     """
 
     wait_s: float
-    blocked: FailureCode | None
-    until: float
+    blocked: FailureCode | None = None
+    until: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class Turns:
         reserved: list[Turn] = []  # by an earlier call of `work`, of whose commit nothing is known
 
         def work(connection: sa.Connection) -> Turn:
-            now = self._database.alone(connection, f"turns\n{service}\n{session}")
+            now = self._database.advisory_lock(connection, f"turns\n{service}\n{session}")
             for turn in reserved:
                 if connection.scalar(sa.select(sa.func.count()).where(mine, turns.c.at == turn.until)):
                     return replace(turn, wait_s=max(0.0, turn.until - now))
@@ -100,7 +100,7 @@ class Turns:
         opened: list[tuple[float, int]] = []  # by an earlier call of `work`, of whose commit nothing is known
 
         def work(connection: sa.Connection) -> float:
-            now = self._database.alone(connection, f"turns\n{service}\n{session}")
+            now = self._database.advisory_lock(connection, f"turns\n{service}\n{session}")
             breaker = self._breaker(connection, service, session)
             if breaker is not None and (breaker.until, breaker.strikes) in opened:
                 return breaker.until
@@ -118,18 +118,17 @@ class Turns:
 
         return self._database.run(work, write=True)
 
-    def unblock(self, service: str, session: str, *, anyway: bool = False) -> None:
+    def unblock(self, service: str, session: str, *, force: bool = False) -> None:
         """The service answered as it should: the breaker closes, and the next block is a first one again.
 
-        While it is open nobody asks, so that a success then is one of a request from before: it closes nothing, unless
-        a person says so (`anyway`).
+        A success reported while the breaker is open belongs to a request sent earlier; it is ignored unless `force`.
         """
         if self._database.run(lambda connection: self._breaker(connection, service, session)) is None:
             return  # nearly always there is nothing to write
 
         def work(connection: sa.Connection) -> None:
-            now = self._database.alone(connection, f"turns\n{service}\n{session}")
-            asked = [] if anyway else [sa.or_(breakers.c.probing, breakers.c.until <= now)]
+            now = self._database.advisory_lock(connection, f"turns\n{service}\n{session}")
+            asked = [] if force else [sa.or_(breakers.c.probing, breakers.c.until <= now)]
             connection.execute(sa.delete(breakers).where(_of(breakers, service, session), *asked))
 
         self._database.run(work, write=True)

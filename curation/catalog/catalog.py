@@ -12,27 +12,37 @@ not written; every `record_*` returns the ids it left out.
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import re
 import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cache, partial
-from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, Literal
+from pathlib import PurePosixPath, PureWindowsPath
+from typing import Any
 
 import sqlalchemy as sa
 
-from curation.database import Database, chunks
-from curation.failures import TRIES, FailureCode, Trait, UsageError
-from curation.files import sha256_json
-from curation.funnel import FunnelCounts, Tally
-from curation.leases import Leases
-from curation.records import ClipRef, CriterionResult, Verdict, VideoFile
-from curation.tables import (
+from curation.catalog.database import Database, chunks
+from curation.catalog.funnel import Funnel, FunnelCounter
+from curation.catalog.leases import Leases
+from curation.catalog.rows import (
+    Attempt,
+    ClipHistory,
+    Forgotten,
+    ObservationFile,
+    Output,
+    StoredVideo,
+    attempt_of,
+    criterion_json,
+    output_of,
+    ref_of,
+    verdict_of,
+    video_of,
+)
+from curation.catalog.tables import (
     PRESENT,
     UNRESOLVED,
     attempts,
@@ -45,106 +55,12 @@ from curation.tables import (
     verdicts,
     videos,
 )
-from curation.turns import Turns
+from curation.catalog.turns import Turns
+from curation.failures import TRIES, FailureCode, Trait, UsageError
+from curation.files import sha256_json
+from curation.records import ClipRef, Verdict, VideoFile
 
-Kind = Literal["full", "keyframes"]
 _TRY = ("clip_id", "stage", "worker", "started_at", "seconds", "code")  # what no two tries have in common
-
-
-@dataclass(frozen=True, slots=True)
-class StoredVideo:
-    """A downloaded video. `path` is relative to the work folder; the file may be gone again (`present` is False)."""
-
-    video_key: str
-    path: str
-    sha256: str
-    size_bytes: int
-    codec: str
-    width: int
-    height: int
-    frames: int
-    duration_s: float
-    downloaded_at: float
-    present: bool
-
-    def file(self, root: Path) -> VideoFile:
-        """The file itself, below work folder `root`."""
-        return VideoFile(
-            root / self.path,
-            self.sha256,
-            self.size_bytes,
-            self.codec,
-            self.width,
-            self.height,
-            self.frames,
-            self.duration_s,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Attempt:
-    """One try of one stage on one clip; `code` is None for a success. `started_at` is Unix time.
-
-    `message` must be safe to keep: no title, name, address or path. `worker` and `transient` are filled in by the
-    catalog; a failure is transient where another try may succeed without anyone doing anything.
-    """
-
-    clip_id: str
-    stage: str
-    code: FailureCode | None = None
-    message: str = ""
-    started_at: float = 0.0
-    seconds: float = 0.0
-    worker: str = ""
-    transient: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class ObservationFile:
-    """Where a clip's measurements lie: `path` relative to the work folder, of a full pass or of key frames only."""
-
-    clip_id: str
-    kind: Kind
-    path: str
-    sha256: str
-    provenance_hash: str
-    observed_at: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Output:
-    """A clip that is in the data set of this provenance, with so many frames. Where it lies, its index tells."""
-
-    clip_id: str
-    provenance_hash: str
-    frames: int
-
-
-@dataclass(frozen=True, slots=True)
-class ClipHistory:
-    """Everything known about one clip, attempts oldest first."""
-
-    ref: ClipRef
-    video: StoredVideo | None
-    attempts: tuple[Attempt, ...]
-    observation: ObservationFile | None
-    verdicts: tuple[Verdict, ...]
-    outputs: tuple[Output, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Forgotten:
-    """What to do on disk after videos were forgotten; all paths are relative to the work folder.
-
-    files: to delete. clip_ids: to take out of every data set and whatever else was derived from them. scrubbed: False
-    if a busy reader kept the deleted bytes in the database file; forgetting again (anything, also the same) scrubs
-    again.
-    """
-
-    video_keys: tuple[str, ...]
-    clip_ids: tuple[str, ...]
-    files: tuple[str, ...]
-    scrubbed: bool
 
 
 def forgotten_digest(platform: str, video_id: str) -> str:
@@ -184,7 +100,7 @@ class Catalog(Leases, Turns):
     def _register(self, refs: Sequence[ClipRef], connection: sa.Connection) -> set[str]:
         digests = {ref.clip_id: forgotten_digest(ref.platform, ref.video_id) for ref in refs}
         self._lock_forgotten(connection, "SHARE")
-        self._database.alone(connection, "clips of a video")
+        self._database.advisory_lock(connection, "clips of a video")
         asked = forgotten.c.digest.in_(sorted(set(digests.values())))
         gone = set(connection.scalars(sa.select(forgotten.c.digest).where(asked)))
         now = time.time()
@@ -199,22 +115,11 @@ class Catalog(Leases, Turns):
 
     def record_video(self, video_key: str, file: VideoFile, path: str | PurePosixPath) -> bool:
         """Note a verified download, `path` relative to the work folder; False if no clip of that video is held."""
-        row = {
-            "video_key": video_key,
-            "path": _relative(path),
-            "sha256": file.sha256,
-            "size_bytes": file.size_bytes,
-            "codec": file.codec,
-            "width": file.width,
-            "height": file.height,
-            "frames": file.frames,
-            "duration_s": file.duration_s,
-            "downloaded_at": time.time(),
-            "present": True,
-        }
+        now = {"downloaded_at": time.time(), "present": True}
+        row = asdict(file) | {"video_key": video_key, "path": _relative(path)} | now
 
         def work(connection: sa.Connection) -> bool:
-            self._database.alone(connection, "clips of a video", shared=True)
+            self._database.advisory_lock(connection, "clips of a video", shared=True)
             held = connection.execute(_keep(sa.select(clips.c.clip_id).where(clips.c.video_key == video_key).limit(1)))
             if held.first() is None:
                 return False
@@ -303,7 +208,7 @@ class Catalog(Leases, Turns):
                 "policy_name": verdict.policy_name,
                 "decision": verdict.decision,
                 "first_reason": verdict.first_reason,
-                "criteria": [_criterion_json(result) for result in verdict.criteria],
+                "criteria": [criterion_json(result) for result in verdict.criteria],
                 "observation_sha256": observation_sha256[verdict.clip_id],
                 "judged_at": now,
             }
@@ -348,11 +253,11 @@ class Catalog(Leases, Turns):
 
     def refs(self, of: Iterable[ClipRef | str]) -> dict[str, ClipRef]:
         """The registered ones of these clips, by id."""
-        return {row.clip_id: _ref(row) for row in self._rows(clips, clips.c.clip_id, _ids(of))}
+        return {row.clip_id: ref_of(row) for row in self._rows(clips, clips.c.clip_id, _ids(of))}
 
     def videos(self, video_keys: Iterable[str]) -> dict[str, StoredVideo]:
         """The downloaded ones of these videos, by key, also those whose file was evicted."""
-        return {row.video_key: _video(row) for row in self._rows(videos, videos.c.video_key, video_keys)}
+        return {row.video_key: video_of(row) for row in self._rows(videos, videos.c.video_key, video_keys)}
 
     def finished_videos(self, policy_hash: str, provenance_hash: str | None, limit: int) -> list[StoredVideo]:
         """At most `limit` videos that are here and needed no more, the oldest download first.
@@ -377,7 +282,7 @@ class Catalog(Leases, Turns):
         )
         wanted = sa.exists().where(clips.c.video_key == videos.c.video_key, ~finished)
         asked = sa.select(videos).where(PRESENT, ~wanted).order_by(videos.c.downloaded_at, videos.c.video_key)
-        return [_video(row) for row in self._all([asked.limit(limit)])]
+        return [video_of(row) for row in self._all([asked.limit(limit)])]
 
     def present_bytes(self) -> int:
         """How much the videos that are here take up."""
@@ -391,7 +296,7 @@ class Catalog(Leases, Turns):
             sa.select(attempts).where(*conditions, *([] if subset is None else [attempts.c.clip_id.in_(subset)]))
             for subset in _subsets(of)
         ]
-        return sorted(map(_attempt, self._all(asked)), key=lambda attempt: (attempt.clip_id, attempt.stage))
+        return sorted(map(attempt_of, self._all(asked)), key=lambda attempt: (attempt.clip_id, attempt.stage))
 
     def observations(self, of: Iterable[ClipRef | str]) -> dict[str, ObservationFile]:
         """The measurements of these clips, by id."""
@@ -412,12 +317,12 @@ class Catalog(Leases, Turns):
     def verdicts(self, of: Iterable[ClipRef | str], policy_hash: str) -> dict[str, Verdict]:
         """What the policy said of these clips' current measurements, by id."""
         found = self._rows(verdicts, verdicts.c.clip_id, _ids(of), verdicts.c.policy_hash == policy_hash)
-        return {row.clip_id: _verdict(row) for row in found}
+        return {row.clip_id: verdict_of(row) for row in found}
 
     def outputs(self, of: Iterable[ClipRef | str], provenance_hash: str) -> dict[str, Output]:
         """Where these clips lie in shards of this provenance, by id."""
         found = self._rows(outputs, outputs.c.clip_id, _ids(of), outputs.c.provenance_hash == provenance_hash)
-        return {row.clip_id: _output(row) for row in found}
+        return {row.clip_id: output_of(row) for row in found}
 
     def clips_of_dataset(self, provenance_hash: str) -> frozenset[str]:
         """The ids of all clips that are in shards of this provenance."""
@@ -447,12 +352,12 @@ class Catalog(Leases, Turns):
 
     def funnel(
         self, of: Iterable[ClipRef | str] | None, policy_hash: str, provenance_hash: str | None = None
-    ) -> FunnelCounts:
+    ) -> Funnel:
         """How far all clips, or these, got under a policy; shards of one provenance, or of any."""
         subsets = list(_subsets(of))
 
-        def work(connection: sa.Connection) -> FunnelCounts:
-            tally = Tally(policy_hash, provenance_hash)
+        def work(connection: sa.Connection) -> Funnel:
+            tally = FunnelCounter(policy_hash, provenance_hash)
             for subset in subsets:
                 tally.add(connection, subset)
             return tally.counts()
@@ -481,12 +386,12 @@ class Catalog(Leases, Turns):
             video = connection.execute(sa.select(videos).where(videos.c.video_key == row.video_key)).first()
             observation = rows(observations, "clip_id")
             return ClipHistory(
-                ref=_ref(row),
-                video=_video(video) if video else None,
-                attempts=tuple(map(_attempt, rows(attempts, "id"))),
+                ref=ref_of(row),
+                video=video_of(video) if video else None,
+                attempts=tuple(map(attempt_of, rows(attempts, "id"))),
                 observation=ObservationFile(**observation[0]._mapping) if observation else None,
-                verdicts=tuple(map(_verdict, rows(verdicts, "judged_at"))),
-                outputs=tuple(map(_output, rows(outputs, "written_at"))),
+                verdicts=tuple(map(verdict_of, rows(verdicts, "judged_at"))),
+                outputs=tuple(map(output_of, rows(outputs, "written_at"))),
             )
 
         return self._database.run(work)
@@ -624,20 +529,6 @@ def _last(rows: Iterable[dict[str, Any]], *keys: str) -> list[dict[str, Any]]:
     return list({tuple(row[key] for key in keys): row for row in rows}.values())
 
 
-def _ref(row: sa.Row[Any]) -> ClipRef:
-    return ClipRef(row.platform, row.video_id, row.start_us, row.end_us, row.split)
-
-
-def _video(row: sa.Row[Any]) -> StoredVideo:
-    fields = {name: value for name, value in row._mapping.items() if name != "clips"}
-    return StoredVideo(**fields)
-
-
-def _attempt(row: sa.Row[Any]) -> Attempt:
-    code = None if row.code is None else FailureCode(row.code)
-    return Attempt(row.clip_id, row.stage, code, row.message, row.started_at, row.seconds, row.worker, row.transient)
-
-
 def _count_repeated(connection: sa.Connection, rows: list[dict[str, Any]]) -> None:
     """What may be chance is transient so many times in a row; then it is not, and the count begins anew."""
     repeatable = FailureCode.having(Trait.THRICE)
@@ -663,29 +554,6 @@ def _count_repeated(connection: sa.Connection, rows: list[dict[str, Any]]) -> No
         if row["code"] in repeatable and tries >= TRIES:
             row["transient"] = False
             count(row["clip_id"], row["stage"], row["code"], False)
-
-
-def _output(row: sa.Row[Any]) -> Output:
-    fields = {name: value for name, value in row._mapping.items() if name != "written_at"}
-    return Output(**fields)
-
-
-def _verdict(row: sa.Row[Any]) -> Verdict:
-    criteria = tuple(
-        CriterionResult(item["criterion"], item["outcome"], tuple(item["reasons"]), item["measured"])
-        for item in row.criteria
-    )
-    return Verdict(row.clip_id, row.policy_name, row.policy_hash, row.decision, criteria)
-
-
-def _criterion_json(result: CriterionResult) -> dict[str, Any]:
-    measured = {name: float(value) for name, value in result.measured.items() if math.isfinite(value)}
-    return {
-        "criterion": result.criterion,
-        "outcome": result.outcome,
-        "reasons": list(result.reasons),
-        "measured": measured,
-    }
 
 
 def _relative(path: str | PurePosixPath) -> str:

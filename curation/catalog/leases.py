@@ -12,8 +12,8 @@ from functools import partial
 
 import sqlalchemy as sa
 
-from curation.database import Database, chunks
-from curation.tables import leases
+from curation.catalog.database import Database, chunks
+from curation.catalog.tables import leases
 
 KEPT_S = 24 * 3600.0  # how long a lapsed lease is still shown
 
@@ -41,7 +41,7 @@ class Leases:
 
     def _claim(self, names: Sequence[str], owner: str, seconds: float, connection: sa.Connection) -> set[str]:
         # one at a time: two who want the same names in another order cannot wait for each other
-        now = self._database.alone(connection, "leases")
+        now = self._database.advisory_lock(connection, "leases")
         rows = [{"name": name, "owner": owner, "expires_at": now + seconds} for name in names]
         insert = self._database.insert(leases).values(rows)
         new = insert.excluded
@@ -57,7 +57,7 @@ class Leases:
         """Hold all that this owner has for `seconds` from now, lapsed or not, but not what others took; the names."""
 
         def work(connection: sa.Connection) -> frozenset[str]:
-            until = self._database.alone(connection, "leases") + seconds
+            until = self._database.advisory_lock(connection, "leases") + seconds
             mine = sa.update(leases).where(leases.c.owner == owner).values(expires_at=until)
             return frozenset(connection.scalars(mine.returning(leases.c.name)))
 
@@ -77,7 +77,7 @@ class Leases:
             self._database.run(partial(self._release, mine), write=True)
 
     def _release(self, mine: sa.Delete, connection: sa.Connection) -> None:
-        self._database.alone(connection, "leases")
+        self._database.advisory_lock(connection, "leases")
         connection.execute(mine)
 
     def leases(self) -> list[Lease]:

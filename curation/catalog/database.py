@@ -22,9 +22,9 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import ArgumentError, DatabaseError, DBAPIError, NoSuchModuleError, OperationalError
 from sqlalchemy.pool import NullPool
 
+from curation.catalog.tables import metadata
 from curation.failures import OutageError, UsageError
 from curation.outages import wait_for
-from curation.tables import metadata
 
 SCHEMA = "0003"  # the newest migration; lets an up-to-date database open without loading alembic
 LOCK_TIMEOUT_S = 60.0
@@ -110,7 +110,7 @@ class Database:
             return time.time()
         return connection.scalar(sa.text("SELECT extract(epoch FROM clock_timestamp())::float8"))
 
-    def alone(self, connection: sa.Connection, what: str, *, shared: bool = False) -> float:
+    def advisory_lock(self, connection: sa.Connection, what: str, *, shared: bool = False) -> float:
         """Wait until nobody else is doing `what`, and keep others from it until the transaction ends; the time then.
 
         shared: others may, if they say so too. In SQLite a writer is alone anyway. Take it before any row is locked.

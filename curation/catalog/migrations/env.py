@@ -1,4 +1,4 @@
-"""Runs the catalog's migrations in the transaction that `curation.catalog` has opened; there is no other way in."""
+"""Runs the migrations in the transaction that `curation.catalog.database` has opened; there is no other way in."""
 
 from alembic import context
 

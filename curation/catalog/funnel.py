@@ -7,20 +7,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import sqlalchemy as sa
 
-from curation.tables import UNRESOLVED, attempts, clips, observations, outputs, verdicts, videos
+from curation.catalog.tables import UNRESOLVED, attempts, clips, observations, outputs, verdicts, videos
 
 
 @dataclass(frozen=True, slots=True)
-class FunnelCounts:
+class Funnel:
     """How many clips got how far.
 
-    failed: (stage, code) -> clips whose last try of that stage failed. rejected_by, unknown_by: first reason -> clips.
-    datasets: provenance hash -> sharded clips.
+    failed: (stage, code) -> clips whose last attempt at that stage failed. rejected_by, unknown_by: first reason ->
+    clips. datasets: provenance hash -> sharded clips. A run adds: shards, the files that hold its clips; folder, where
+    they are, for people; postponed, platform -> seconds, from when this was counted, for which it is not asked again.
     """
 
     clips: int
@@ -34,9 +35,41 @@ class FunnelCounts:
     rejected_by: dict[str, int]
     unknown_by: dict[str, int]
     datasets: dict[str, int]
+    shards: tuple[str, ...] = ()
+    folder: str = ""
+    postponed: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def failed_by_code(self) -> dict[str, int]:
+        """Failure code -> clips, whatever the stage; at most all clips."""
+        summed: Counter[str] = Counter()
+        for (_, code), number in self.failed.items():
+            summed[code] += number
+        return {code: min(number, self.clips) for code, number in summed.items()}
+
+    @property
+    def pending(self) -> int:
+        """Clips of which nothing is known yet."""
+        return max(0, self.clips - self.observed - sum(self.failed_by_code.values()))
+
+    def table(self) -> list[dict[str, Any]]:
+        """Rows of stage, clips and share, for a table."""
+        rows = [
+            ("in the manifest", self.clips),
+            ("video here or seen", self.downloaded),
+            ("observed", self.observed),
+            ("accepted", self.accepted),
+            *((f"rejected: {reason}", clips) for reason, clips in sorted(self.rejected_by.items())),
+            ("undecided", self.unknown),
+            *((f"failed: {code}", clips) for code, clips in sorted(self.failed_by_code.items())),
+            *([("not yet tried", self.pending)] if self.pending else []),
+            ("in shards", self.sharded),
+        ]
+        total = max(self.clips, 1)
+        return [{"stage": stage, "clips": clips, "share": f"{clips / total:.1%}"} for stage, clips in rows]
 
 
-class Tally:
+class FunnelCounter:
     """Counts all clips, or one portion after another, under a policy; shards of one provenance, or of any."""
 
     def __init__(self, policy_hash: str, provenance_hash: str | None) -> None:
@@ -71,12 +104,12 @@ class Tally:
         self._decisions += _grouped(connection, subset, verdicts, ["decision", "first_reason"], self._policy)
         self._failed += _grouped(connection, subset, attempts, ["stage", "code"], UNRESOLVED)
 
-    def counts(self) -> FunnelCounts:
+    def counts(self) -> Funnel:
         """What was counted."""
         reasons: dict[str, dict[str, int]] = {"accept": {}, "reject": {}, "unknown": {}}
         for (decision, reason), number in self._decisions.items():
             reasons[decision][reason or ""] = number
-        return FunnelCounts(
+        return Funnel(
             clips=self._total["clips"],
             downloaded=self._total["downloaded"],
             observed=self._total["observed"],
