@@ -55,11 +55,12 @@ def refs_of(folder: Path) -> list[Any]:
 def floor(folder: Path) -> None:
     """The work alone, one clip after the other."""
     from curation.ingest.download import download
+    from curation.judge.criteria import judge
+    from curation.judge.policy import load_policy
     from curation.observe.frames import write_frames
     from curation.observe.observations import write_observations
     from curation.observe.observe import observe, prescreen
     from curation.people.detector import detector_for
-    from curation.policy import judge, load_policy
 
     settings = settings_of(folder, "floor")
     policy, detector = load_policy(settings.policy), detector_for(settings.observe, settings.observe.detector)

@@ -155,7 +155,7 @@ def judge(
     """Judge every observed clip under a policy. Decodes nothing; needs no video."""
     from curation import pipeline
     from curation.catalog import Catalog
-    from curation.policy import load_policy
+    from curation.judge.policy import load_policy
 
     settings = _existing(out, catalog_url).model_copy(update={"policy": policy, "storage": storage})
     with _bars() as show:
@@ -176,7 +176,7 @@ def judge(
 def status(out: Out, policy: PolicyOption = Path("default"), catalog_url: CatalogUrl = None) -> None:
     """How many clips got how far, who works on the rest, and which platforms must be left alone."""
     from curation.catalog import Catalog
-    from curation.policy import load_policy
+    from curation.judge.policy import load_policy
 
     catalog = Catalog(_existing(out, catalog_url).database)
     counts = catalog.funnel(None, load_policy(policy).hash)
@@ -249,8 +249,8 @@ def evaluate(
     debug_file: DebugFile = None,
 ) -> None:
     """Observe and judge labelled clips that lie beside a CSV, and show where the policy disagrees with the labels."""
-    from curation import evaluate as evaluation
-    from curation.policy import load_policy
+    from curation.judge import cases as evaluation
+    from curation.judge.policy import load_policy
 
     rule = load_policy(policy)
     labelled = evaluation.read_cases(cases)

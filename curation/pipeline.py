@@ -26,10 +26,11 @@ from curation.claims import Claims, Queue
 from curation.deadlines import time_limit
 from curation.failures import ENDS_THE_RUN, ClipFailure, FailureCode, LostError, UsageError
 from curation.files import sha256_file
+from curation.judge.criteria import judge as judge_observations
+from curation.judge.policy import Policy, find_policy, load_policy
+from curation.judge.subject import part_taken, subject_boxes
 from curation.last_resort import check_debug_file, failure_of, keep_text
 from curation.people.weights import find_weights
-from curation.policy import Policy, find_policy, load_policy, part_taken, subject_boxes
-from curation.policy import judge as judge_observations
 from curation.pool import spread
 from curation.records import WHOLE, ClipRef, ClipSample, Verdict
 from curation.settings import Settings
@@ -57,7 +58,7 @@ def preflight(settings: Settings) -> Settings:
     """
     from curation.ingest.access import check_settings
     from curation.people.detector import detector_ready
-    from curation.teach.depth import check_teacher
+    from curation.teach.teacher import check_teacher
     from curation.video.ffmpeg import ffmpeg_exe
 
     forget_cached()

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 Outcome = Literal["pass", "fail", "unknown"]
 Decision = Literal["accept", "reject", "unknown"]
+Transfer = Literal["sdr", "pq", "hlg"]  # how code values become light
 Part = tuple[float, float, float, float]  # x1, y1, x2, y2 of a part of the picture as displayed, fractions of it
 WHOLE: Part = (0.0, 0.0, 1.0, 1.0)
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-POLICIES = Path(__file__).parent / "policies"
+POLICIES = Path(__file__).parent / "judge" / "policies"
 DEVICE = r"^(auto|cpu|cuda(:\d+)?)$"
 
 

@@ -14,11 +14,12 @@ from curation.claims import Claims
 from curation.derived import Derived, Naming, register
 from curation.failures import FailureCode, Trait
 from curation.files import sha256_file, sha256_json
+from curation.judge.criteria import judge as judge_observations
+from curation.judge.policy import Policy, describe, load_policy
+from curation.judge.subject import part_taken
 from curation.observe.observations import Observations
 from curation.observe.sampling import SAMPLER
 from curation.people.weights import find_weights
-from curation.policy import Policy, describe, load_policy, part_taken
-from curation.policy import judge as judge_observations
 from curation.records import WHOLE, ClipRef, Verdict, VideoFile
 from curation.settings import Settings
 from curation.shards.index import Index, Place, ShardEntry, newest_index
@@ -120,7 +121,7 @@ class State:
 
     def _teacher_identity(self) -> dict[str, Any]:
         """The teacher as far as it changes numbers; not its number format, so that machines may share the work."""
-        from curation.teach.depth import teacher_identity
+        from curation.teach.teacher import teacher_identity
 
         return _cached_identity(teacher_identity, self.settings.teacher)
 
@@ -137,7 +138,7 @@ class State:
 
     def teacher(self) -> Any:
         """The teacher, loaded when the first clip needs it."""
-        from curation.teach.depth import load_teacher
+        from curation.teach.teacher import load_teacher
 
         if self._teacher is None:
             self._teacher = load_teacher(self.settings.teacher)

@@ -136,7 +136,7 @@ def demo(folder: Path, clips: int = 28, teacher: Literal["small", "oracle"] = "s
 
 def _demonstrate(folder: Path, clips: int, teacher: Literal["small", "oracle"]) -> bool:
     from curation.catalog import Catalog
-    from curation.policy import load_policy
+    from curation.judge.policy import load_policy
     from curation.settings import Settings
     from curation.synthetic import teacher as small
     from curation.synthetic.detector import LONG_SIDE, POLICY, WEIGHTS

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from curation.failures import UsageError
 from curation.files import atomic_path
-from curation.video.hdr import Transfer
+from curation.records import Transfer
 
 Surround = Literal["none", "bars", "copy"]
 OBSERVATION_VERSION = 3

@@ -17,11 +17,11 @@ from curation.observe.shots import THUMB_LONG_SIDE, ShotMeasures, ShotMeter
 from curation.observe.surround import SurroundFinder
 from curation.people.detector import Detections, Detector
 from curation.people.tracker import PeopleTracker
-from curation.records import WHOLE, ClipRef, Frames, Part
+from curation.records import WHOLE, ClipRef, Frames, Part, Transfer
 from curation.settings import ObserveSettings
 from curation.shards.codec import encode_jpeg
 from curation.video.decode import decode, decode_key_frames, halved, resize, thumbnail, to_rgb
-from curation.video.hdr import OPERATOR, Transfer, transfer_of
+from curation.video.hdr import OPERATOR, transfer_of
 from curation.video.index import VideoIndex, index_video, with_index
 
 _WAITING = 256  # thumbnails, at most 50 MB

@@ -140,7 +140,7 @@ def teacher_errors(weights: Path, pictures: Pictures) -> list[dict[str, float]]:
 
     from curation.records import Frames
     from curation.shards.codec import encode_jpeg
-    from curation.teach.depth import load_teacher
+    from curation.teach.teacher import load_teacher
 
     teacher = load_teacher(
         TeacherSettings(kind="moge", model=str(weights), name=NAME, num_tokens=NUM_TOKENS, device="cpu")

@@ -12,13 +12,14 @@ video from a camera. BT.709's own curve is one from scene to code: on the light 
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal
+from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-Transfer = Literal["sdr", "pq", "hlg"]
+from curation.records import Transfer
+
 # Recorded with everything measured; another number wherever another pixel may come out.
 OPERATOR = "bt2408-clip-1"
 

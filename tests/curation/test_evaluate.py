@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from curation import evaluate as evaluation
-from curation.evaluate import Case, CaseResult
 from curation.failures import UsageError
-from curation.policy import load_policy
+from curation.judge import cases as evaluation
+from curation.judge.cases import Case, CaseResult
+from curation.judge.policy import load_policy
 from curation.settings import ObserveSettings
 
 

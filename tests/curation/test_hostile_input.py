@@ -42,9 +42,10 @@ from curation.catalog import Catalog
 from curation.cli import main
 from curation.failures import ClipFailure, FailureCode, UsageError
 from curation.ingest.download import download
+from curation.judge.criteria import CRITERIA, judge
+from curation.judge.policy import Policy, describe, load_policy
 from curation.manifest import COLUMNS, MAX_SECONDS, ManifestError, read_manifest, write_manifest
 from curation.platforms import link_listed, validate_video_id
-from curation.policy import CRITERIA, Policy, describe, judge, load_policy
 from curation.records import ClipRef
 from curation.settings import POLICIES, DownloadSettings
 

@@ -30,7 +30,7 @@ from PIL.PngImagePlugin import PngInfo
 from servers import Fault, FileServer, redirect
 
 from curation.catalog import Catalog
-from curation.policy import load_policy
+from curation.judge.policy import load_policy
 from curation.video.ffmpeg import ffmpeg_exe
 
 ROOT = Path(__file__).parents[2]

@@ -16,9 +16,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from curation.failures import UsageError
+from curation.judge.criteria import CRITERIA, _stands_out, judge
+from curation.judge.policy import Policy, load_policy
+from curation.judge.subject import part_taken, subject_boxes
 from curation.observe.observations import Observations
 from curation.observe.sampling import sample_indices
-from curation.policy import CRITERIA, Policy, _stands_out, judge, load_policy, part_taken, subject_boxes
 from curation.settings import POLICIES
 
 DEFAULT = load_policy(Path("default"))

@@ -14,8 +14,8 @@ from servers import serve
 
 from curation import pipeline
 from curation.catalog import Catalog
+from curation.judge.policy import load_policy
 from curation.manifest import write_manifest
-from curation.policy import load_policy
 from curation.records import ClipRef
 from curation.settings import Settings, TeacherSettings
 from curation.shards.reader import verify

@@ -15,9 +15,10 @@ from scenes import COUNT, Watcher, scene
 from videos import geometry
 
 from curation.failures import ClipFailure, FailureCode
+from curation.judge.criteria import judge
+from curation.judge.policy import load_policy
 from curation.observe.frames import read_frames, sample_frames, training_grid, write_frames
 from curation.observe.observe import observe, prescreen
-from curation.policy import judge, load_policy
 from curation.records import ClipRef
 from curation.settings import ObserveSettings
 from curation.video.decode import pictures

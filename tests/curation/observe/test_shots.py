@@ -10,10 +10,11 @@ import pytest
 from numbered import encode
 from scenes import COUNT, HEIGHT, MIDDLE, SCENES, WIDTH, Watcher, scene
 
+from curation.judge.criteria import judge
+from curation.judge.policy import load_policy
 from curation.observe.observations import Observations
 from curation.observe.observe import observe
 from curation.observe.shots import ShotMeter
-from curation.policy import judge, load_policy
 from curation.records import ClipRef
 from curation.settings import ObserveSettings
 

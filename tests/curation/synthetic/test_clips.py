@@ -24,7 +24,7 @@ from curation.synthetic.clips import (
     write_oracle,
 )
 from curation.synthetic.take import Frame, Seen
-from curation.teach.depth import check_teacher, load_teacher
+from curation.teach.teacher import check_teacher, load_teacher
 
 SMALL = (256, 144)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from curation.policy import load_policy
+from curation.judge.policy import load_policy
 from curation.synthetic.clips import ClipPlan, shoot
 from curation.synthetic.detector import LONG_SIDE, POLICY, WEIGHTS
 from curation.synthetic.detector_data import labels, write_clip_pictures

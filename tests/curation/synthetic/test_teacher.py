@@ -13,8 +13,8 @@ from curation.settings import TeacherSettings
 from curation.shards.codec import encode_jpeg
 from curation.synthetic.teacher import NAME, NUM_TOKENS, WEIGHTS
 from curation.synthetic.teacher_data import SIZES, Pictures, read_scenes, scene, write_scenes
-from curation.teach.depth import check_teacher, load_teacher
 from curation.teach.small_backbone import BACKBONE, register
+from curation.teach.teacher import check_teacher, load_teacher
 
 pytest.importorskip("moge")
 

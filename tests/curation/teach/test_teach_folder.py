@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from curation.failures import ClipFailure, FailureCode
 from curation.records import Frames, TeacherDepth
 from curation.settings import TeacherSettings
-from curation.teach.depth import load_teacher
+from curation.teach.teacher import load_teacher
 
 CLIP = "0123456789abcdef"
 

@@ -15,7 +15,8 @@ from curation.failures import ClipFailure, FailureCode
 from curation.files import sha256_file
 from curation.records import Frames
 from curation.settings import TeacherSettings
-from curation.teach.depth import MogeTeacher, _read_network, check_teacher, depth_preview, load_teacher
+from curation.teach.moge import MogeTeacher, read_network
+from curation.teach.teacher import check_teacher, depth_preview, load_teacher
 
 FORWARD_GATE = 5e-5
 NORMAL_GATE = 2e-4
@@ -48,7 +49,7 @@ def full_teacher(full_checkpoint):
 @pytest.fixture(scope="session")
 def full_network(full_checkpoint, full_teacher):
     """The teacher's own network, with the normal head back that the teacher leaves away."""
-    full_teacher.network.normal_head = _read_network(full_checkpoint, mmap=True).normal_head
+    full_teacher.network.normal_head = read_network(full_checkpoint, mmap=True).normal_head
     yield full_teacher.network
     del full_teacher.network.normal_head
 
@@ -204,7 +205,9 @@ def test_checked_settings_load_from_another_working_folder(small_checkpoint, mon
 def test_importing_the_teacher_loads_no_network_library():
     import subprocess
 
-    code = "import sys, curation.teach.depth; print(sorted({'torch', 'moge', 'huggingface_hub'} & sys.modules.keys()))"
+    code = (
+        "import sys, curation.teach.teacher; print(sorted({'torch', 'moge', 'huggingface_hub'} & sys.modules.keys()))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "[]\n"
 
 

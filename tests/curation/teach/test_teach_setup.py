@@ -20,14 +20,14 @@ from small_moge import small_config
 
 from curation.failures import UsageError
 from curation.settings import TeacherSettings
-from curation.teach.depth import check_teacher, load_teacher
+from curation.teach.teacher import check_teacher, load_teacher
 
 MODEL = TeacherSettings().model
 CHECK = """
 import sys
 from curation.failures import UsageError
 from curation.settings import TeacherSettings
-from curation.teach.depth import check_teacher
+from curation.teach.teacher import check_teacher
 try:
     print("checked", check_teacher(TeacherSettings(device="cpu")).model)
 except UsageError as error:

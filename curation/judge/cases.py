@@ -15,10 +15,11 @@ from typing import Any
 
 from curation.failures import ClipFailure, UsageError
 from curation.files import atomic_path
+from curation.judge.criteria import CRITERIA, judge
+from curation.judge.policy import Policy
 from curation.last_resort import check_debug_file, failure_of, keep_text
 from curation.people.detector import detector_ready
 from curation.people.weights import find_weights
-from curation.policy import CRITERIA, Policy, judge
 from curation.pool import spread
 from curation.records import ClipRef
 from curation.settings import ObserveSettings
