@@ -54,7 +54,7 @@ def refs_of(folder: Path) -> list[Any]:
 
 def floor(folder: Path) -> None:
     """The work alone, one clip after the other."""
-    from curation.ingest.download import download
+    from curation.download.fetch import download
     from curation.judge.criteria import judge
     from curation.judge.policy import load_policy
     from curation.observe.frames import write_frames

@@ -40,7 +40,7 @@ from curation.storage import Store
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from curation.ingest.politeness import Gate
+    from curation.download.politeness import Gate
 
 POLL_S = 2.0  # how often work that other workers hold is asked for
 _SCRATCH_S = 3600.0  # how long a machine keeps its copy of a video that is in the shared storage
@@ -56,7 +56,7 @@ def preflight(settings: Settings) -> Settings:
     Raises UsageError: policy, detector or teacher weights, ffmpeg, an output folder or a debug file that cannot be
     written.
     """
-    from curation.ingest.access import check_settings
+    from curation.download.credentials import check_settings
     from curation.people.detector import detector_ready
     from curation.teach.teacher import check_teacher
     from curation.video.ffmpeg import ffmpeg_exe
@@ -124,7 +124,7 @@ def download(
 
     A platform that asked to be left alone is left alone: its clips are postponed. check: asked before each video.
     """
-    from curation.ingest.politeness import Gate
+    from curation.download.politeness import Gate
 
     state = state_of(settings)
     log = _Log(state, "download", len(batch.refs), progress)
@@ -175,7 +175,7 @@ def _refuse_forgotten(state: State, log: _Log, refs: Sequence[ClipRef]) -> list[
 
 def _fetch_video(state: State, gate: Gate, ref: ClipRef) -> None:
     """One video, from its platform to its row in the catalog."""
-    from curation.ingest.download import download as fetch
+    from curation.download.fetch import download as fetch
 
     try:
         _make_room(state)

@@ -164,7 +164,7 @@ class State:
 
     def drop_traces(self, refs: Iterable[ClipRef]) -> None:
         """Delete what may lie here of clips that were forgotten, all clips of their videos with them."""
-        from curation.ingest.parts import discard
+        from curation.download.resume import discard
 
         refs = list(refs)
         for key in {ref.video_key for ref in refs}:

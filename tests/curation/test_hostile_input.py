@@ -40,8 +40,8 @@ from servers import FileServer, redirect, serve
 from curation.addresses import address_allowed
 from curation.catalog import Catalog
 from curation.cli import main
+from curation.download.fetch import download
 from curation.failures import ClipFailure, FailureCode, UsageError
-from curation.ingest.download import download
 from curation.judge.criteria import CRITERIA, judge
 from curation.judge.policy import Policy, describe, load_policy
 from curation.manifest import COLUMNS, MAX_SECONDS, ManifestError, read_manifest, write_manifest

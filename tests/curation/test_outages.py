@@ -22,8 +22,8 @@ from curation.batches import Batch
 from curation.catalog import Attempt, Catalog, ObservationFile
 from curation.catalog.database import Database
 from curation.claims import Claims, Queue
+from curation.download.politeness import Gate
 from curation.failures import FailureCode, OutageError, UsageError
-from curation.ingest.politeness import Gate
 from curation.outages import patience, wait_for
 from curation.records import ClipRef, VideoFile
 from curation.settings import DownloadSettings, Settings

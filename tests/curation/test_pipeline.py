@@ -471,7 +471,7 @@ def test_a_short_no_is_waited_for_within_the_run(settings: Settings, clips: Path
 def test_postponed_clips_are_come_back_to_within_the_run(
     settings: Settings, clips: Path, monkeypatch: pytest.MonkeyPatch, seconds: str
 ):
-    monkeypatch.setattr("curation.ingest.politeness.NAP_S", -1.0)  # every block postpones
+    monkeypatch.setattr("curation.download.politeness.NAP_S", -1.0)  # every block postpones
     with serve(clips, {"/bars.mp4": [Fault(status=429, headers={"Retry-After": seconds})]}) as server:
         links = [ClipRef("http", server.url(f"/{name}.mp4")) for name in ("bars", "set", "count")]
         allowed = DownloadSettings(http_hosts=(server.host,), allow_loopback=True, retries=0)

@@ -10,9 +10,9 @@ import pytest
 from made_clips import make_clips
 from servers import FileServer, serve
 
+from curation.download.fetch import download
+from curation.download.resume import PART
 from curation.failures import ClipFailure
-from curation.ingest.download import download
-from curation.ingest.parts import PART
 from curation.records import ClipRef, VideoFile
 from curation.settings import DownloadSettings
 

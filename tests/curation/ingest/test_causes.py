@@ -26,9 +26,9 @@ from yt_dlp.networking.exceptions import (
 )
 from yt_dlp.utils import DownloadError, ExtractorError, GeoRestrictedError, UnsupportedError, UserNotLive
 
+from curation.download.causes import Cause, cause_of
+from curation.download.guard import AddressRefused
 from curation.failures import FailureCode
-from curation.ingest.causes import Cause, cause_of
-from curation.ingest.network import AddressRefused
 
 
 class Quiet:

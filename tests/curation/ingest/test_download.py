@@ -18,11 +18,11 @@ from made_clips import SECRETS
 from servers import Fault, redirect, serve
 from yt_dlp.utils import YoutubeDLError
 
+from curation.download.causes import cause_of
+from curation.download.fetch import MAX_WAIT_S, _not_live, _options, download
+from curation.download.guard import AddressRefused, Guard, GuardedYoutubeDL
+from curation.download.limits import Limits
 from curation.failures import ClipFailure, FailureCode
-from curation.ingest.causes import cause_of
-from curation.ingest.download import MAX_WAIT_S, _not_live, _options, download
-from curation.ingest.limits import Limits
-from curation.ingest.network import AddressRefused, Guard, GuardedYoutubeDL
 from curation.records import ClipRef
 from curation.settings import DownloadSettings
 from curation.video.index import index_video
@@ -605,9 +605,9 @@ def test_nothing_is_said_by_a_success_or_a_failure(fetch, server, capfd, caplog)
 ALONE = """
 import json, resource, sys
 from pathlib import Path
-from curation.ingest.download import download
+from curation.download.fetch import download
 from curation.failures import ClipFailure
-from curation.ingest.limits import Limits
+from curation.download.limits import Limits
 from curation.records import ClipRef
 from curation.settings import DownloadSettings
 
@@ -656,6 +656,6 @@ def test_an_error_that_is_no_full_disk_is_not_hidden(tmp_path, server, allowed, 
     def fail(path):
         raise OSError(errno.EIO, "broken disk")
 
-    monkeypatch.setattr("curation.ingest.download.fsync", fail)
+    monkeypatch.setattr("curation.download.fetch.fsync", fail)
     with pytest.raises(OSError, match="broken disk"):
         download(ClipRef("http", server.url("/base.mp4")), tmp_path, allowed)

@@ -15,8 +15,8 @@ from test_platforms import VIDEO, found, offer, playlist, video  # noqa: F401 - 
 from yt_dlp.networking import Request
 from yt_dlp.networking.exceptions import HTTPError
 
+from curation.download.guard import PAGE_BYTES, Guard, GuardedYoutubeDL
 from curation.failures import ClipFailure, FailureCode
-from curation.ingest.network import PAGE_BYTES, Guard, GuardedYoutubeDL
 from curation.records import ClipRef
 
 NAME = "/base.mp4"
@@ -136,7 +136,7 @@ def test_a_playlist_without_end_is_typed(place, found):  # noqa: F811
 
 
 def test_a_segment_that_would_fill_the_memory_is_refused(place, found, monkeypatch):  # noqa: F811
-    monkeypatch.setattr("curation.ingest.limits.SEGMENT_BYTES", 4 << 20)
+    monkeypatch.setattr("curation.download.limits.SEGMENT_BYTES", 4 << 20)
     place.server.script("/a.ts", Fault(200, body=bytes(3 << 20)))
     with endless(b"HTTP/1.1 200 OK\r\n\r\n", bytes(1 << 20)) as server:
         names = ("a.ts", "a.ts", f"http://{server.host}/b.ts")

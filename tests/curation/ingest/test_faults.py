@@ -12,10 +12,10 @@ from servers import Fault, redirect, serve
 from yt_dlp.networking import Request
 from yt_dlp.networking.exceptions import HTTPError, TransportError
 
+from curation.download.causes import cause_of
+from curation.download.guard import Guard, GuardedYoutubeDL
+from curation.download.resume import PART, VALIDATOR
 from curation.failures import FailureCode
-from curation.ingest.causes import cause_of
-from curation.ingest.network import Guard, GuardedYoutubeDL
-from curation.ingest.parts import PART, VALIDATOR
 from curation.records import ClipRef
 
 NAME = "/header-first.mp4"

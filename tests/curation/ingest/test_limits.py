@@ -13,10 +13,10 @@ from collections import namedtuple
 import pytest
 from servers import Fault, redirect
 
+from curation.download.credentials import check_settings, cookie_text, proxy_address
+from curation.download.fetch import download
+from curation.download.limits import NO_ROOM, TOO_LARGE
 from curation.failures import ClipFailure, FailureCode, UsageError
-from curation.ingest.access import check_settings, cookie_text, proxy_address
-from curation.ingest.download import download
-from curation.ingest.limits import NO_ROOM, TOO_LARGE
 from curation.records import ClipRef
 from curation.settings import DownloadSettings
 
@@ -62,7 +62,7 @@ def disk(monkeypatch):
     def usage(path):
         return Usage(0, 0, answers.pop(0) if len(answers) > 1 else answers[0])
 
-    monkeypatch.setattr("curation.ingest.limits.shutil.disk_usage", usage)
+    monkeypatch.setattr("curation.download.limits.shutil.disk_usage", usage)
     return answers
 
 

@@ -9,9 +9,9 @@ import pytest
 from servers import Fault
 from test_platforms import VIDEO, found, playlist, video  # noqa: F401 - `found` is a fixture
 
+from curation.download.headers import http_date
+from curation.download.resume import PART, VALIDATOR
 from curation.failures import FailureCode
-from curation.ingest.headers import http_date
-from curation.ingest.parts import PART, VALIDATOR
 
 NAME = "/base.mp4"
 ODD = {

@@ -15,9 +15,9 @@ from made_clips import SECRETS
 from servers import Fault, redirect, serve
 from yt_dlp.utils import ExtractorError, GeoRestrictedError, UserNotLive
 
+from curation.download.limits import TOO_LARGE
+from curation.download.resume import PART, VALIDATOR
 from curation.failures import FailureCode
-from curation.ingest.limits import TOO_LARGE
-from curation.ingest.parts import PART, VALIDATOR
 from curation.records import ClipRef
 
 VIDEO = ClipRef("youtube", "abcdefghijk")

@@ -10,8 +10,8 @@ from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from curation.download.politeness import MAX_PATIENCE_S, Blocked, Gate, Turn, Turns, service_of
 from curation.failures import ClipFailure, FailureCode
-from curation.ingest.politeness import MAX_PATIENCE_S, Blocked, Gate, Turn, Turns, service_of
 from curation.records import ClipRef
 from curation.settings import DownloadSettings
 

@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 from servers import Fault
 
+from curation.download import resume as parts
+from curation.download.resume import PART, PARTS, VALIDATOR, Validator, sweep, workspace
 from curation.failures import ClipFailure, FailureCode
-from curation.ingest import parts
-from curation.ingest.parts import PART, PARTS, VALIDATOR, Validator, sweep, workspace
 
 NAME = "/prores.mov"
 CUT = Fault(cut=60_000)
@@ -73,7 +73,7 @@ def test_a_break_is_continued_by_the_next_call(place, whole):
 
 
 def test_progress_goes_on_from_where_it_stopped(place, whole):
-    from curation.ingest.download import download
+    from curation.download.fetch import download
 
     size = broken(place)
     seen = []
@@ -233,7 +233,7 @@ def test_junk_in_a_work_folder_or_at_the_goal_is_never_taken_up(place, whole):
 ALONE = """
 import sys
 from pathlib import Path
-from curation.ingest.download import download
+from curation.download.fetch import download
 from curation.records import ClipRef
 from curation.settings import DownloadSettings
 
@@ -293,7 +293,7 @@ def test_an_interrupt_keeps_the_part(place):
     def stop(done, total):
         raise KeyboardInterrupt
 
-    from curation.ingest.download import download
+    from curation.download.fetch import download
 
     with pytest.raises(KeyboardInterrupt):
         download(place.ref(NAME), place.folder, place.settings, stop)

@@ -15,9 +15,9 @@ from urllib3.exceptions import InvalidHeader
 from yt_dlp.networking.exceptions import HTTPError, RequestError, TransportError
 from yt_dlp.utils import ExtractorError, GeoRestrictedError, UnsupportedError, UserNotLive
 
+from curation.download.guard import AddressRefused
+from curation.download.headers import http_date
 from curation.failures import DISK_ERRORS, FailureCode
-from curation.ingest.headers import http_date
-from curation.ingest.network import AddressRefused
 
 _STATUS = {
     401: FailureCode.PRIVATE,

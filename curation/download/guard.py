@@ -25,9 +25,9 @@ from yt_dlp.networking._requests import RequestsHTTPAdapter, RequestsRH
 from yt_dlp.networking.exceptions import HTTPError, RequestError
 
 from curation.addresses import address_allowed, host_listed
+from curation.download.headers import tame
+from curation.download.min_rate import Pace, paced_response
 from curation.failures import ClipFailure, FailureCode
-from curation.ingest.headers import tame
-from curation.ingest.pace import Pace, paced_response
 
 # Plugins are code from the user's configuration folders; nobody reviewed them for this use.
 yt_dlp.globals.plugin_dirs.value = []

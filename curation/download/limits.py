@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from curation.download.min_rate import Pace
 from curation.failures import ClipFailure, FailureCode
-from curation.ingest.pace import Pace
 from curation.settings import DownloadSettings
 
 TOO_LARGE = "The video is larger than the setting max_video_mb allows."

@@ -21,9 +21,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from curation.download.headers import content_range, http_date, number
 from curation.failures import ClipFailure, Trait
 from curation.files import atomic_path
-from curation.ingest.headers import content_range, http_date, number
 
 PARTS = ".parts"
 FETCHED = "fetched"

@@ -17,11 +17,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from curation.download.credentials import cookie_text, proxy_address
+from curation.download.limits import Limits
+from curation.download.resume import FETCHED, drop, sweep_now_and_then, tidy, workspace
 from curation.failures import DISK_ERRORS, ClipFailure, FailureCode, Trait
 from curation.files import fsync, sha256_file
-from curation.ingest.access import cookie_text, proxy_address
-from curation.ingest.limits import Limits
-from curation.ingest.parts import FETCHED, drop, sweep_now_and_then, tidy, workspace
 from curation.platforms import SITES, link_listed, validate_video_id
 from curation.records import ClipRef, VideoFile
 from curation.settings import DownloadSettings, VideoLimits
@@ -29,7 +29,7 @@ from curation.video.container import container_format
 from curation.video.intake import strip
 
 if TYPE_CHECKING:  # yt-dlp is loaded by the first download, not by whoever imports this module
-    from curation.ingest.causes import Cause
+    from curation.download.causes import Cause
 
 Progress = Callable[[int, int], None]
 
@@ -159,9 +159,9 @@ def _try(
     """One try: the file, or the Cause of the failure."""
     from yt_dlp.utils import YoutubeDLError
 
-    from curation.ingest.causes import cause_of
-    from curation.ingest.network import Guard
-    from curation.ingest.transfer import FetchingYoutubeDL
+    from curation.download.causes import cause_of
+    from curation.download.guard import Guard
+    from curation.download.transfer import FetchingYoutubeDL
 
     direct = ref.platform == "http"
     if direct:

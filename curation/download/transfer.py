@@ -14,10 +14,10 @@ from yt_dlp.networking import Request
 from yt_dlp.networking.exceptions import HTTPError
 from yt_dlp.utils import parse_http_range
 
-from curation.ingest.headers import content_range, number
-from curation.ingest.limits import Limits
-from curation.ingest.network import Guard, GuardedYoutubeDL
-from curation.ingest.parts import Validator, drop
+from curation.download.guard import Guard, GuardedYoutubeDL
+from curation.download.headers import content_range, number
+from curation.download.limits import Limits
+from curation.download.resume import Validator, drop
 
 Ask = Callable[[Request], Any]
 
