@@ -153,13 +153,13 @@ def judge(
     out: Out, policy: PolicyOption = Path("default"), catalog_url: CatalogUrl = None, storage: Storage = None
 ) -> None:
     """Judge every observed clip under a policy. Decodes nothing; needs no video."""
-    from curation import pipeline
     from curation.catalog import Catalog
     from curation.judge.policy import load_policy
+    from curation.run import stages
 
     settings = _existing(out, catalog_url).model_copy(update={"policy": policy, "storage": storage})
     with _bars() as show:
-        judged = pipeline.judge_all(settings, lambda done, total: show("judge", done, total))
+        judged = stages.judge_all(settings, lambda done, total: show("judge", done, total))
     rule = load_policy(policy)
     counts = Catalog(settings.database).funnel(None, rule.hash)
     console.print(f"{judged} clips judged anew under {rule.name} ({rule.hash})")

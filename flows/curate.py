@@ -23,11 +23,11 @@ from prefect.task_runners import TaskRunner
 from pydantic import Field, ValidationError
 
 from curation import pipeline
-from curation.batches import Batch, StageReport, read_batches
 from curation.catalog import Funnel
 from curation.failures import TRIES, FailureCode, LostError, OutageError, Trait, UsageError
 from curation.manifest import read_manifest
 from curation.records import ClipRef
+from curation.run.batches import Batch, StageReport, read_batches
 from curation.settings import DownloadSettings, ObserveSettings, Settings, TeacherSettings, VideoLimits
 from flows import stages
 from flows.runners import RunnerName, make_task_runner

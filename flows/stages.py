@@ -1,4 +1,4 @@
-"""The stages of curation as Prefect tasks: each takes one batch of clips and calls one function of curation.pipeline.
+"""The stages of curation as Prefect tasks: each takes one batch of clips and calls one function of curation.run.stages.
 
 What fails for a clip is recorded in the catalog and is no failure of a task; a task fails only when something dies
 unexpectedly, and is then tried again, which is safe because the stages do only what is missing. The tasks live at
@@ -24,9 +24,9 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import TaskRun
 from prefect.logging import get_run_logger
 
-from curation import pipeline
-from curation.batches import Batch, StageReport, StageStopped
 from curation.failures import LostError, OutageError, UsageError
+from curation.run import stages as work
+from curation.run.batches import Batch, StageReport, StageStopped
 from curation.settings import Settings
 
 RETRY_DELAYS_S = [5.0, 60.0]
@@ -71,33 +71,27 @@ _stage = partial(
 
 
 @_stage(name="download")
-async def download(
-    settings: Settings, batch: Batch, bar: Bar, check: pipeline.Check = pipeline.nobody_else
-) -> StageReport:
+async def download(settings: Settings, batch: Batch, bar: Bar, check: work.Check = work.nobody_else) -> StageReport:
     """Fetch and verify the batch's videos."""
-    return await _in_thread(partial(pipeline.download, settings, batch, check=check), bar)
+    return await _in_thread(partial(work.download, settings, batch, check=check), bar)
 
 
 @_stage(name="observe")
-async def observe(
-    settings: Settings, batch: Batch, bar: Bar, check: pipeline.Check = pipeline.nobody_else
-) -> StageReport:
+async def observe(settings: Settings, batch: Batch, bar: Bar, check: work.Check = work.nobody_else) -> StageReport:
     """Decode each clip once and store what is seen."""
-    return await _in_thread(partial(pipeline.observe, settings, batch, check=check), bar)
+    return await _in_thread(partial(work.observe, settings, batch, check=check), bar)
 
 
 @_stage(name="judge")
 async def judge(settings: Settings, batch: Batch) -> StageReport:
     """Apply the policy to what was observed."""
-    return await _in_thread(partial(pipeline.judge, settings, batch), None)
+    return await _in_thread(partial(work.judge, settings, batch), None)
 
 
 @_stage(name="teach")
-async def teach(
-    settings: Settings, batch: Batch, bar: Bar, check: pipeline.Check = pipeline.nobody_else
-) -> StageReport:
+async def teach(settings: Settings, batch: Batch, bar: Bar, check: work.Check = work.nobody_else) -> StageReport:
     """Run the depth teacher on accepted clips and write the batch's shard."""
-    return await _in_thread(partial(pipeline.teach, settings, batch, check=check), bar)
+    return await _in_thread(partial(work.teach, settings, batch, check=check), bar)
 
 
 @dataclass

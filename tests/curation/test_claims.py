@@ -18,8 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from curation.catalog import Catalog
-from curation.claims import Claims, Queue
 from curation.failures import LostError
+from curation.run.claims import Claims, Queue
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ DIE = """
 import os, sys
 from pathlib import Path
 from curation.catalog import Catalog
-from curation.claims import Claims
+from curation.run.claims import Claims
 claims = Claims(Catalog(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])).__enter__()
 assert claims.take("x")
 os._exit(9)
@@ -85,7 +85,7 @@ STAND_STILL = """
 import sys
 from pathlib import Path
 from curation.catalog import Catalog
-from curation.claims import Claims
+from curation.run.claims import Claims
 from curation.failures import LostError
 with Claims(Catalog(sys.argv[1]), Path(sys.argv[2]), 1.5) as claims:
     assert claims.take("x") and claims.take("y")
@@ -153,7 +153,7 @@ def test_a_ticket_travels_and_says_when_the_work_is_another_s(catalog: Catalog, 
 
 
 def test_the_end_of_a_worker_does_not_wait_for_a_database_that_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("curation.claims._GOODBYE_S", 0.5)
+    monkeypatch.setattr("curation.run.claims._GOODBYE_S", 0.5)
     (tmp_path / "share").mkdir()
     catalog = Catalog(f"sqlite:///{tmp_path / 'share' / 'catalog.sqlite'}")
     with Claims(catalog, tmp_path / "a", 60) as claims:

@@ -16,13 +16,15 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 
 from curation import pipeline
-from curation.batches import read_batches
 from curation.catalog import Catalog, forgotten_clip_digest
-from curation.derived import REGISTRY, Derived, register, registered
 from curation.failures import FailureCode, UsageError
-from curation.forget import remove_forgotten
 from curation.last_resort import keep_text
 from curation.records import ClipRef, ClipSample, Frames
+from curation.run import stages
+from curation.run.batches import read_batches
+from curation.run.context import RunContext, context_of, frames_name, observation_name
+from curation.run.derived import REGISTRY, Derived, register, registered
+from curation.run.forget import remove_forgotten
 from curation.settings import Settings
 from curation.shards import writer
 from curation.shards.codec import encode_jpeg
@@ -31,7 +33,6 @@ from curation.shards.reader import ShardReader, verify
 from curation.shards.remote import RemotePlace, add_shards
 from curation.shards.schema import ShardError
 from curation.shards.writer import drop_clips, remove_clips, write_shards
-from curation.state import State, frames_name, observation_name, state_of
 
 GONE, KEPT = ClipRef("local", "bars.mp4"), ClipRef("local", "set.mp4", 0, 1_500_000)
 
@@ -42,8 +43,8 @@ def settings(settings: Settings, tmp_path: Path) -> Settings:
 
 
 @pytest.fixture
-def state(settings: Settings) -> State:
-    return state_of(settings)
+def state(settings: Settings) -> RunContext:
+    return context_of(settings)
 
 
 def traces(root: Path, ref: ClipRef, pictures: list[bytes]) -> list[str]:
@@ -62,7 +63,7 @@ def traces(root: Path, ref: ClipRef, pictures: list[bytes]) -> list[str]:
     return sorted(found)
 
 
-def test_nothing_of_a_forgotten_clip_stays(settings: Settings, state: State) -> None:
+def test_nothing_of_a_forgotten_clip_stays(settings: Settings, state: RunContext) -> None:
     funnel = pipeline.run(settings, [GONE, KEPT])
     folder = Path(funnel.folder)
     reader = ShardReader(folder)
@@ -133,9 +134,9 @@ def test_what_is_forgotten_while_a_stage_is_at_it_leaves_nothing(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, stage: str, step: str
 ) -> None:
     (batch,) = read_batches([GONE, KEPT], settings)
-    stages = [pipeline.download, pipeline.observe, pipeline.judge, pipeline.teach]
+    works = [stages.download, stages.observe, stages.judge, stages.teach]
     pictures: list[bytes] = []
-    for work in stages:
+    for work in works:
         if work.__name__ == "teach":
             frames = settings.out / frames_name(GONE)
             pictures = pq.read_table(frames)["jpeg"].to_pylist() if frames.exists() else []
@@ -150,18 +151,18 @@ def test_what_is_forgotten_while_a_stage_is_at_it_leaves_nothing(
         assert remaining == []
     else:  # the measurements and the video of before are for the command that forgets
         assert not [name for name in remaining if name.startswith(("frames/", "shards/", "observations/"))]
-        remove_forgotten(state_of(settings))
+        remove_forgotten(context_of(settings))
         assert traces(settings.out, GONE, pictures) == []
     assert pipeline.funnel(settings, [GONE, KEPT]).sharded == 1
 
 
-def test_what_a_dead_process_left_goes_with_the_next_run(settings: Settings, state: State) -> None:
+def test_what_a_dead_process_left_goes_with_the_next_run(settings: Settings, state: RunContext) -> None:
     Catalog(settings.database).forget([GONE])
     left = settings.out / observation_name(GONE)
     left.parent.mkdir(parents=True)
     pq.write_table(pa.table({"clip_id": [GONE.clip_id]}), left)
     (batch,) = read_batches([GONE, KEPT], settings)
-    assert pipeline.download(settings, batch).failed == {FailureCode.FORGOTTEN.value: 1}
+    assert stages.download(settings, batch).failed == {FailureCode.FORGOTTEN.value: 1}
     assert not left.exists()
 
 
@@ -181,9 +182,9 @@ def test_a_list_cut_short_by_a_crash_is_still_a_list(tmp_path: Path) -> None:
 SET = "shards/set"
 
 
-def bare(out: Path, storage: str | None = None) -> State:
+def bare(out: Path, storage: str | None = None) -> RunContext:
     """A run that knows both clips and has said that it writes a data set, but has no files yet."""
-    state = State(Settings(out=out, storage=storage))
+    state = RunContext(Settings(out=out, storage=storage))
     state.catalog.register([GONE, KEPT])
     register(out, Derived("shards", SET, "index"))
     return state
@@ -287,7 +288,7 @@ def test_who_lives_sends_and_reads_again_what_was_taken(tmp_path: Path, monkeypa
             assert place.index().table["clip_id"].to_pylist() == [KEPT.clip_id]
 
 
-def after_a_sweep(state: State, real: Callable[..., Any]) -> Callable[..., Any]:
+def after_a_sweep(state: RunContext, real: Callable[..., Any]) -> Callable[..., Any]:
     """This function, but the first time only after another process has taken forgotten clips away."""
     swept = []
 

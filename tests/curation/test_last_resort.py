@@ -18,7 +18,6 @@ from builders import observations
 from test_pipeline import REFS, local, shard_bytes
 
 from curation import pipeline
-from curation.batches import read_batches
 from curation.catalog import Attempt, Catalog, ObservationFile
 from curation.cli import main
 from curation.failures import TRIES, ClipFailure, FailureCode, OutageError, UsageError
@@ -27,8 +26,10 @@ from curation.last_resort import check_debug_file, failure_of, keep_text, remove
 from curation.observe.frames import read_frames, write_frames
 from curation.observe.observations import read_observations, write_observations
 from curation.records import ClipRef
+from curation.run import stages
+from curation.run.batches import read_batches
+from curation.run.context import context_of, frames_name, observation_name
 from curation.settings import DownloadSettings, Settings
-from curation.state import frames_name, observation_name, state_of
 
 GOOD, BAD = local("bars"), local("count")
 
@@ -55,20 +56,20 @@ def test_an_unexpected_error_costs_one_clip_in_one_stage(settings: Settings, tmp
     ready = pipeline.preflight(settings.model_copy(update={"debug_file": debug, "batch_clips": 9}))
     (batch,) = read_batches([*bad.values(), GOOD], ready)
     in_the_way(ready.out / "videos" / bad["download"].video_key)
-    assert pipeline.download(ready, batch).failed == {"internal": 1}
+    assert stages.download(ready, batch).failed == {"internal": 1}
     in_the_way(ready.out / frames_name(bad["observe"]))
-    assert pipeline.observe(ready, batch).failed == {"internal": 1}
+    assert stages.observe(ready, batch).failed == {"internal": 1}
     path = ready.out / observation_name(bad["judge"])  # measurements that contradict themselves
     write_observations(replace(read_observations(path), box_sample=np.full(999, 999, np.int32)), path)
     catalog = Catalog(ready.database)
     file = catalog.observations([bad["judge"]])[bad["judge"].clip_id]
     catalog.record_observations([replace(file, sha256=sha256_file(path))])
-    assert pipeline.judge(ready, batch).failed == {"internal": 1}
+    assert stages.judge(ready, batch).failed == {"internal": 1}
     frames = read_frames(ready.out / frames_name(bad["teach"]))
     assert frames is not None
     junk = (b"no picture",) * len(frames.jpeg)
     write_frames(replace(frames, jpeg=junk), ready.out / frames_name(bad["teach"]))
-    report = pipeline.teach(ready, batch)
+    report = stages.teach(ready, batch)
     assert (report.done, report.failed) == (1, {"internal": 1}), "the other clip is done"
 
     kept = debug.read_text()
@@ -92,7 +93,7 @@ def test_a_judgement_that_failed_and_then_succeeds_is_resolved(settings: Setting
         write_observations(replace(value, clip_id=GOOD.clip_id), path)
         name = observation_name(GOOD)
         catalog.record_observations([ObservationFile(GOOD.clip_id, "full", name, sha256_file(path), digest)])
-        assert pipeline.judge_all(ready) == good
+        assert stages.judge_all(ready) == good
         assert [attempt.stage for attempt in catalog.failures()] == ([] if good else ["judge"])
 
 
@@ -279,9 +280,9 @@ def test_evaluate_says_nothing_of_what_an_error_said(
 def test_a_clip_that_takes_too_long_to_measure_is_too_slow(settings: Settings):
     ready = pipeline.preflight(settings)
     (batch,) = read_batches([GOOD], ready)
-    pipeline.download(ready, batch)
-    assert pipeline.observe(ready.model_copy(update={"clip_timeout_s": 0.01}), batch).failed == {"too_slow": 1}
-    assert last_attempt(ready, GOOD).transient and pipeline.observe(ready, batch).done == 1
+    stages.download(ready, batch)
+    assert stages.observe(ready.model_copy(update={"clip_timeout_s": 0.01}), batch).failed == {"too_slow": 1}
+    assert last_attempt(ready, GOOD).transient and stages.observe(ready, batch).done == 1
 
 
 def test_a_teacher_that_takes_too_long_costs_one_clip(settings: Settings):
@@ -289,9 +290,9 @@ def test_a_teacher_that_takes_too_long_costs_one_clip(settings: Settings):
 
     ready = pipeline.preflight(settings.model_copy(update={"clip_timeout_s": 1.0}))
     (batch,) = read_batches([BAD, GOOD], ready)
-    for stage in (pipeline.download, pipeline.observe):
+    for stage in (stages.download, stages.observe):
         stage(ready.model_copy(update={"clip_timeout_s": None}), batch)
-    pipeline.judge(ready, batch)
+    stages.judge(ready, batch)
 
     class Slow:
         provenance = {"kind": "none", "name": "none"}  # noqa: RUF012
@@ -300,8 +301,8 @@ def test_a_teacher_that_takes_too_long_costs_one_clip(settings: Settings):
             while clip_id == BAD.clip_id:
                 check_time()
 
-    state_of(ready)._teacher = Slow()
-    report = pipeline.teach(ready, batch)
+    context_of(ready)._teacher = Slow()
+    report = stages.teach(ready, batch)
     assert (report.done, report.failed) == (1, {"too_slow": 1})
 
 
@@ -366,10 +367,10 @@ def test_a_full_disk_under_the_catalog_ends_in_one_sentence(settings: Settings, 
     other = settings.model_copy(update={"out": small_disk / "out", "download": place})
     ready = pipeline.preflight(other)
     batch = read_batches(REFS[:1], ready)[0]
-    pipeline.download(ready, batch)
+    stages.download(ready, batch)
     filler = fill(small_disk)
     with pytest.raises(OutageError, match="free some space and run again"):
-        pipeline.observe(ready, batch)
+        stages.observe(ready, batch)
     filler.unlink()
     funnel = pipeline.run(other, REFS[:1])
     assert shard_bytes(funnel) == whole and funnel.failed_by_code == {}

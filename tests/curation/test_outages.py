@@ -18,14 +18,14 @@ from databases import Line, execute, restarting_server
 
 import curation.catalog.database
 from curation import pipeline
-from curation.batches import Batch
 from curation.catalog import Attempt, Catalog, ObservationFile
 from curation.catalog.database import Database
-from curation.claims import Claims, Queue
 from curation.download.politeness import Gate
 from curation.failures import FailureCode, OutageError, UsageError
 from curation.outages import patience, wait_for
 from curation.records import ClipRef, VideoFile
+from curation.run.batches import Batch
+from curation.run.claims import Claims, Queue
 from curation.settings import DownloadSettings, Settings
 
 SERVED = multiprocessing.get_context("forkserver")  # a fork of pytest would carry its threads' locks

@@ -18,7 +18,6 @@ import yaml
 from servers import Fault, serve
 
 from curation import pipeline
-from curation.batches import read_batches
 from curation.catalog import Catalog, Funnel
 from curation.failures import FailureCode, LostError, UsageError
 from curation.files import sha256_file
@@ -26,11 +25,13 @@ from curation.manifest import write_manifest
 from curation.observe.frames import sample_frames, write_frames
 from curation.observe.sampling import SAMPLER
 from curation.records import ClipRef
+from curation.run import stages
+from curation.run.batches import read_batches
+from curation.run.context import FOLDERS, context_of, frames_name
 from curation.settings import DownloadSettings, ObserveSettings, Settings, TeacherSettings
 from curation.shards.codec import decode_jpeg
 from curation.shards.reader import ShardReader, verify
 from curation.shards.remote import pull
-from curation.state import FOLDERS, frames_name, state_of
 from curation.video.ffmpeg import ffmpeg_exe
 from curation.video.hdr import OPERATOR
 
@@ -107,8 +108,8 @@ def test_judging_again_needs_no_video(settings: Settings, tolerant: Path, tmp_pa
     blind = tmp_path / "blind.yaml"
     blind.write_text(yaml.safe_dump(values))
     changed = settings.model_copy(update={"policy": blind})
-    assert pipeline.judge_all(changed) == 4
-    assert pipeline.judge_all(changed) == 0
+    assert stages.judge_all(changed) == 4
+    assert stages.judge_all(changed) == 0
     counts = pipeline.funnel(pipeline.preflight(changed), REFS)
     assert (funnel.accepted, counts.accepted, counts.rejected) == (3, 4, 0)
 
@@ -120,8 +121,8 @@ def test_frames_decoded_later_are_the_same_bytes(settings: Settings):
     first = shard_bytes(once)
     shutil.rmtree(Path(once.folder))
     (batch,) = read_batches(REFS[:1], ready)
-    assert pipeline.download(ready, batch).done == 0
-    assert pipeline.teach(ready, batch).done == 1
+    assert stages.download(ready, batch).done == 0
+    assert stages.teach(ready, batch).done == 1
     assert shard_bytes(pipeline.funnel(ready, REFS[:1])) == first
 
 
@@ -133,20 +134,20 @@ def test_a_worker_whose_batch_was_taken_over_writes_nothing_more(settings: Setti
     def lost() -> None:
         raise LostError("taken over")
 
-    pipeline.download(ready, batch)
+    stages.download(ready, batch)
     with pytest.raises(LostError):
-        pipeline.observe(ready, batch, None, lost)
+        stages.observe(ready, batch, None, lost)
     assert catalog.observations(batch.refs) == {}
-    pipeline.observe(ready, batch)
-    pipeline.judge(ready, batch)
+    stages.observe(ready, batch)
+    stages.judge(ready, batch)
     with pytest.raises(LostError):
-        pipeline.teach(ready, batch, None, lost)
+        stages.teach(ready, batch, None, lost)
     assert catalog.clip(REFS[0].clip_id).outputs == () and not list(ready.out.rglob("shard-*.parquet"))
     assert pipeline.run(settings, REFS[:1]).sharded == 1
 
 
 def test_a_batch_that_is_lost_is_left_to_its_new_owner_and_taken_when_that_one_is_gone(settings: Settings, monkeypatch):
-    whole, stolen = pipeline.observe, []
+    whole, stolen = stages.observe, []
 
     def observe(settings_: Settings, batch, *rest):
         if not stolen:
@@ -155,7 +156,7 @@ def test_a_batch_that_is_lost_is_left_to_its_new_owner_and_taken_when_that_one_i
             stolen.append(catalog.claim([batch.batch_id], "another", 2.0))
         return whole(settings_, batch, *rest)
 
-    monkeypatch.setattr(pipeline, "observe", observe)
+    monkeypatch.setattr(stages, "observe", observe)
     # a heartbeat is overdue after half of this, as it is when a stopped worker wakes
     funnel = pipeline.run(settings.model_copy(update={"lease_s": 0.1}), REFS[:1])
     assert stolen and funnel.sharded == 1
@@ -170,7 +171,7 @@ def test_frames_kept_by_a_run_with_other_settings_are_not_taken(settings: Settin
     write_frames(replace(frames, times_s=frames.times_s + 1 / 30), ready.out / frames_name(REFS[0]))
     shutil.rmtree(Path(once.folder))
     (batch,) = read_batches(REFS[:1], ready)
-    assert pipeline.teach(ready, batch).done == 1
+    assert stages.teach(ready, batch).done == 1
     assert shard_bytes(pipeline.funnel(ready, REFS[:1])) == first
 
 
@@ -199,11 +200,11 @@ def test_a_clip_over_a_blurred_copy_of_itself_trains_with_the_inner_picture_alon
 
     ready = pipeline.preflight(runs["keep"])
     (batch,) = read_batches(refs, ready)
-    pipeline.download(ready, batch)
-    pipeline.observe(ready, batch)
+    stages.download(ready, batch)
+    stages.observe(ready, batch)
     assert (ready.out / frames_name(refs[0])).exists()
     shutil.rmtree(ready.out / "videos")
-    assert pipeline.judge_all(runs["crop"]) == 1
+    assert stages.judge_all(runs["crop"]) == 1
     funnel = pipeline.run(runs["crop"], refs)
     assert funnel.sharded == 1 and funnel.folder != pipeline.funnel(ready, refs).folder
     assert not list((ready.out / "frames").glob("*"))
@@ -227,10 +228,10 @@ def test_what_another_sampler_measured_is_measured_anew_and_never_mixed(settings
     funnel = pipeline.run(settings, REFS[:1])
     window = ShardReader(Path(funnel.folder)).frames(REFS[0].clip_id)
     assert window.provenance["observe"]["sampler"] == SAMPLER
-    monkeypatch.setattr("curation.state.SAMPLER", "newer/1")
+    monkeypatch.setattr("curation.run.context.SAMPLER", "newer/1")
     ready = pipeline.preflight(settings)
     (batch,) = read_batches(REFS[:1], ready)
-    state = state_of(ready)
+    state = context_of(ready)
     assert state.to_observe(batch.refs) == REFS[:1] and not state.finished(batch)
     assert state.to_teach(batch.refs) == [], "the old samples would go under the new name"
 
@@ -303,14 +304,14 @@ def test_judging_where_no_measurement_is_says_so(settings: Settings, tmp_path: P
         update={"out": tmp_path / "x", "catalog_url": settings.database, "policy": Path("paper")}
     )
     with pytest.raises(UsageError, match="give the --out and --storage"):
-        pipeline.judge_all(elsewhere)
+        stages.judge_all(elsewhere)
 
 
 def test_a_storage_given_later_takes_over_and_nothing_is_lost(settings: Settings, tmp_path: Path):
     first = pipeline.run(settings, REFS)
     before, shards = set((settings.out / "observations").rglob("*.parquet")), shard_bytes(first)
     shared = settings.model_copy(update={"storage": f"file://{tmp_path / 'shared'}", "policy": Path("paper")})
-    pipeline.judge_all(shared)
+    stages.judge_all(shared)
     assert set((settings.out / "observations").rglob("*.parquet")) == before
     again = pipeline.run(settings, REFS)
     assert again == first and shard_bytes(again) == shards
@@ -389,7 +390,7 @@ def test_what_was_damaged_is_made_again(settings: Settings):
         assert (funnel.sharded, funnel.failed_by_code) == (1, {})
         assert shard_bytes(funnel) == whole
     observation.unlink()
-    assert pipeline.judge_all(settings.model_copy(update={"policy": Path("paper")})) == 0
+    assert stages.judge_all(settings.model_copy(update={"policy": Path("paper")})) == 0
 
 
 @pytest.mark.parametrize("older", ["of another HDR operator", "of another version"])

@@ -17,12 +17,13 @@ from pydantic import BaseModel
 from servers import Fault, redirect, serve
 
 from curation import pipeline
-from curation.batches import Batch, StageReport
 from curation.catalog import Catalog
 from curation.failures import OutageError, UsageError
 from curation.records import ClipRef
+from curation.run import stages as real_stages
+from curation.run.batches import Batch, StageReport
+from curation.run.context import RunContext
 from curation.settings import Settings, VideoLimits
-from curation.state import State
 from flows import curate as curate_module
 from flows import stages
 from flows.curate import curate
@@ -144,10 +145,10 @@ class Stages:
         self.events: list[tuple[str, str, int]] = []
         self.lock = threading.Lock()
         for stage in ("download", "observe", "judge", "teach"):
-            monkeypatch.setattr(pipeline, stage, self.make(stage, actions.get(stage)))
+            monkeypatch.setattr(real_stages, stage, self.make(stage, actions.get(stage)))
 
     def make(self, stage, action):
-        def run(settings, batch, progress=None, check=pipeline.nobody_else):
+        def run(settings, batch, progress=None, check=real_stages.nobody_else):
             self.note("begin", stage, batch.index)
             check()
             try:
@@ -262,7 +263,7 @@ def test_a_batch_that_another_worker_took_is_left_to_it(service, monkeypatch, tm
             taken.append(catalog.claim([batch.batch_id], "another", 2.0))
 
     ran = Stages(monkeypatch, download=steal)
-    monkeypatch.setattr(State, "finished", lambda *_: False)  # by the catalog, in which these stages write nothing
+    monkeypatch.setattr(RunContext, "finished", lambda *_: False)  # by the catalog, in which these stages write nothing
     assert work(tmp_path, make_batches(1)) == []
     begun = [event for event in ran.events if event[:2] == ("begin", "observe")]
     assert taken and len(begun) >= 2, "refused, and done when the other one was gone"
@@ -341,7 +342,7 @@ def test_progress_is_shown_while_a_stage_runs(service, monkeypatch, tmp_path):
             seen.extend([shown] if (shown := shown_progress()) else [])
         return StageReport("observe", 3, 0, {"corrupt": 1})
 
-    monkeypatch.setattr(pipeline, "observe", slow)
+    monkeypatch.setattr(real_stages, "observe", slow)
 
     @flow
     def showing():

@@ -12,11 +12,11 @@ import pytest
 from prefect_place import Place, command
 from servers import serve
 
-from curation import pipeline
 from curation.catalog import Catalog
 from curation.judge.policy import load_policy
 from curation.manifest import write_manifest
 from curation.records import ClipRef
+from curation.run import stages
 from curation.settings import Settings, TeacherSettings
 from curation.shards.reader import verify
 
@@ -75,7 +75,7 @@ def test_real_clips_through_the_literal_command(
 
     (out / "videos").rename(tmp_path / "moved-away")
     strict = Settings(out=out, policy=Path("paper"), teacher=TeacherSettings(kind="none"))
-    assert pipeline.judge_all(strict) == len(verdicts)
+    assert stages.judge_all(strict) == len(verdicts)
     paper = catalog.verdicts(refs.values(), load_policy(Path("paper")).hash)
     # To the letter, a detector's noise costs good clips: that is what the default's tolerances are for.
     assert 0 < sum(verdict.decision == "accept" for verdict in paper.values()) < len(accepted)

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from curation.catalog import Catalog
-from curation.claims import Claims
+from curation.run.claims import Claims
 from curation.shards import index, remote, writer
 from curation.shards.index import INDEX_NAME, VERSIONS, Place, heal, newest_index, read_index, shard_paths
 from curation.shards.reader import ShardReader, verify

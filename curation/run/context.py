@@ -8,10 +8,7 @@ from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from curation.batches import Batch
 from curation.catalog import Catalog, ObservationFile, Output
-from curation.claims import Claims
-from curation.derived import Derived, Naming, register
 from curation.failures import FailureCode, Trait
 from curation.files import sha256_file, sha256_json
 from curation.judge.criteria import judge as judge_observations
@@ -21,6 +18,9 @@ from curation.observe.observations import Observations
 from curation.observe.sampling import SAMPLER
 from curation.people.weights import find_weights
 from curation.records import WHOLE, ClipRef, Verdict, VideoFile
+from curation.run.batches import Batch
+from curation.run.claims import Claims
+from curation.run.derived import Derived, Naming, register
 from curation.settings import Settings
 from curation.shards.index import Index, Place, ShardEntry, newest_index
 from curation.storage import Store
@@ -30,7 +30,7 @@ FOLDERS = ("videos", "observations", "frames", "staging", "shards", ".claims")  
 _INDEX_LEASE_S = 30.0
 
 
-class State:
+class RunContext:
     """What the stages share within a process. Files go by their names below the run's folder."""
 
     def __init__(self, settings: Settings) -> None:
@@ -332,14 +332,14 @@ def frames_name(ref: ClipRef) -> str:
 
 
 @lru_cache(maxsize=4)
-def state_of(settings: Settings) -> State:
+def context_of(settings: Settings) -> RunContext:
     """This process's state of a run."""
-    return State(settings)
+    return RunContext(settings)
 
 
 def forget_cached() -> None:
     """Look anew at the files behind the settings: they may have changed."""
-    for cache in (state_of, _weights_hash, _cached_identity):
+    for cache in (context_of, _weights_hash, _cached_identity):
         cache.cache_clear()
 
 

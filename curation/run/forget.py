@@ -14,16 +14,16 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from curation.derived import Derived, registered
 from curation.failures import UsageError
 from curation.last_resort import remove_entries
+from curation.run.context import RunContext
+from curation.run.derived import Derived, registered
 from curation.shards.index import VERSIONS, Place, heal, newest_index, version_name
 from curation.shards.remote import RemotePlace
 from curation.shards.writer import drop_clips, rewrite
-from curation.state import State
 
 
-def remove_forgotten(state: State) -> None:
+def remove_forgotten(context: RunContext) -> None:
     """Delete or rewrite every file of this run that holds something of a forgotten video. Safe to repeat.
 
     Out of reach until it wakes: what a stopped process has not finished writing. What cannot be done is raised when all
@@ -31,7 +31,7 @@ def remove_forgotten(state: State) -> None:
     of a full disk. OutageError is raised at once where the catalog or the storage is away.
     """
     faults: list[Exception] = []
-    for work in _works(state):
+    for work in _works(context):
         try:
             work()
         except (UsageError, OSError) as error:  # a ShardError is a UsageError
@@ -40,9 +40,9 @@ def remove_forgotten(state: State) -> None:
         raise faults[0]
 
 
-def _works(state: State) -> Iterator[Callable[[], object]]:
+def _works(context: RunContext) -> Iterator[Callable[[], object]]:
     """What is to be done, in parts of which each can fail without harm to the others."""
-    store, catalog, out = state.store, state.catalog, state.settings.out
+    store, catalog, out = context.store, context.catalog, context.settings.out
     names = store.names("")
 
     def drop(kind: Derived) -> None:
@@ -57,26 +57,26 @@ def _works(state: State) -> Iterator[Callable[[], object]]:
         if kind.clips == "entries":
             yield partial(remove_entries, Path(kind.place), gone)
         elif kind.clips == "index":
-            yield from (partial(_take_out, state, folder) for folder in _folders(state, kind))
+            yield from (partial(_take_out, context, folder) for folder in _folders(context, kind))
         else:
             yield partial(drop, kind)
     for scratch in out.glob(".index.*"):  # a living reader whose copy of an index this is fetches it anew
         yield partial(shutil.rmtree, scratch, ignore_errors=True)
 
 
-def _take_out(state: State, folder: str) -> None:
-    place, gone = state.place(folder), state.catalog.forgotten_clips
+def _take_out(context: RunContext, folder: str) -> None:
+    place, gone = context.place(folder), context.catalog.forgotten_clips
     shared = isinstance(place, RemotePlace)
     if not (shared or place.folder.is_dir()):
         return
-    _sweep(state, place, folder)
+    _sweep(context, place, folder)
     heal(place, rewrite, gone)
     if found := gone(newest_index(place).table["clip_id"].to_pylist()):
         drop_clips(place, found)
-    _sweep(state, place, folder)  # healing may have put damaged files aside
+    _sweep(context, place, folder)  # healing may have put damaged files aside
 
 
-def _sweep(state: State, place: Place, folder: str) -> None:
+def _sweep(context: RunContext, place: Place, folder: str) -> None:
     """Delete what writers that died left half done, damaged files, and versions of the index before the newest.
 
     What a living writer is at is spared where it is locked; it does again what was taken from it elsewhere.
@@ -85,8 +85,8 @@ def _sweep(state: State, place: Place, folder: str) -> None:
         patterns = ["*.damaged"]  # nobody can say what is in there
         if isinstance(place, RemotePlace):
             subfolders = (folder, f"{folder}/{VERSIONS}")
-            state.store.drop(
-                f"{each}/{name}" for each in subfolders for name in state.store.sizes(each) if name[0] == "."
+            context.store.drop(
+                f"{each}/{name}" for each in subfolders for name in context.store.sizes(each) if name[0] == "."
             )
             if place.folder.is_dir():
                 with Place(place.folder).alone():  # which sweeps there
@@ -100,8 +100,8 @@ def _sweep(state: State, place: Place, folder: str) -> None:
         place.delete(version_name(number) for number in place.versions() if number < newest)
 
 
-def _folders(state: State, kind: Derived) -> list[str]:
+def _folders(context: RunContext, kind: Derived) -> list[str]:
     if not kind.place.endswith("*"):
         return [kind.place]
-    root = state.settings.out
+    root = context.settings.out
     return [path.relative_to(root).as_posix() for path in root.glob(kind.place) if path.is_dir()]

@@ -1,0 +1,505 @@
+"""The four stages for one batch of clips: download, observe, judge, teach.
+
+Every stage asks the catalog and does only what is missing. What fails for a clip, whatever it is, is recorded there
+with its type and never raised: only a wrong set-up, a long outage or a lost lease ends a stage. Any process may die
+anywhere: files are renamed into place first, completion is recorded last.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from curation.catalog import Attempt, ObservationFile, Output
+from curation.deadlines import time_limit
+from curation.failures import ENDS_THE_RUN, ClipFailure, FailureCode, UsageError
+from curation.files import sha256_file
+from curation.judge.criteria import judge as judge_observations
+from curation.judge.policy import Policy
+from curation.judge.subject import part_taken, subject_boxes
+from curation.last_resort import failure_of, keep_text
+from curation.pool import spread
+from curation.records import WHOLE, ClipRef, ClipSample, Verdict
+from curation.run.batches import Batch, Progress, StageReport
+from curation.run.context import RunContext, context_of, forget_cached, frames_name, observation_name
+from curation.settings import Settings
+from curation.storage import Store
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from curation.download.politeness import Gate
+
+_SCRATCH_S = 3600.0  # how long a machine keeps its copy of a video that is in the shared storage
+_FLOOR_S = 1800.0  # the least of the time limits that no setting gives: a busy machine may take long over any clip
+_PER_CLIP_S, _PER_VIDEO_S = 60.0, 1.0  # and more, for every second of the clip and of its video
+Check = Callable[[], None]  # raises LostError once another worker has taken the batch over
+
+
+def nobody_else() -> None:
+    """The check of a batch that no other worker can take."""
+
+
+def download(
+    settings: Settings, batch: Batch, progress: Progress | None = None, check: Check = nobody_else
+) -> StageReport:
+    """Fetch the videos that this batch still needs, one after the other, each once.
+
+    A platform that asked to be left alone is left alone: its clips are postponed. check: asked before each video.
+    """
+    from curation.download.politeness import Gate
+
+    context = context_of(settings)
+    log = _Log(context, "download", len(batch.refs), progress)
+    context.derives("videos", "unfinished videos", *(["debug"] if settings.debug_file else []))
+    refused = context.catalog.register(batch.refs)
+    gone = [ref for ref in batch.refs if ref.clip_id in refused]
+    context.drop_traces(gone)  # a process that ended before it could ask may have left some
+    for ref in gone:
+        log.refuse(ref, FailureCode.FORGOTTEN)
+    wanted = [ref for ref in context.to_download(batch) if ref.clip_id not in refused]
+    log.skip(len(batch.refs) - len(refused) - len(wanted))
+    by_video: dict[str, list[ClipRef]] = {}
+    for ref in wanted:
+        by_video.setdefault(ref.video_key, []).append(ref)
+    gate = Gate(context.catalog, settings.download)
+    context.store.release_older("videos/*/video.*", _SCRATCH_S)  # on a cluster, another machine may have used them
+    for clips in by_video.values():
+        check()
+        began = time.time()
+        try:
+            asked = gate.wait(clips[0]) is None
+            began = time.time()
+            if asked:
+                _fetch_video(context, gate, clips[0])
+        except ENDS_THE_RUN:
+            raise
+        except Exception as error:  # the last resort: whatever it was, the other clips go on
+            if not _refuse_forgotten(context, log, clips):
+                log.failed(clips, error, began)
+            continue
+        if asked:
+            log.done(clips, began)
+        else:
+            log.postpone(len(clips))
+    return log.report()
+
+
+def _refuse_forgotten(context: RunContext, log: _Log, refs: Sequence[ClipRef]) -> list[ClipRef]:
+    """Those of these clips that were forgotten since they were registered: counted, and their files deleted."""
+    held = context.catalog.refs(refs)
+    gone = [ref for ref in refs if ref.clip_id not in held]
+    if gone:
+        context.drop_traces(gone)
+        for ref in gone:
+            log.refuse(ref, FailureCode.FORGOTTEN)
+    return gone
+
+
+def _fetch_video(context: RunContext, gate: Gate, ref: ClipRef) -> None:
+    """One video, from its platform to its row in the catalog."""
+    from curation.download.fetch import download as fetch
+
+    try:
+        _make_room(context)
+        video = fetch(ref, context.settings.out / "videos", context.settings.download)
+    except ClipFailure as error:
+        gate.failed(ref, error)
+        raise
+    gate.succeeded(ref)
+    name = context.name_of(video.path)
+    context.store.put(name)
+    if not context.catalog.record_video(ref.video_key, video, name):
+        context.store.drop([name])  # forgotten while it was fetched
+        raise ClipFailure(FailureCode.FORGOTTEN, "removal was requested")
+
+
+def _make_room(context: RunContext) -> None:
+    """Delete finished videos, oldest first, until the next one fits into the budget. Raises ClipFailure."""
+    budget = context.settings.download.budget_mb
+    if budget is None:
+        return
+    over = context.catalog.present_bytes() - budget * 2**20
+    while over > 0:
+        videos = context.catalog.finished_videos(context.policy.hash, context.dataset_hash, limit=16)
+        if not videos:
+            raise ClipFailure(
+                FailureCode.DISK_FULL, "The videos of unfinished clips fill budget_mb; raise it, or lower batch_clips."
+            )
+        for video in videos:
+            context.store.drop([video.path])
+            context.catalog.record_evicted([video.video_key])
+            over -= video.size_bytes
+            if over <= 0:
+                break
+
+
+def observe(
+    settings: Settings, batch: Batch, progress: Progress | None = None, check: Check = nobody_else
+) -> StageReport:
+    """Measure every clip of the batch that has a video and no measurements yet, on all cores.
+
+    check: asked before anything is recorded of a clip.
+    """
+    context = context_of(settings)
+    log = _Log(context, "observe", len(batch.refs), progress)
+    wanted = context.to_observe(batch.refs)
+    blocked = context.given_up(wanted, ("observe",)) if wanted else frozenset()
+    videos = context.videos(wanted)
+    tasks = [
+        _ObserveTask(
+            ref,
+            context.name_of(videos[ref.video_key].path),
+            videos[ref.video_key].size_bytes,
+            settings,
+            context.policy,
+            context.store,
+            _limit_s(settings, ref, videos[ref.video_key].duration_s),
+        )
+        for ref in wanted
+        if ref.video_key in videos and ref.clip_id not in blocked
+    ]
+    log.skip(len(batch.refs) - len(tasks))
+    context.derives("observations", "frames")
+    gone = _refuse_forgotten(context, log, [task.ref for task in tasks])
+    tasks = [task for task in tasks if task.ref not in gone]
+    began = {task.ref.clip_id: time.time() for task in tasks}
+    for task, result in spread(_observe_clip, tasks, settings.workers, lambda task: task.limit_s):
+        check()
+        ref, start = task.ref, began[task.ref.clip_id]
+        if isinstance(result, ENDS_THE_RUN):
+            raise result
+        try:
+            if isinstance(result, BaseException):
+                raise result
+            digest = context.catalog.put_provenance(result.provenance)
+            name = observation_name(ref)
+            left_out = context.catalog.record_observations(
+                [ObservationFile(ref.clip_id, result.kind, name, result.sha256, digest)]  # type: ignore[arg-type]
+            )
+            if left_out and _refuse_forgotten(context, log, [ref]):
+                continue
+        except ENDS_THE_RUN:
+            raise
+        except (Exception, SystemExit) as error:  # the last resort; a library of a worker may also have called exit()
+            if not _refuse_forgotten(context, log, [ref]):
+                log.failed([ref], error, start)
+            continue
+        log.done([ref], start)
+    return log.report()
+
+
+def _limit_s(settings: Settings, ref: ClipRef, video_s: float) -> float:
+    """How long one stage may be at one clip. Generous: it is there for what would never end."""
+    if settings.clip_timeout_s is not None:
+        return settings.clip_timeout_s
+    clip_s = (video_s if ref.end_s is None else min(ref.end_s, video_s)) - (ref.start_s or 0.0)
+    return _FLOOR_S + _PER_CLIP_S * max(0.0, clip_s) + _PER_VIDEO_S * video_s
+
+
+def judge(settings: Settings, batch: Batch) -> StageReport:
+    """Apply the policy to the batch's measurements; decodes nothing."""
+    context = context_of(settings)
+    log = _Log(context, "judge", len(batch.refs), None)
+    known = context.catalog.verdicts(batch.refs, context.policy.hash)
+    files = context.catalog.observations(batch.refs)
+    missing = [files[ref.clip_id] for ref in batch.refs if ref.clip_id in files and ref.clip_id not in known]
+    log.skip(len(batch.refs) - len(missing))
+    _judge(context, log, missing)
+    return log.report()
+
+
+def _judge(context: RunContext, log: _Log, files: Sequence[ObservationFile]) -> int:
+    """Judge what can be read; a damaged or missing file is measured anew by the next run. How many were judged."""
+    began = time.time()
+    verdicts: list[Verdict] = []
+    failed: dict[str, Exception] = {}
+    for clip_id, observations in context.readable(files).items():
+        try:
+            verdicts.append(judge_observations(observations, context.policy))
+        except Exception as error:  # the last resort: whatever it was, the other clips are judged
+            failed[clip_id] = error
+    context.catalog.record_verdicts(verdicts, {file.clip_id: file.sha256 for file in files})
+    refs = context.catalog.refs(failed)
+    for clip_id, ref in refs.items():
+        log.failed([ref], failed[clip_id], began)
+    log.judged([verdict.clip_id for verdict in verdicts], began)
+    return len(verdicts)
+
+
+def judge_all(settings: Settings, progress: Progress | None = None) -> int:
+    """Judge every measured clip of the catalog under the settings' policy; returns how many were judged anew."""
+    forget_cached()  # the policy's file may have changed
+    context = context_of(settings)
+    log = _Log(context, "judge", 0, None)
+    judged = seen = 0
+    nowhere = True
+    for page in context.catalog.observed():
+        known = context.catalog.verdicts([file.clip_id for file in page], context.policy.hash)
+        missing = [file for file in page if file.clip_id not in known]
+        nowhere = nowhere and len(missing) == len(page)
+        nowhere = nowhere and not any(context.store.sizes_of([file.path for file in missing]))
+        judged += _judge(context, log, missing)
+        context.store.release([file.path for file in missing])
+        seen += len(page)
+        if progress is not None:
+            progress(seen, seen)
+    if seen and nowhere and (context.store.shared or not context.store.path("observations").is_dir()):
+        raise UsageError(
+            f"None of {seen} measurements is in {settings.place}; give the --out and --storage of the run."
+        )
+    return judged
+
+
+def teach(
+    settings: Settings, batch: Batch, progress: Progress | None = None, check: Check = nobody_else
+) -> StageReport:
+    """Give the batch's accepted clips their teacher depth and write them as shards of the run's data set.
+
+    check: asked before each clip goes into a shard, before the last shard is closed, and before they are recorded.
+    """
+    from curation.shards.schema import ShardError
+    from curation.shards.writer import encode_clip, write_tables
+
+    context = context_of(settings)
+    log = _Log(context, "teach", len(batch.refs), progress)
+    todo = context.to_teach(batch.refs)
+    log.skip(len(batch.refs) - len(todo))
+    if todo:
+        digest = context.catalog.put_provenance(context.dataset)
+        began: dict[str, float] = {}
+        videos = context.videos(todo)
+        refs = {ref.clip_id: ref for ref in todo}  # less those that failed
+        context.derives("shards", "unfinished shards")
+
+        def encoded() -> Iterator[pa.Table]:
+            teacher = _teacher(context)
+            for ref in todo:
+                began[ref.clip_id] = time.time()
+                video = videos.get(ref.video_key)
+                try:
+                    with time_limit(_limit_s(settings, ref, video.duration_s if video else 0.0)):
+                        table = encode_clip(_sample(context, ref, teacher))
+                except Exception as error:  # the last resort: whatever it was, the other clips go on
+                    if isinstance(error, ENDS_THE_RUN) and not isinstance(error, ShardError):
+                        raise
+                    del refs[ref.clip_id]
+                    if _refuse_forgotten(context, log, [ref]):
+                        continue
+                    log.failed([ref], error, began[ref.clip_id])
+                    continue
+                check()
+                yield table
+                log.through()
+            check()
+
+        staging = settings.out / "staging" / batch.batch_id
+        folder = staging if context.store.shared else context.store.path(context.shards)
+        gone = context.catalog.forgotten_clips
+        try:
+            shards = write_tables(encoded(), folder, max_bytes=settings.shard_mb * 2**20, gone=gone)
+            if context.store.shared:
+                context.add_shards(staging, shards)
+                shutil.rmtree(staging, ignore_errors=True)
+        except ENDS_THE_RUN:
+            raise
+        except Exception as error:  # no shard of this batch is noted anywhere: the next run writes them all
+            shutil.rmtree(staging, ignore_errors=True)
+            log.not_through()
+            for ref in refs.values():
+                log.failed([ref], error, began.get(ref.clip_id, time.time()))
+            return log.report()
+        check()
+        written = [clip for shard in shards for clip in shard.clips if clip.clip_id in refs]
+        left_out = context.catalog.record_outputs(Output(clip.clip_id, digest, clip.frames) for clip in written)
+        if left_out:  # forgotten meanwhile: nothing of them may stay
+            from curation.shards.writer import drop_clips
+
+            drop_clips(context.place(), left_out)
+            _refuse_forgotten(context, log, [refs.pop(clip_id) for clip_id in left_out])
+        for clip in (clip for clip in written if clip.clip_id in refs):
+            log.done([refs[clip.clip_id]], began[clip.clip_id])
+        context.store.drop([frames_name(ref) for ref in todo])
+    context.release(batch)
+    return log.report()
+
+
+def _teacher(context: RunContext) -> Any:
+    """The teacher; what keeps it from being loaded is no clip's fault, and would be the same for the next one."""
+    try:
+        return context.teacher()
+    except ENDS_THE_RUN:
+        raise
+    except Exception as error:
+        said = failure_of(error).message
+        if context.settings.debug_file is not None:
+            keep_text(context.settings.debug_file, [], "teach", error)
+        raise UsageError(f"The depth teacher cannot be loaded: {said}.") from None
+
+
+_NOT_HERE = "the video is not here; it will be fetched by the next run"
+
+
+class _Log:
+    """Counts a stage's clips, shows progress, and records every try in the catalog."""
+
+    def __init__(self, context: RunContext, stage: str, total: int, progress: Progress | None) -> None:
+        self._state, self._stage, self._total, self._progress = context, stage, total, progress
+        self._done = self._skipped = self._postponed = self._unrecorded = 0
+        self._failed: dict[str, int] = {}
+
+    def _show(self) -> None:
+        if self._progress is not None:
+            seen = self._done + self._skipped + self._postponed + self._unrecorded + sum(self._failed.values())
+            self._progress(seen, self._total)
+
+    def skip(self, clips: int) -> None:
+        self._skipped += clips
+        self._show()
+
+    def postpone(self, clips: int) -> None:
+        self._postponed += clips
+        self._show()
+
+    def refuse(self, ref: ClipRef, code: FailureCode) -> None:
+        """Count a clip of which nothing may be recorded."""
+        self._failed[code.value] = self._failed.get(code.value, 0) + 1
+        self._show()
+
+    def through(self) -> None:
+        """Show a clip as done whose result is recorded later, together with others."""
+        self._unrecorded += 1
+        self._show()
+
+    def done(self, refs: Sequence[ClipRef], began: float) -> None:
+        self._record(refs, None, "", began)
+        self._done += len(refs)
+        self._unrecorded = max(0, self._unrecorded - len(refs))
+        self._show()
+
+    def not_through(self) -> None:
+        """What was shown as done will not be recorded."""
+        self._unrecorded = 0
+
+    def judged(self, clip_ids: Sequence[str], began: float) -> None:
+        """Count verdicts; only what failed before has its success in the history, for there are many verdicts."""
+        before = [each.clip_id for each in self._state.catalog.failures(clip_ids) if each.stage == self._stage]
+        self._record(list(self._state.catalog.refs(before).values()), None, "", began)
+        self._done += len(clip_ids)
+
+    def failed(self, refs: Sequence[ClipRef], error: BaseException, began: float) -> None:
+        """Record a failure with its type and fixed words; what an unexpected error said goes into the debug file alone.
+
+        error: anything; see `failure_of`.
+        """
+        failure = failure_of(error)
+        self._record(refs, failure.code, failure.message, began)
+        unexpected = failure.code is FailureCode.INTERNAL or failure is not error
+        if unexpected and self._state.settings.debug_file is not None:
+            with suppress(OSError):  # a full disk, say: the run matters more
+                keep_text(self._state.settings.debug_file, refs, self._stage, error)
+        self._failed[failure.code.value] = self._failed.get(failure.code.value, 0) + len(refs)
+        self._show()
+
+    def _record(self, refs: Sequence[ClipRef], code: FailureCode | None, message: str, began: float) -> None:
+        seconds = time.time() - began
+        self._state.catalog.record_attempts(
+            Attempt(ref.clip_id, self._stage, code, message, started_at=began, seconds=seconds) for ref in refs
+        )
+
+    def report(self) -> StageReport:
+        return StageReport(self._stage, self._done, self._skipped, dict(sorted(self._failed.items())), self._postponed)
+
+
+@dataclass(frozen=True)
+class _ObserveTask:
+    ref: ClipRef
+    video: str
+    video_bytes: int
+    settings: Settings
+    policy: Policy
+    store: Store
+    limit_s: float
+
+
+@dataclass(frozen=True)
+class _Observed:
+    kind: str
+    sha256: str
+    provenance: dict[str, Any]
+
+
+def _observe_clip(task: _ObserveTask) -> _Observed:
+    """In a worker: `_observe_here`, any error of which is typed while all that led to it is still known."""
+    try:
+        return _observe_here(task)
+    except (ClipFailure, *ENDS_THE_RUN):
+        raise
+    except Exception as error:
+        raise failure_of(error) from error
+
+
+def _observe_here(task: _ObserveTask) -> _Observed:
+    """Prescreen, measure, and keep the frames of a clip that the policy accepts with its whole picture."""
+    from curation.observe.frames import write_frames
+    from curation.observe.observations import write_observations
+    from curation.observe.observe import observe, prescreen
+    from curation.people.detector import detector_for
+
+    settings, store = task.settings.observe, task.store
+    assert settings.detector is not None  # resolved by preflight
+    video = store.get(task.video, task.video_bytes)
+    if video is None:
+        raise ClipFailure(FailureCode.NETWORK, _NOT_HERE)
+    detector = detector_for(settings, settings.detector)
+    observations = prescreen(task.ref, video, settings, detector, task.policy.prescreen_share)
+    if observations is None or judge_observations(observations, task.policy).decision != "reject":
+        observations, frames = observe(task.ref, video, settings, detector)
+        accepted = judge_observations(observations, task.policy).decision == "accept"
+        if accepted and part_taken(observations, task.policy) == WHOLE:
+            write_frames(frames, store.path(frames_name(task.ref)))
+            store.put(frames_name(task.ref))
+    name = observation_name(task.ref)
+    write_observations(observations, store.path(name))
+    store.put(name)
+    return _Observed(observations.kind, sha256_file(store.path(name)), observations.provenance)
+
+
+def _sample(context: RunContext, ref: ClipRef, teacher: Any) -> ClipSample:
+    """One accepted clip with its frames, the subject's boxes on the training grid, and the teacher's depth."""
+    import numpy as np
+
+    from curation.observe.frames import read_frames, sample_frames
+
+    settings = context.settings.observe
+    file = context.catalog.observations([ref])[ref.clip_id]
+    observations = context.readable([file]).get(ref.clip_id)
+    if observations is None:
+        raise ClipFailure(FailureCode.NETWORK, "the measurements are not here; they will be made by the next run")
+    part = part_taken(observations, context.policy)
+    kept = context.store.get(frames_name(ref)) if part == WHOLE else None  # these are of the whole picture
+    frames = None if kept is None else read_frames(kept)
+    if (
+        frames is None
+        or max(frames.width, frames.height) != settings.frame_long_side
+        or not np.array_equal(frames.times_s, observations.sample_times_s)  # kept by a run with other settings
+    ):
+        video = context.videos([ref]).get(ref.video_key)
+        if video is None or (path := context.store.get(context.name_of(video.path), video.size_bytes)) is None:
+            raise ClipFailure(FailureCode.NETWORK, _NOT_HERE)
+        frames = sample_frames(ref, path, settings, part)
+    boxes, confidence = subject_boxes(observations, context.policy)
+    boxes *= np.array([frames.width, frames.height] * 2, np.float32)
+    return ClipSample(
+        clip_id=ref.clip_id,
+        split=ref.split,
+        frames=frames,
+        boxes=boxes,
+        box_confidence=confidence,
+        depth=teacher(frames, ref.clip_id),
+        provenance=context.dataset | {"teacher": teacher.provenance} | ({} if part == WHOLE else {"crop": list(part)}),
+    )
