@@ -23,10 +23,11 @@ test: $(STAMP)  ## the fast tests, on two cores; says at its end what it left ou
 test-slow: $(STAMP)  ## the tests that take minutes: real clips, full-size networks, properties on all their examples
 	UNISH_TEST_EXAMPLES=all $(BIN)/python -m pytest -m "slow or hypothesis or many_examples"
 
-check: $(STAMP)  ## ruff and mypy
+check: $(STAMP)  ## ruff, mypy and the import contracts
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 docs: $(STAMP)  ## write the pages of docs/ that are made from the code
 	$(BIN)/python docs/generate.py
