@@ -27,7 +27,10 @@ from curation.records import ClipRef
 from curation.run import stages
 from curation.run.batches import Batch, Progress, StageReport, read_batches
 from curation.run.claims import Claims, Queue
-from curation.run.context import FOLDERS, context_of, forget_cached
+from curation.run.context import context_of, forget_cached
+from curation.run.dataset import heal, shards_with
+from curation.run.files import FOLDERS
+from curation.run.todo import finished
 from curation.settings import Settings
 from curation.storage import Store
 
@@ -107,7 +110,7 @@ def funnel(settings: Settings, refs: Sequence[ClipRef] | None) -> Funnel:
         counts = replace(counts, clips=len(refs), failed=counts.failed | forgotten)
     return replace(
         counts,
-        shards=context.shards_with(refs),
+        shards=shards_with(context, refs),
         folder=f"{settings.place}/{context.shards}",
         postponed={block.service.partition("-")[0]: block.left_s for block in context.catalog.blocks()},
     )
@@ -158,7 +161,7 @@ def run(settings: Settings, refs: Sequence[ClipRef], progress: Callable[[str, in
                     except LostError:
                         queue.lost(batch)
                         continue
-                    queue.leave(batch, later=report.postponed > 0)
+                    queue.release(batch, later=report.postponed > 0)
                 elif not wait_for_more(settings, queue):
                     break
     finally:
@@ -199,9 +202,9 @@ def shared_work(settings: Settings, batches: Sequence[Batch]) -> Iterator[Queue[
     """
     context = context_of(settings)
     with Claims(context.catalog, settings.out, settings.lease_s) as claims:
-        index = context.heal()
-        trusting = context.store.shared and index.version > 0  # or it is another storage
-        yield Queue(claims, batches, context.finished, trusting=trusting)
+        index = heal(context)
+        trusting = context.store.has_url and index.version > 0  # or it is another storage
+        yield Queue(claims, batches, lambda batch: finished(context, batch.refs), trusting=trusting)
 
 
 def wait_for_more(settings: Settings, queue: Queue[Batch]) -> bool:

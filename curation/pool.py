@@ -43,7 +43,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def spread(
+def run_all(
     function: Callable[[Task], Result],
     tasks: Sequence[Task],
     workers: int | None,

@@ -46,7 +46,7 @@ class Store:
         return Store, (self.root, self.url)
 
     @property
-    def shared(self) -> bool:
+    def has_url(self) -> bool:
         """Whether files also live behind a URL."""
         return self.url is not None
 
@@ -59,7 +59,7 @@ class Store:
         path = self.path(name)
         if path.is_file() and size in (None, path.stat().st_size):
             return path
-        if not self.shared:
+        if not self.has_url:
             return None
 
         def bring() -> Path | None:
@@ -83,7 +83,7 @@ class Store:
 
         Object stores show an object only when it is complete; elsewhere it is sent beside its name and moved.
         """
-        if not self.shared:
+        if not self.has_url:
             return
         path, target = self.path(name), self._at(name)
         whole = "s3" in self._protocols or "gcs" in self._protocols or "abfs" in self._protocols
@@ -145,12 +145,12 @@ class Store:
         names = list(names)
         for name in names:
             self.path(name).unlink(missing_ok=True)
-        if self.shared:
+        if self.has_url:
             self._spread(lambda name: self._try(lambda: self._remove(name)), names)
 
     def release(self, names: Iterable[str]) -> None:
         """Delete the copies on this disk of files that are also behind the URL, and nothing else."""
-        if self.shared:
+        if self.has_url:
             here = [name for name in names if self.path(name).is_file()]
             for name, there in zip(here, self._spread(self._remote_size, here), strict=True):
                 with suppress(FileNotFoundError):
@@ -159,7 +159,7 @@ class Store:
 
     def release_older(self, pattern: str, seconds: float) -> None:
         """`release` every file of this disk whose name fits the pattern and that was written so long ago."""
-        if self.shared:
+        if self.has_url:
             old = []
             for path in self.root.glob(pattern):
                 with suppress(FileNotFoundError):
@@ -169,7 +169,7 @@ class Store:
 
     def sizes(self, folder: str) -> dict[str, int]:
         """The files directly in a folder, by name within it, with their bytes: behind the URL, or without one here."""
-        if not self.shared:
+        if not self.has_url:
             here = self.path(folder)
             return {path.name: path.stat().st_size for path in here.iterdir()} if here.is_dir() else {}
 
@@ -188,7 +188,7 @@ class Store:
         """All files below a folder, at any depth, by their names below it, here and behind the URL."""
         here = self.path(folder)
         found = {path.relative_to(here).as_posix() for path in here.rglob("*") if path.is_file()}
-        if self.shared:
+        if self.has_url:
             root = self._at(folder).rstrip("/") + "/"
 
             def look() -> list[str]:
@@ -210,13 +210,13 @@ class Store:
 
     def _remote_size(self, name: str) -> int | None:
         try:
-            return self._try(lambda: int(self._fs.info(self._at(name))["size"])) if self.shared else None
+            return self._try(lambda: int(self._fs.info(self._at(name))["size"])) if self.has_url else None
         except FileNotFoundError:
             return None
 
     def check(self) -> None:
         """Raise UsageError unless files can be written, read and deleted behind the URL."""
-        if not self.shared:
+        if not self.has_url:
             return
         name = f".writable-{secrets.token_hex(4)}"
         with atomic_path(self.path(name)) as path:
@@ -296,7 +296,7 @@ class Store:
         )
 
     def _spread(self, work: Callable[[str], T], names: Sequence[str]) -> list[T]:
-        if not self.shared or len(names) < 2:
+        if not self.has_url or len(names) < 2:
             return [work(name) for name in names]
         with ThreadPoolExecutor(min(_LANES, len(names))) as lanes:
             return list(lanes.map(work, names))

@@ -272,7 +272,7 @@ def _work(runner: TaskRunner[Any], settings: Settings, batches: list[Batch], lan
                     continue
                 open_chains.popleft()
                 report = chain.futures["download"].result(raise_on_failure=False)
-                queue.leave(chain.batch, later=isinstance(report, StageReport) and report.postponed > 0)
+                queue.release(chain.batch, later=isinstance(report, StageReport) and report.postponed > 0)
             elif not pipeline.wait_for_more(settings, queue):
                 return unfinished
 

@@ -6,7 +6,7 @@ are what workers agree on.
 
 from curation.catalog.catalog import Catalog, forgotten_clip_digest, forgotten_digest
 from curation.catalog.funnel import Funnel
-from curation.catalog.rows import Attempt, ClipHistory, Forgotten, ObservationFile, Output, StoredVideo
+from curation.catalog.rows import Attempt, ClipHistory, Forgotten, Known, ObservationFile, Output, StoredVideo
 
 __all__ = [
     "Attempt",
@@ -14,6 +14,7 @@ __all__ = [
     "ClipHistory",
     "Forgotten",
     "Funnel",
+    "Known",
     "ObservationFile",
     "Output",
     "StoredVideo",

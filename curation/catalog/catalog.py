@@ -32,6 +32,7 @@ from curation.catalog.rows import (
     Attempt,
     ClipHistory,
     Forgotten,
+    Known,
     ObservationFile,
     Output,
     StoredVideo,
@@ -258,6 +259,42 @@ class Catalog(Leases, Turns):
     def videos(self, video_keys: Iterable[str]) -> dict[str, StoredVideo]:
         """The downloaded ones of these videos, by key, also those whose file was evicted."""
         return {row.video_key: video_of(row) for row in self._rows(videos, videos.c.video_key, video_keys)}
+
+    def known(self, of: Iterable[ClipRef], policy_hash: str, provenance_hash: str) -> dict[str, Known]:
+        """All that matters for the next step of these clips, by id, read in one transaction."""
+        refs = {ref.clip_id: ref for ref in of}
+
+        def work(connection: sa.Connection) -> dict[str, Known]:
+            found: dict[str, Known] = {}
+            for chunk in chunks(sorted(refs)):
+
+                def rows(table: sa.Table, *conditions: sa.ColumnElement[bool]) -> dict[str, sa.Row[Any]]:
+                    asked = sa.select(table).where(table.c.clip_id.in_(chunk), *conditions)  # noqa: B023 - used at once
+                    return {row.clip_id: row for row in connection.execute(asked)}
+
+                keys = sorted({refs[clip_id].video_key for clip_id in chunk})
+                of_chunk = sa.select(videos).where(videos.c.video_key.in_(keys))
+                stored = {row.video_key: video_of(row) for row in connection.execute(of_chunk)}
+                measured = rows(observations)
+                judged = rows(verdicts, verdicts.c.policy_hash == policy_hash)
+                written = rows(outputs, outputs.c.provenance_hash == provenance_hash)
+                failed: dict[str, list[Attempt]] = {}
+                of_chunk = (
+                    sa.select(attempts).where(attempts.c.clip_id.in_(chunk), UNRESOLVED).order_by(attempts.c.stage)
+                )
+                for row in connection.execute(of_chunk):
+                    failed.setdefault(row.clip_id, []).append(attempt_of(row))
+                for clip_id in chunk:
+                    found[clip_id] = Known(
+                        video=stored.get(refs[clip_id].video_key),
+                        observation=ObservationFile(**measured[clip_id]._mapping) if clip_id in measured else None,
+                        verdict=verdict_of(judged[clip_id]) if clip_id in judged else None,
+                        output=output_of(written[clip_id]) if clip_id in written else None,
+                        failures=tuple(failed.get(clip_id, ())),
+                    )
+            return found
+
+        return self._database.run(work)
 
     def finished_videos(self, policy_hash: str, provenance_hash: str | None, limit: int) -> list[StoredVideo]:
         """At most `limit` videos that are here and needed no more, the oldest download first.

@@ -77,6 +77,20 @@ class Output:
 
 
 @dataclass(frozen=True, slots=True)
+class Known:
+    """What the catalog holds of one clip that matters for its next step, under one policy and for one data set.
+
+    failures: for each stage whose last attempt failed, that attempt.
+    """
+
+    video: StoredVideo | None = None
+    observation: ObservationFile | None = None
+    verdict: Verdict | None = None
+    output: Output | None = None
+    failures: tuple[Attempt, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class ClipHistory:
     """Everything known about one clip, attempts oldest first."""
 

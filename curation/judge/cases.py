@@ -20,7 +20,7 @@ from curation.judge.policy import Policy
 from curation.last_resort import check_debug_file, failure_of, keep_text
 from curation.people.detector import detector_ready
 from curation.people.weights import find_weights
-from curation.pool import spread
+from curation.pool import run_all
 from curation.records import ClipRef
 from curation.settings import ObserveSettings
 
@@ -118,7 +118,7 @@ def evaluate(
     detector_ready(weights, settings)
     tasks = [(case, folder / case.file, weights, settings, policy) for case in cases]
     results: dict[str, CaseResult] = {}
-    for done, (task, result) in enumerate(spread(_evaluate_one, tasks, workers, lambda task: LIMIT_S), 1):
+    for done, (task, result) in enumerate(run_all(_evaluate_one, tasks, workers, lambda task: LIMIT_S), 1):
         if isinstance(result, UsageError):
             raise result
         if isinstance(result, BaseException):

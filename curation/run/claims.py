@@ -60,7 +60,7 @@ class Claims:
             self._sign = try_lock(path, _SIGNS)
         for entry in (path, self._folder):  # or a power cut could leave a claim whose worker nobody knows to be dead
             fsync(entry)
-        self.bury()
+        self.release_dead()
         self._heart = threading.Thread(target=self._beat, name="claims", daemon=True)
         self._heart.start()
         return self
@@ -75,7 +75,7 @@ class Claims:
             (self._folder / self._owner).unlink(missing_ok=True)
             self._sign.release()
 
-    def bury(self) -> None:
+    def release_dead(self) -> None:
         """Give back what workers of this folder held that are dead."""
         for path in self._folder.iterdir():
             try:
@@ -99,7 +99,7 @@ class Claims:
                 self._sure[name] = asked
         return won
 
-    def leave(self, name: str) -> None:
+    def release(self, name: str) -> None:
         """Give a name back."""
         with self._asking:
             self._sure.pop(name, None)
@@ -122,14 +122,14 @@ class Claims:
         return Ticket(self._catalog, self._owner, name, self._seconds)
 
     @contextmanager
-    def turn(self, name: str) -> Iterator[None]:
+    def hold(self, name: str) -> Iterator[None]:
         """Hold a name for a moment; waits for whoever holds it."""
         while not self.take(name):
             time.sleep(_POLL_S)
         try:
             yield
         finally:
-            self.leave(name)
+            self.release(name)
 
     def _beat(self) -> None:
         while not self._ended.wait(self._seconds / 3):
@@ -206,7 +206,7 @@ class Queue(Generic[Work]):
             if (work := self._try(self._fresh.popleft(), self._trusting)) is not None:
                 return work
         if self._held:
-            self._claims.bury()
+            self._claims.release_dead()
         for _ in range(len(self._held)):
             if (work := self._try(self._held.popleft(), True)) is not None:
                 return work
@@ -221,9 +221,9 @@ class Queue(Generic[Work]):
             self._held.append(work)
         return None
 
-    def leave(self, work: Work, *, later: bool = False) -> None:
+    def release(self, work: Work, *, later: bool = False) -> None:
         """Give a piece back, done or not; to be offered again after `resume` if it should be."""
-        self._claims.leave(work.batch_id)
+        self._claims.release(work.batch_id)
         if later:
             self._later.append(work)
 

@@ -17,9 +17,10 @@ from pathlib import Path
 from curation.failures import UsageError
 from curation.last_resort import remove_entries
 from curation.run.context import RunContext
+from curation.run.dataset import shard_folder
 from curation.run.derived import Derived, registered
-from curation.shards.index import VERSIONS, Place, heal, newest_index, version_name
-from curation.shards.remote import RemotePlace
+from curation.shards.index import VERSIONS, ShardFolder, heal, newest_index, version_name
+from curation.shards.remote import RemoteShardFolder
 from curation.shards.writer import drop_clips, rewrite
 
 
@@ -65,8 +66,8 @@ def _works(context: RunContext) -> Iterator[Callable[[], object]]:
 
 
 def _take_out(context: RunContext, folder: str) -> None:
-    place, gone = context.place(folder), context.catalog.forgotten_clips
-    shared = isinstance(place, RemotePlace)
+    place, gone = shard_folder(context, folder), context.catalog.forgotten_clips
+    shared = isinstance(place, RemoteShardFolder)
     if not (shared or place.folder.is_dir()):
         return
     _sweep(context, place, folder)
@@ -76,20 +77,20 @@ def _take_out(context: RunContext, folder: str) -> None:
     _sweep(context, place, folder)  # healing may have put damaged files aside
 
 
-def _sweep(context: RunContext, place: Place, folder: str) -> None:
+def _sweep(context: RunContext, place: ShardFolder, folder: str) -> None:
     """Delete what writers that died left half done, damaged files, and versions of the index before the newest.
 
     What a living writer is at is spared where it is locked; it does again what was taken from it elsewhere.
     """
-    with place.alone():
+    with place.exclusive():
         patterns = ["*.damaged"]  # nobody can say what is in there
-        if isinstance(place, RemotePlace):
+        if isinstance(place, RemoteShardFolder):
             subfolders = (folder, f"{folder}/{VERSIONS}")
             context.store.drop(
                 f"{each}/{name}" for each in subfolders for name in context.store.sizes(each) if name[0] == "."
             )
             if place.folder.is_dir():
-                with Place(place.folder).alone():  # which sweeps there
+                with ShardFolder(place.folder).exclusive():  # which sweeps there
                     pass
             patterns = ["[!.]*", f"{VERSIONS}/*"]  # a copy of what is behind a URL is only scratch
         for path in [path for pattern in patterns for path in place.folder.glob(pattern)]:

@@ -22,10 +22,22 @@ from curation.judge.criteria import judge as judge_observations
 from curation.judge.policy import Policy
 from curation.judge.subject import part_taken, subject_boxes
 from curation.last_resort import failure_of, keep_text
-from curation.pool import spread
+from curation.pool import run_all
 from curation.records import WHOLE, ClipRef, ClipSample, Verdict
 from curation.run.batches import Batch, Progress, StageReport
-from curation.run.context import RunContext, context_of, forget_cached, frames_name, observation_name
+from curation.run.context import RunContext, context_of, forget_cached
+from curation.run.dataset import publish, shard_folder
+from curation.run.files import (
+    announce,
+    drop_traces,
+    frames_name,
+    name_of,
+    observation_name,
+    readable,
+    release,
+    videos_here,
+)
+from curation.run.todo import clips_before
 from curation.settings import Settings
 from curation.storage import Store
 
@@ -55,13 +67,14 @@ def download(
 
     context = context_of(settings)
     log = _Log(context, "download", len(batch.refs), progress)
-    context.derives("videos", "unfinished videos", *(["debug"] if settings.debug_file else []))
+    announce(context, "videos", "unfinished videos", *(["debug"] if settings.debug_file else []))
     refused = context.catalog.register(batch.refs)
     gone = [ref for ref in batch.refs if ref.clip_id in refused]
-    context.drop_traces(gone)  # a process that ended before it could ask may have left some
+    drop_traces(context, gone)  # a process that ended before it could ask may have left some
     for ref in gone:
         log.refuse(ref, FailureCode.FORGOTTEN)
-    wanted = [ref for ref in context.to_download(batch) if ref.clip_id not in refused]
+    refs = [ref for ref in batch.refs if ref.clip_id not in refused]
+    wanted = [clip.ref for clip in clips_before(context, refs, "download") if clip.step == "download"]
     log.skip(len(batch.refs) - len(refused) - len(wanted))
     by_video: dict[str, list[ClipRef]] = {}
     for ref in wanted:
@@ -94,7 +107,7 @@ def _refuse_forgotten(context: RunContext, log: _Log, refs: Sequence[ClipRef]) -
     held = context.catalog.refs(refs)
     gone = [ref for ref in refs if ref.clip_id not in held]
     if gone:
-        context.drop_traces(gone)
+        drop_traces(context, gone)
         for ref in gone:
             log.refuse(ref, FailureCode.FORGOTTEN)
     return gone
@@ -111,7 +124,7 @@ def _fetch_video(context: RunContext, gate: Gate, ref: ClipRef) -> None:
         gate.failed(ref, error)
         raise
     gate.succeeded(ref)
-    name = context.name_of(video.path)
+    name = name_of(context, video.path)
     context.store.put(name)
     if not context.catalog.record_video(ref.video_key, video, name):
         context.store.drop([name])  # forgotten while it was fetched
@@ -147,28 +160,25 @@ def observe(
     """
     context = context_of(settings)
     log = _Log(context, "observe", len(batch.refs), progress)
-    wanted = context.to_observe(batch.refs)
-    blocked = context.given_up(wanted, ("observe",)) if wanted else frozenset()
-    videos = context.videos(wanted)
     tasks = [
         _ObserveTask(
-            ref,
-            context.name_of(videos[ref.video_key].path),
-            videos[ref.video_key].size_bytes,
+            clip.ref,
+            name_of(context, clip.video.path),
+            clip.video.size_bytes,
             settings,
             context.policy,
             context.store,
-            _limit_s(settings, ref, videos[ref.video_key].duration_s),
+            _limit_s(settings, clip.ref, clip.video.duration_s),
         )
-        for ref in wanted
-        if ref.video_key in videos and ref.clip_id not in blocked
+        for clip in clips_before(context, batch.refs, "observe")
+        if clip.step == "observe" and clip.video is not None
     ]
     log.skip(len(batch.refs) - len(tasks))
-    context.derives("observations", "frames")
+    announce(context, "observations", "frames")
     gone = _refuse_forgotten(context, log, [task.ref for task in tasks])
     tasks = [task for task in tasks if task.ref not in gone]
     began = {task.ref.clip_id: time.time() for task in tasks}
-    for task, result in spread(_observe_clip, tasks, settings.workers, lambda task: task.limit_s):
+    for task, result in run_all(_observe_clip, tasks, settings.workers, lambda task: task.limit_s):
         check()
         ref, start = task.ref, began[task.ref.clip_id]
         if isinstance(result, ENDS_THE_RUN):
@@ -218,7 +228,7 @@ def _judge(context: RunContext, log: _Log, files: Sequence[ObservationFile]) -> 
     began = time.time()
     verdicts: list[Verdict] = []
     failed: dict[str, Exception] = {}
-    for clip_id, observations in context.readable(files).items():
+    for clip_id, observations in readable(context, files).items():
         try:
             verdicts.append(judge_observations(observations, context.policy))
         except Exception as error:  # the last resort: whatever it was, the other clips are judged
@@ -248,7 +258,7 @@ def judge_all(settings: Settings, progress: Progress | None = None) -> int:
         seen += len(page)
         if progress is not None:
             progress(seen, seen)
-    if seen and nowhere and (context.store.shared or not context.store.path("observations").is_dir()):
+    if seen and nowhere and (context.store.has_url or not context.store.path("observations").is_dir()):
         raise UsageError(
             f"None of {seen} measurements is in {settings.place}; give the --out and --storage of the run."
         )
@@ -267,23 +277,23 @@ def teach(
 
     context = context_of(settings)
     log = _Log(context, "teach", len(batch.refs), progress)
-    todo = context.to_teach(batch.refs)
+    clips = {clip.ref: clip for clip in clips_before(context, batch.refs, "teach") if clip.step == "teach"}
+    todo = list(clips)
     log.skip(len(batch.refs) - len(todo))
     if todo:
         digest = context.catalog.put_provenance(context.dataset)
         began: dict[str, float] = {}
-        videos = context.videos(todo)
         refs = {ref.clip_id: ref for ref in todo}  # less those that failed
-        context.derives("shards", "unfinished shards")
+        announce(context, "shards", "unfinished shards")
 
         def encoded() -> Iterator[pa.Table]:
             teacher = _teacher(context)
             for ref in todo:
                 began[ref.clip_id] = time.time()
-                video = videos.get(ref.video_key)
+                video = clips[ref].known.video
                 try:
                     with time_limit(_limit_s(settings, ref, video.duration_s if video else 0.0)):
-                        table = encode_clip(_sample(context, ref, teacher))
+                        table = encode_clip(build_clip_sample(context, ref, teacher))
                 except Exception as error:  # the last resort: whatever it was, the other clips go on
                     if isinstance(error, ENDS_THE_RUN) and not isinstance(error, ShardError):
                         raise
@@ -298,12 +308,12 @@ def teach(
             check()
 
         staging = settings.out / "staging" / batch.batch_id
-        folder = staging if context.store.shared else context.store.path(context.shards)
+        folder = staging if context.store.has_url else context.store.path(context.shards)
         gone = context.catalog.forgotten_clips
         try:
             shards = write_tables(encoded(), folder, max_bytes=settings.shard_mb * 2**20, gone=gone)
-            if context.store.shared:
-                context.add_shards(staging, shards)
+            if context.store.has_url:
+                publish(context, staging, shards)
                 shutil.rmtree(staging, ignore_errors=True)
         except ENDS_THE_RUN:
             raise
@@ -319,12 +329,12 @@ def teach(
         if left_out:  # forgotten meanwhile: nothing of them may stay
             from curation.shards.writer import drop_clips
 
-            drop_clips(context.place(), left_out)
+            drop_clips(shard_folder(context), left_out)
             _refuse_forgotten(context, log, [refs.pop(clip_id) for clip_id in left_out])
         for clip in (clip for clip in written if clip.clip_id in refs):
             log.done([refs[clip.clip_id]], began[clip.clip_id])
         context.store.drop([frames_name(ref) for ref in todo])
-    context.release(batch)
+    release(context, batch.refs)
     return log.report()
 
 
@@ -469,7 +479,7 @@ def _observe_here(task: _ObserveTask) -> _Observed:
     return _Observed(observations.kind, sha256_file(store.path(name)), observations.provenance)
 
 
-def _sample(context: RunContext, ref: ClipRef, teacher: Any) -> ClipSample:
+def build_clip_sample(context: RunContext, ref: ClipRef, teacher: Any) -> ClipSample:
     """One accepted clip with its frames, the subject's boxes on the training grid, and the teacher's depth."""
     import numpy as np
 
@@ -477,7 +487,7 @@ def _sample(context: RunContext, ref: ClipRef, teacher: Any) -> ClipSample:
 
     settings = context.settings.observe
     file = context.catalog.observations([ref])[ref.clip_id]
-    observations = context.readable([file]).get(ref.clip_id)
+    observations = readable(context, [file]).get(ref.clip_id)
     if observations is None:
         raise ClipFailure(FailureCode.NETWORK, "the measurements are not here; they will be made by the next run")
     part = part_taken(observations, context.policy)
@@ -488,8 +498,8 @@ def _sample(context: RunContext, ref: ClipRef, teacher: Any) -> ClipSample:
         or max(frames.width, frames.height) != settings.frame_long_side
         or not np.array_equal(frames.times_s, observations.sample_times_s)  # kept by a run with other settings
     ):
-        video = context.videos([ref]).get(ref.video_key)
-        if video is None or (path := context.store.get(context.name_of(video.path), video.size_bytes)) is None:
+        video = videos_here(context, context.catalog.videos([ref.video_key])).get(ref.video_key)
+        if video is None or (path := context.store.get(name_of(context, video.path), video.size_bytes)) is None:
             raise ClipFailure(FailureCode.NETWORK, _NOT_HERE)
         frames = sample_frames(ref, path, settings, part)
     boxes, confidence = subject_boxes(observations, context.policy)

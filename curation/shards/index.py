@@ -129,7 +129,7 @@ def check_file(folder: Path, shard: ShardEntry) -> None:
 
 def read_index(folder: Path) -> tuple[ShardEntry, ...]:
     """All shards of a folder, by file name. Raises ShardError if the index is missing or not one."""
-    return Place(folder).index().entries()
+    return ShardFolder(folder).index().entries()
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,7 +317,7 @@ def publish(staging: Path, name: str) -> None:
         staging.replace(beside)
 
 
-class Place:
+class ShardFolder:
     """A folder of shards on this disk, for `commit`: its files, its versions, and a lock to take turns.
 
     The lock saves work that would be done twice. Nothing rests on it: a stopped process may lose it and wake up.
@@ -327,7 +327,7 @@ class Place:
         self.folder = folder
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
+    def exclusive(self) -> Iterator[None]:
         """Take turns with other writers, and clean up what killed ones left."""
         with locked(self.folder):
             _sweep(self.folder)
@@ -344,7 +344,7 @@ class Place:
 
     def index(self) -> Index:
         """The newest index. Raises ShardError if there is none that can be read."""
-        return Index.newest(self.versions, self.fetch)
+        return Index.newest(self.versions, self.local)
 
     def put_aside_damaged(self, names: Iterable[str]) -> frozenset[str]:
         """Rename those of these files that have no readable end, so that nobody reads them; returns the sound ones."""
@@ -388,11 +388,11 @@ class Place:
             index.write(path)
             publish(path, INDEX_NAME)
 
-    def fetch(self, name: str) -> Path:
+    def local(self, name: str) -> Path:
         """A file, to be read here."""
         return self.folder / name
 
-    def send(self, name: str) -> None:
+    def publish_shard(self, name: str) -> None:
         """Make public a file that was written here."""
 
     def delete(self, names: Iterable[str]) -> None:
@@ -437,7 +437,7 @@ def nobody(_: frozenset[str]) -> frozenset[str]:
 
 
 def commit(
-    place: Place,
+    place: ShardFolder,
     rewrite: Rewrite,
     *,
     fresh: Iterable[ShardEntry] = (),
@@ -457,7 +457,7 @@ def commit(
     """
     fresh = list(fresh)
     mine: set[str] = set()
-    with place.alone():
+    with place.exclusive():
         while True:
             before = place.versions()
             try:
@@ -488,7 +488,7 @@ def commit(
     return change.found
 
 
-def heal(place: Place, rewrite: Rewrite, gone: Gone) -> Index:
+def heal(place: ShardFolder, rewrite: Rewrite, gone: Gone) -> Index:
     """The newest index, made to agree with the files if it does not; reads no more than names and sizes if it does."""
     index, files = newest_index(place), place.files()
     named = index.sizes()
@@ -500,7 +500,7 @@ def heal(place: Place, rewrite: Rewrite, gone: Gone) -> Index:
 
 
 def _plan(
-    place: Place,
+    place: ShardFolder,
     rewrite: Rewrite,
     fresh: list[ShardEntry],
     remove: frozenset[str],
@@ -519,7 +519,7 @@ def _plan(
     believed = {name for name, size in named.items() if files.get(name) == size} - written.keys() - ignored
     known = newest.rows("file", believed)
     new = [
-        written.get(name) or scan_shard(place.fetch(name), name)
+        written.get(name) or scan_shard(place.local(name), name)
         for name in files
         if name not in believed and name not in ignored
     ]
@@ -540,9 +540,9 @@ def _plan(
             continue
         doomed.add(entry.file)
         if keep:
-            made = rename_retired(place.folder, rewrite(place.fetch(entry.file), keep), newest.retired)
+            made = rename_retired(place.folder, rewrite(place.local(entry.file), keep), newest.retired)
             mine.add(made.file)
-            place.send(made.file)
+            place.publish_shard(made.file)
             kept.append(made)
     doomed -= {entry.file for entry in kept}
     index = known.rows("file", touched, others=True).with_entries(kept)
@@ -558,7 +558,7 @@ def _plan(
     )
 
 
-def newest_index(place: Place) -> Index:
+def newest_index(place: ShardFolder) -> Index:
     """The newest index of a folder; an empty one where it is missing or damaged."""
     try:
         return place.index()

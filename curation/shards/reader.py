@@ -25,8 +25,8 @@ from curation.shards.index import (
     INDEX_NAME,
     REBUILD,
     ClipEntry,
-    Place,
     ShardEntry,
+    ShardFolder,
     check_file,
     open_shard,
     read_index,
@@ -177,7 +177,7 @@ def verify(folder: Path, *, decode: bool = True) -> tuple[ShardEntry, ...]:
     """
     shards = read_index(folder)
     known = {shard.file for shard in shards}
-    problems = [] if Place(folder).published() else [f"{folder / INDEX_NAME} is not the newest index; {REBUILD}."]
+    problems = [] if ShardFolder(folder).published() else [f"{folder / INDEX_NAME} is not the newest index; {REBUILD}."]
     problems += [f"{path} is not in the index; {REBUILD}." for path in shard_paths(folder) if path.name not in known]
     for shard in shards:
         path = folder / shard.file

@@ -16,8 +16,8 @@ from curation.shards.index import (
     VERSIONS,
     Gone,
     Index,
-    Place,
     ShardEntry,
+    ShardFolder,
     commit,
     index_versions,
     newest_index,
@@ -35,7 +35,7 @@ T = TypeVar("T")
 _COPIED = re.compile(r"(\.)?(shard-[0-9a-f]{16})(?(1)\..+)\.parquet")  # a shard, or what a killed `pull` had of it
 
 
-class RemotePlace(Place):
+class RemoteShardFolder(ShardFolder):
     """A folder of a shared Store. `turn` gives a lock that all machines know, for as long as it is open.
 
     number: gives a number over that of the newest version, and never the same one twice; by the catalog, because not
@@ -55,7 +55,7 @@ class RemotePlace(Place):
         self._brought: set[str] = set()
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
+    def exclusive(self) -> Iterator[None]:
         """Take turns with writers of all machines."""
         with self._turn():
             try:
@@ -115,12 +115,12 @@ class RemotePlace(Place):
         finally:
             self._store.path(name).unlink(missing_ok=True)
 
-    def fetch(self, name: str) -> Path:
+    def local(self, name: str) -> Path:
         """A file, brought here; the path of nothing if there is none."""
         self._brought.add(name)
         return self._store.get(f"{self._name}/{name}", self._sizes.get(name)) or self.folder / name
 
-    def send(self, name: str) -> None:
+    def publish_shard(self, name: str) -> None:
         """Send what was written here."""
         self._brought.add(name)
         self._store.put(f"{self._name}/{name}")
@@ -130,7 +130,7 @@ class RemotePlace(Place):
         self._store.drop([f"{self._name}/{name}" for name in names])
 
 
-def add_shards(place: RemotePlace, staging: Path, entries: Iterable[ShardEntry], gone: Gone = nobody) -> None:
+def add_shards(place: RemoteShardFolder, staging: Path, entries: Iterable[ShardEntry], gone: Gone = nobody) -> None:
     """Send shards that were written to `staging`, then the index. gone: as for `commit`."""
     import fcntl
 
@@ -141,7 +141,7 @@ def add_shards(place: RemotePlace, staging: Path, entries: Iterable[ShardEntry],
         with (staging / entry.file).open("r+b") as living:
             fcntl.flock(living, fcntl.LOCK_EX)  # who takes forgotten clips away spares it
             path = (staging / entry.file).replace(place.folder / entry.file)
-            place.send(entry.file)
+            place.publish_shard(entry.file)
             path.unlink()  # what is there decides from now on: others may rewrite it
     commit(place, rewrite, fresh=entries, gone=gone)
 

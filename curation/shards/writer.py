@@ -22,8 +22,8 @@ from curation.shards.codec import decode_jpeg, depth_range, encode_depth, pack_m
 from curation.shards.index import (
     INDEX_NAME,
     Gone,
-    Place,
     ShardEntry,
+    ShardFolder,
     commit,
     newest_index,
     nobody,
@@ -81,7 +81,7 @@ def write_tables(clips: Iterable[pa.Table], folder: Path, *, max_bytes: int, gon
 
 def update_index(folder: Path, entries: Iterable[ShardEntry], gone: Gone = nobody) -> None:
     """Add shards to the folder's index, with any complete shard a crash kept out of it. Safe to repeat."""
-    commit(Place(folder), rewrite, fresh=entries, gone=gone)
+    commit(ShardFolder(folder), rewrite, fresh=entries, gone=gone)
 
 
 def rebuild_index(folder: Path) -> None:
@@ -90,7 +90,7 @@ def rebuild_index(folder: Path) -> None:
     Raises ShardError for a folder with neither shards nor an index.
     """
     _exists(folder)
-    commit(Place(folder), rewrite, trust_index=False)
+    commit(ShardFolder(folder), rewrite, trust_index=False)
 
 
 def remove_clips(folder: Path, clip_ids: Iterable[str]) -> frozenset[str]:
@@ -100,16 +100,16 @@ def remove_clips(folder: Path, clip_ids: Iterable[str]) -> frozenset[str]:
     until they close. After a crash, call it again. Raises ShardError for a folder with neither shards nor an index.
     """
     _exists(folder)
-    return drop_clips(Place(folder), clip_ids)
+    return drop_clips(ShardFolder(folder), clip_ids)
 
 
 def _exists(folder: Path) -> None:
     """Raise ShardError where a mistyped path would be made an empty data set."""
-    if not (shard_paths(folder) or (folder / INDEX_NAME).exists() or Place(folder).versions()):
+    if not (shard_paths(folder) or (folder / INDEX_NAME).exists() or ShardFolder(folder).versions()):
         raise ShardError(f"{folder} is not a folder of shards: it holds no shard and no index; check the path.")
 
 
-def drop_clips(place: Place, clip_ids: Iterable[str]) -> frozenset[str]:
+def drop_clips(place: ShardFolder, clip_ids: Iterable[str]) -> frozenset[str]:
     """`remove_clips`, wherever the folder is."""
     return commit(place, rewrite, remove=frozenset(clip_ids))
 
@@ -232,7 +232,7 @@ class _Shard:
         self._writer.add_key_value_metadata({PROVENANCE_KEY.decode(): _provenance_json(self._provenance)})
         self.close()
         name = f"shard-{sha256_json([SCHEMA_VERSION, self._clips])[:16]}.parquet"
-        name = unused_name(name, newest_index(Place(self._path.parent)).retired)
+        name = unused_name(name, newest_index(ShardFolder(self._path.parent)).retired)
         entry = scan_shard(self._path, name)
         publish(self._path, name)
         return entry

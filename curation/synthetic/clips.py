@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from curation.files import atomic_path
 from curation.observe.sampling import sample_indices
-from curation.pool import spread
+from curation.pool import run_all
 from curation.records import Outcome
 from curation.render.body import load_body
 from curation.synthetic.camera import Shot, film
@@ -142,7 +142,7 @@ def make_clips(
     """Write every plan's clip and cases.csv, the table of what is true."""
     folder.mkdir(parents=True, exist_ok=True)
     truths: dict[str, ClipTruth] = {}
-    for plan, result in spread(partial(make_clip, folder=folder), plans, workers):
+    for plan, result in run_all(partial(make_clip, folder=folder), plans, workers):
         if isinstance(result, BaseException):
             raise result
         truths[plan.name] = result

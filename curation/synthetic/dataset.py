@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from curation.pool import cores, spread
+from curation.pool import cores, run_all
 from curation.records import ClipRef, ClipSample, Frames, TeacherDepth
 from curation.shards.codec import encode_jpeg, pack_mask
 from curation.shards.writer import encode_clip, write_tables
@@ -74,7 +74,7 @@ def write_dataset(
         for start in range(0, clips, batch):
             tasks = [(seed, number, frames) for number in range(start, min(start + batch, clips))]
             made: dict[int, pa.Table] = {}
-            for task, result in spread(_labelled, tasks, workers):
+            for task, result in run_all(_labelled, tasks, workers):
                 if isinstance(result, BaseException):
                     raise result
                 made[task[1]] = result

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from curation.files import atomic_path
-from curation.pool import spread
+from curation.pool import run_all
 from curation.render.body import load_body
 from curation.synthetic.camera import MOVES, Shot, film
 from curation.synthetic.clips import CASES, ClipPlan, shoot
@@ -44,7 +44,7 @@ def write_clip_pictures(folder: Path, clips: int, seed: int, workers: int | None
 def _write(function: Callable[..., None], folder: Path, seeds: range, workers: int | None) -> None:
     (folder / "images").mkdir(parents=True, exist_ok=True)
     (folder / "labels").mkdir(parents=True, exist_ok=True)
-    for _, result in spread(partial(function, folder=folder), seeds, workers):
+    for _, result in run_all(partial(function, folder=folder), seeds, workers):
         if isinstance(result, BaseException):
             raise result
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from curation.files import atomic_path
-from curation.pool import spread
+from curation.pool import run_all
 from curation.synthetic.clips import ClipPlan, shoot
 
 SIZES = ((224, 126), (126, 224))  # 16 x 9 patches of 14 pixels
@@ -48,7 +48,7 @@ def write_scenes(
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{number:06d}.npz" for number in range(seed, seed + scenes)]
     missing = [path for path in paths if not path.exists()]
-    for done, (_, result) in enumerate(spread(partial(_write_scene), missing, workers), 1):
+    for done, (_, result) in enumerate(run_all(partial(_write_scene), missing, workers), 1):
         if isinstance(result, BaseException):
             raise result
         if progress:

@@ -35,7 +35,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 import curation.catalog.database
-from curation.catalog import Attempt, Catalog, Funnel, ObservationFile, Output, forgotten_digest
+from curation.catalog import Attempt, Catalog, Funnel, Known, ObservationFile, Output, forgotten_digest
 from curation.catalog.database import Database
 from curation.catalog.leases import Lease
 from curation.catalog.tables import metadata
@@ -241,6 +241,43 @@ def test_records_of_unknown_clips_are_left_out_and_named(catalog: Catalog) -> No
     assert catalog.record_outputs([output(clip, digest) for clip in both]) == missing
     assert not catalog.record_video(ref(2).video_key, video_file(), "videos/k/video.mp4")
     assert catalog.funnel(None, POLICY) == Funnel(1, 0, 1, 1, 0, 0, 1, {}, {}, {}, {digest: 1})
+
+
+def test_one_reading_says_of_each_clip_what_the_tables_say_one_by_one(catalog: Catalog) -> None:
+    refs = [ref(number // 3, number % 3) for number in range(600)]  # more than go into one statement
+    catalog.register(refs)
+    digest, other = catalog.put_provenance({"made": "by this"}), catalog.put_provenance({"made": "by another"})
+    for number in range(0, 200, 2):
+        catalog.record_video(ref(number).video_key, video_file(), f"videos/{number}/video.mp4")
+    catalog.record_observations(observation(clip, digest) for clip in refs[::3])
+    for policy, judged in ((POLICY, refs[::6]), ("other", refs[::3])):
+        catalog.record_verdicts(
+            [verdict(clip, policy=policy) for clip in judged], {clip.clip_id: SHA for clip in judged}
+        )
+    catalog.record_outputs(
+        [*(output(clip, digest) for clip in refs[::12]), *(output(clip, other) for clip in refs[::9])]
+    )
+    tries = [("observe", FailureCode.CORRUPT), ("download", FailureCode.GEO), ("teach", None)]
+    catalog.record_attempts(Attempt(clip.clip_id, *each) for clip in refs[1::5] for each in tries)
+    unknown = ref(9999)
+    asked = [*refs[::-1], unknown]
+    known = catalog.known(asked, POLICY, digest)
+    stored = catalog.videos(clip.video_key for clip in refs)
+    measured, judged, written = (
+        catalog.observations(asked), catalog.verdicts(asked, POLICY), catalog.outputs(asked, digest),
+    )  # fmt: skip
+    failed = catalog.failures(asked)
+    assert known == {
+        clip.clip_id: Known(
+            stored.get(clip.video_key),
+            measured.get(clip.clip_id),
+            judged.get(clip.clip_id),
+            written.get(clip.clip_id),
+            tuple(each for each in failed if each.clip_id == clip.clip_id),
+        )
+        for clip in asked
+    }
+    assert known[unknown.clip_id] == Known() and known[refs[0].clip_id].output is not None and failed
 
 
 def test_failures_are_the_last_tries_that_failed(catalog: Catalog) -> None:

@@ -35,7 +35,7 @@ def catalog(tmp_path: Path) -> Catalog:
 def test_what_one_worker_holds_another_does_not_get(catalog: Catalog, tmp_path: Path):
     with Claims(catalog, tmp_path / "a", 60) as first, Claims(catalog, tmp_path / "b", 60) as second:
         assert first.take("x") and first.take("x") and not second.take("x")
-        first.leave("x")
+        first.release("x")
         assert second.take("x") and not first.take("x")
     assert catalog.leases() == []
 
@@ -111,7 +111,7 @@ def test_a_stopped_worker_s_claims_are_taken_over_and_it_learns_of_it(catalog: C
             deadline = time.monotonic() + 20
             while not claims.take("x"):
                 assert time.monotonic() < deadline
-                claims.bury()
+                claims.release_dead()
                 time.sleep(0.05)
             os.kill(worker.pid, signal.SIGCONT)
             said, _ = worker.communicate("go on\n", timeout=20)
@@ -167,7 +167,7 @@ def test_turns_are_taken_one_after_the_other(catalog: Catalog, tmp_path: Path):
     inside, most = [0], [0]
 
     def work() -> None:
-        with Claims(catalog, tmp_path, 60) as claims, claims.turn("index"):
+        with Claims(catalog, tmp_path, 60) as claims, claims.hold("index"):
             inside[0] += 1
             most[0] = max(most[0], inside[0])
             time.sleep(0.05)
@@ -205,7 +205,7 @@ def test_every_piece_is_done_once_whatever_the_order(tmp_path_factory, steps, co
             piece = open_[name].pop(0)
             worked.append(piece.batch_id)
             finished.add(piece.batch_id)
-            queues[name].leave(piece)
+            queues[name].release(piece)
 
         for step in [*steps, *"aAbB" * (2 * count + 2)]:
             name = step.lower()

@@ -22,15 +22,17 @@ from curation.last_resort import keep_text
 from curation.records import ClipRef, ClipSample, Frames
 from curation.run import stages
 from curation.run.batches import read_batches
-from curation.run.context import RunContext, context_of, frames_name, observation_name
+from curation.run.context import RunContext, context_of
+from curation.run.dataset import shard_folder
 from curation.run.derived import REGISTRY, Derived, register, registered
+from curation.run.files import frames_name, observation_name
 from curation.run.forget import remove_forgotten
 from curation.settings import Settings
 from curation.shards import writer
 from curation.shards.codec import encode_jpeg
-from curation.shards.index import Index, Place
+from curation.shards.index import Index, ShardFolder
 from curation.shards.reader import ShardReader, verify
-from curation.shards.remote import RemotePlace, add_shards
+from curation.shards.remote import RemoteShardFolder, add_shards
 from curation.shards.schema import ShardError
 from curation.shards.writer import drop_clips, remove_clips, write_shards
 
@@ -112,7 +114,7 @@ def test_every_folder_of_a_run_is_on_the_list(settings: Settings) -> None:
 
 def forget_during(monkeypatch: pytest.MonkeyPatch, settings: Settings, name: str) -> None:
     """Forget GONE when the pipeline next gets something from its function of this name, before it does more with it."""
-    real = getattr(pipeline, name)
+    real = getattr(stages, name)
 
     def forgetting(*arguments):
         made = real(*arguments)
@@ -126,10 +128,12 @@ def forget_during(monkeypatch: pytest.MonkeyPatch, settings: Settings, name: str
             Catalog(settings.database).forget([GONE])
             yield result
 
-    monkeypatch.setattr(pipeline, name, forgetting)
+    monkeypatch.setattr(stages, name, forgetting)
 
 
-@pytest.mark.parametrize(("stage", "step"), [("download", "_make_room"), ("observe", "spread"), ("teach", "_sample")])
+@pytest.mark.parametrize(
+    ("stage", "step"), [("download", "_make_room"), ("observe", "run_all"), ("teach", "build_clip_sample")]
+)
 def test_what_is_forgotten_while_a_stage_is_at_it_leaves_nothing(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, stage: str, step: str
 ) -> None:
@@ -234,8 +238,8 @@ def test_what_killed_senders_left_goes_too(tmp_path: Path) -> None:
     state = bare(out, f"file://{shared}")
     register(out, Derived("unfinished shards", "staging/*", "index"))
     shared.mkdir()
-    place = state.place(SET)
-    assert isinstance(place, RemotePlace)
+    place = shard_folder(state, SET)
+    assert isinstance(place, RemoteShardFolder)
     with kept_at(tmp_path, LocalFileSystem, "mv"):
         staging = out / "staging" / "batch"
         add_shards(place, staging, write_shards(map(sample, [GONE, KEPT, other]), staging, max_bytes=2**30))
@@ -266,8 +270,8 @@ def test_what_killed_senders_left_goes_too(tmp_path: Path) -> None:
 
 def test_who_lives_sends_and_reads_again_what_was_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = bare(tmp_path / "out", f"file://{tmp_path / 'shared'}")
-    place, staging = state.place(SET), tmp_path / "staging"
-    assert isinstance(place, RemotePlace)
+    place, staging = shard_folder(state, SET), tmp_path / "staging"
+    assert isinstance(place, RemoteShardFolder)
     real = LocalFileSystem.mv
 
     def forgotten_meanwhile(*arguments):
@@ -306,7 +310,7 @@ def test_an_index_of_before_goes_too(tmp_path: Path, monkeypatch: pytest.MonkeyP
     state = bare(tmp_path)
     write_shards(map(sample, [GONE, KEPT]), tmp_path / SET, max_bytes=2**30)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Place, "delete", delete_no_version)
+        patch.setattr(ShardFolder, "delete", delete_no_version)
         remove_clips(tmp_path / SET, [GONE.clip_id])
     assert len(list((tmp_path / SET / ".index").iterdir())) == 2
     state.catalog.forget([GONE])
@@ -314,7 +318,7 @@ def test_an_index_of_before_goes_too(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert traces(tmp_path, GONE, []) == []
 
 
-def delete_no_version(place: Place, names: Iterable[str]) -> None:
+def delete_no_version(place: ShardFolder, names: Iterable[str]) -> None:
     for name in names:
         if name.startswith(".index"):
             raise KeyboardInterrupt

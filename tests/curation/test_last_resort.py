@@ -28,7 +28,8 @@ from curation.observe.observations import read_observations, write_observations
 from curation.records import ClipRef
 from curation.run import stages
 from curation.run.batches import read_batches
-from curation.run.context import context_of, frames_name, observation_name
+from curation.run.context import context_of
+from curation.run.files import frames_name, observation_name
 from curation.settings import DownloadSettings, Settings
 
 GOOD, BAD = local("bars"), local("count")
@@ -348,7 +349,7 @@ def test_a_full_disk_is_recorded_in_every_stage_and_nothing_is_lost(
     ready = pipeline.preflight(other)
     (batch,) = read_batches(refs, ready)
     for stage, spare in (("download", 8_000), ("observe", 0), ("judge", None), ("teach", 8_000)):
-        work = getattr(pipeline, stage)
+        work = getattr(stages, stage)
         if spare is not None:
             filler = fill(small_disk, spare)
             report = work(ready, batch)

@@ -366,7 +366,7 @@ def test_a_run_whose_clock_is_wrong_neither_hangs_nor_gives_up(
         queue = Queue(claims, [Batch(0, (), "one")], lambda _: False)
         work = queue.take()
         assert work is not None
-        queue.leave(work, later=True)
+        queue.release(work, later=True)
         monkeypatch.setattr(pipeline.time, "sleep", sleep)
         assert not pipeline.wait_for_more(settings, queue), "15 minutes are more than its patience"
         catalog.unblock("youtube", "default", force=True)

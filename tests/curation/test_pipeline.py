@@ -27,7 +27,9 @@ from curation.observe.sampling import SAMPLER
 from curation.records import ClipRef
 from curation.run import stages
 from curation.run.batches import read_batches
-from curation.run.context import FOLDERS, context_of, frames_name
+from curation.run.context import context_of
+from curation.run.files import FOLDERS, frames_name
+from curation.run.todo import clips_before, finished
 from curation.settings import DownloadSettings, ObserveSettings, Settings, TeacherSettings
 from curation.shards.codec import decode_jpeg
 from curation.shards.reader import ShardReader, verify
@@ -231,9 +233,11 @@ def test_what_another_sampler_measured_is_measured_anew_and_never_mixed(settings
     monkeypatch.setattr("curation.run.context.SAMPLER", "newer/1")
     ready = pipeline.preflight(settings)
     (batch,) = read_batches(REFS[:1], ready)
-    state = context_of(ready)
-    assert state.to_observe(batch.refs) == REFS[:1] and not state.finished(batch)
-    assert state.to_teach(batch.refs) == [], "the old samples would go under the new name"
+    context = context_of(ready)
+    assert [clip.step for clip in clips_before(context, batch.refs, "observe")] == ["observe"]
+    assert not finished(context, batch.refs)
+    steps = [clip.step for clip in clips_before(context, batch.refs, "teach")]
+    assert steps == ["observe"], "the old samples would go under the new name"
 
 
 def test_a_depth_folder_is_another_teacher_in_a_data_set_of_its_own(settings: Settings, tmp_path: Path):

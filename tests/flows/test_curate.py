@@ -22,7 +22,6 @@ from curation.failures import OutageError, UsageError
 from curation.records import ClipRef
 from curation.run import stages as real_stages
 from curation.run.batches import Batch, StageReport
-from curation.run.context import RunContext
 from curation.settings import Settings, VideoLimits
 from flows import curate as curate_module
 from flows import stages
@@ -263,7 +262,7 @@ def test_a_batch_that_another_worker_took_is_left_to_it(service, monkeypatch, tm
             taken.append(catalog.claim([batch.batch_id], "another", 2.0))
 
     ran = Stages(monkeypatch, download=steal)
-    monkeypatch.setattr(RunContext, "finished", lambda *_: False)  # by the catalog, in which these stages write nothing
+    monkeypatch.setattr(pipeline, "finished", lambda *_: False)  # by the catalog, in which these stages write nothing
     assert work(tmp_path, make_batches(1)) == []
     begun = [event for event in ran.events if event[:2] == ("begin", "observe")]
     assert taken and len(begun) >= 2, "refused, and done when the other one was gone"

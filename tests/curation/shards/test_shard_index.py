@@ -21,9 +21,9 @@ import pytest
 from curation.catalog import Catalog
 from curation.run.claims import Claims
 from curation.shards import index, remote, writer
-from curation.shards.index import INDEX_NAME, VERSIONS, Place, heal, newest_index, read_index, shard_paths
+from curation.shards.index import INDEX_NAME, VERSIONS, ShardFolder, heal, newest_index, read_index, shard_paths
 from curation.shards.reader import ShardReader, verify
-from curation.shards.remote import RemotePlace, add_shards, fetch_index, pull
+from curation.shards.remote import RemoteShardFolder, add_shards, fetch_index, pull
 from curation.shards.schema import ShardError
 from curation.shards.writer import drop_clips, rebuild_index, remove_clips, rewrite, write_shards
 from curation.storage import Store
@@ -81,7 +81,7 @@ class Worker:
             return _both(claims)
 
         number = partial(catalog.next_index_version, "set")
-        self.place = RemotePlace(Store(folder, url), "set", turn, number)
+        self.place = RemoteShardFolder(Store(folder, url), "set", turn, number)
 
     def add(self, *samples) -> None:
         entries = write_shards(samples, self.folder / "staging", max_bytes=PLENTY)
@@ -94,7 +94,7 @@ class _both:
 
     def __enter__(self) -> None:
         self._claims.__enter__()
-        self._turn = self._claims.turn("index:set")
+        self._turn = self._claims.hold("index:set")
         self._turn.__enter__()
 
     def __exit__(self, *error) -> None:
@@ -165,13 +165,13 @@ def test_a_disk_without_links_has_versions_too(make_clip, tmp_path: Path, monkey
     for seed in range(3):
         write_shards([make_clip(seed)], tmp_path, max_bytes=PLENTY)
     assert clips_of(tmp_path) == {make_clip(seed).clip_id for seed in range(3)}
-    place = Place(tmp_path)
+    place = ShardFolder(tmp_path)
     assert not place.create(newest_index(place)), "its name exists"
 
 
 def test_an_index_that_disagrees_with_the_files_is_healed(make_clip, tmp_path: Path) -> None:
     write_shards([make_clip(seed) for seed in range(4)], tmp_path, max_bytes=1)
-    place = Place(tmp_path)
+    place = ShardFolder(tmp_path)
     whole, files = read_index(tmp_path), shard_paths(tmp_path)
     stamp = max((tmp_path / VERSIONS).iterdir()).stat().st_mtime_ns
     heal(place, rewrite, index.nobody)
@@ -211,7 +211,7 @@ def test_what_a_late_writer_left_brings_no_forgotten_clip_back(make_clip, tmp_pa
     write_shards([make_clip(seed) for seed in range(2)], tmp_path / "late", max_bytes=PLENTY)
     (left,) = shard_paths(tmp_path / "late")
     left.rename(tmp_path / left.name)
-    heal(Place(tmp_path), rewrite, lambda ids: ids & {gone})
+    heal(ShardFolder(tmp_path), rewrite, lambda ids: ids & {gone})
     assert clips_of(tmp_path) == {make_clip(1).clip_id, make_clip(2).clip_id}
 
 
@@ -232,11 +232,11 @@ def test_a_reader_that_opens_while_files_are_replaced_finds_a_whole_folder(make_
     assert clips_of(tmp_path) == {make_clip(8).clip_id}
 
 
-class Unlocked(Place):
+class Unlocked(ShardFolder):
     """A folder in the hands of a writer that lost its lock without knowing."""
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
+    def exclusive(self) -> Iterator[None]:
         yield
 
 
@@ -260,7 +260,7 @@ def test_a_writer_that_lost_deletes_nothing_that_the_winner_names(make_clip, tmp
                 deleted.set()
                 done.wait(30)
 
-    class Other(Place):
+    class Other(ShardFolder):
         def create(self, version: index.Index) -> bool:
             go_on.set()
             deleted.wait(1)
@@ -296,7 +296,7 @@ def test_what_a_loser_wrote_does_not_stay(make_clip, tmp_path: Path) -> None:
 
     index.commit(Late(tmp_path), rewrite, remove=frozenset({make_clip(0).clip_id}))
     assert clips_of(tmp_path) == {make_clip(2).clip_id}
-    heal(Place(tmp_path), rewrite, index.nobody)
+    heal(ShardFolder(tmp_path), rewrite, index.nobody)
     assert clips_of(tmp_path) == {make_clip(2).clip_id}
 
 
@@ -321,7 +321,7 @@ def test_a_writer_that_deletes_late_deletes_nothing_written_since(make_clip, tmp
         def delete(self, names: Iterable[str]) -> None:
             names = list(names)
             if any(name.startswith("shard") for name in names):
-                heal(Place(tmp_path), rewrite, index.nobody)
+                heal(ShardFolder(tmp_path), rewrite, index.nobody)
                 for _ in range(2):  # by then the version that retired the name is gone, and others followed
                     write_shards(clips, tmp_path, max_bytes=PLENTY)
             super().delete(names)
@@ -388,7 +388,7 @@ def test_a_shard_from_a_backup_is_taken_back_by_a_rebuild(make_clip, tmp_path: P
     (tmp_path / entry.file).write_bytes(backup)
     rebuild_index(tmp_path)
     assert clips_of(tmp_path) == {make_clip(0).clip_id, make_clip(1).clip_id}
-    heal(Place(tmp_path), rewrite, index.nobody)
+    heal(ShardFolder(tmp_path), rewrite, index.nobody)
     assert clips_of(tmp_path) == {make_clip(0).clip_id, make_clip(1).clip_id}
 
 
@@ -414,7 +414,7 @@ def test_a_damaged_newest_version_is_healed_by_a_run(make_clip, tmp_path: Path) 
     whole = verify(tmp_path)
     (newest,) = (tmp_path / VERSIONS).iterdir()
     os.truncate(newest, 40)
-    heal(Place(tmp_path), rewrite, index.nobody)
+    heal(ShardFolder(tmp_path), rewrite, index.nobody)
     assert verify(tmp_path) == whole
 
 

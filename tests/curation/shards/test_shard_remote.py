@@ -12,7 +12,7 @@ import pytest
 from curation.catalog import Catalog
 from curation.shards.index import INDEX_NAME, ClipEntry, Index, ShardEntry, read_index
 from curation.shards.reader import verify
-from curation.shards.remote import RemotePlace, add_shards, pull
+from curation.shards.remote import RemoteShardFolder, add_shards, pull
 from curation.shards.schema import ShardError
 from curation.shards.writer import drop_clips, write_shards
 from curation.storage import Store
@@ -25,7 +25,7 @@ class Worker:
         self.folder, self.make_clip = folder, make_clip
         catalog = Catalog(f"sqlite:///{folder.parent / 'catalog.sqlite'}")
         number = partial(catalog.next_index_version, "set")
-        self.place = RemotePlace(Store(folder, url), "set", nullcontext, number)
+        self.place = RemoteShardFolder(Store(folder, url), "set", nullcontext, number)
 
     def write(self, *clips: str) -> list[ShardEntry]:
         samples = [self.make_clip(ord(clip), clip_id=clip) for clip in clips]
@@ -49,14 +49,14 @@ def test_workers_whose_shards_overlap_lose_no_clip(
 ):
     a, b = Worker(tmp_path / "a", url, make_clip), Worker(tmp_path / "b", url, make_clip)
     mine, theirs = a.write("c", "d"), b.write("c", "e")
-    sent = a.place.send
+    sent = a.place.publish_shard
 
     def send(name: str) -> None:  # B is quicker: it commits between A's sending and A's commit
         sent(name)
-        monkeypatch.setattr(a.place, "send", sent)
+        monkeypatch.setattr(a.place, "publish_shard", sent)
         b.add(theirs)
 
-    monkeypatch.setattr(a.place, "send", send)
+    monkeypatch.setattr(a.place, "publish_shard", send)
     a.add(mine)
     pull(f"{url}/set", tmp_path / "pulled")
     assert clips_of(tmp_path / "pulled") == ["c", "d", "e"]

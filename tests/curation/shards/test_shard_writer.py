@@ -246,7 +246,7 @@ def test_removing_the_last_clip_removes_the_file(make_clip, tmp_path: Path) -> N
     assert not ShardReader(tmp_path).clips
 
 
-@pytest.mark.parametrize("step", ["send", "create", "delete", "publish"])
+@pytest.mark.parametrize("step", ["publish_shard", "create", "delete", "publish"])
 def test_a_removal_cut_short_is_finished_by_calling_it_again(
     make_clip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
@@ -255,7 +255,7 @@ def test_a_removal_cut_short_is_finished_by_calling_it_again(
 
     write_shards([make_clip(0), make_clip(1)], tmp_path, max_bytes=PLENTY)
     with monkeypatch.context() as patch:
-        patch.setattr(index.Place, step, crash)
+        patch.setattr(index.ShardFolder, step, crash)
         with pytest.raises(KeyboardInterrupt):
             remove_clips(tmp_path, [make_clip(0).clip_id])
     assert make_clip(1).clip_id in ShardReader(tmp_path).clips, "a reader finds a whole folder at any moment"
