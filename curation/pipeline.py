@@ -229,6 +229,7 @@ def wait_for_more(settings: Settings, queue: Queue[Batch]) -> bool:
 
 
 def postponed(platform: str, left_s: float) -> str:
-    """A sentence for the user about a platform that asked to be left alone, with a time by this machine's clock."""
+    """A sentence for the user about a platform that limits requests, with a time by this machine's clock."""
     when = time.strftime("%H:%M on %d %B", time.localtime(time.time() + left_s))
-    return f"{platform} asked to be left alone; its clips are fetched by a run after {when}."
+    limits = f"{platform} is limiting requests from this machine"
+    return f"{limits}; its clips are postponed, not failed. Run again after {when}."

@@ -44,7 +44,59 @@ def failures() -> str:
     )
 
 
-PAGES: dict[str, Callable[[], str]] = {"failures.md": failures}
+def settings() -> str:
+    """docs/settings.md: every setting, from its one declaration."""
+    from curation.options import Option, options
+    from curation.settings import VideoLimits
+
+    signs = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than", "multiple_of": "a multiple of"}
+
+    def default(option: Option) -> str:
+        if isinstance(option.default, bool) or option.default in (None, []):
+            return ""
+        if isinstance(option.default, list | tuple):
+            return f"`{' '.join(map(str, option.default))}`"
+        return f"`{option.default}`"
+
+    def row(option: Option, parameter: str) -> str:
+        limits = [
+            f"{sign} {getattr(each, name):g}"
+            for each in option.field.metadata
+            for name, sign in signs.items()
+            if getattr(each, name, None) is not None
+        ]
+        said = f"{option.field.description} ({', '.join(limits)})" if limits else f"{option.field.description}"
+        flags = {"teacher": "`--teacher`", "teacher_model": "`--teacher`"}
+        flag = flags.get(option.name, f"`{option.flag}`")
+        variable = f" or `{option.env}`" if option.env else ""
+        return f"| `{parameter}` | {flag}{variable} | {default(option)} | {said} |"
+
+    rows = []
+    flat = options(flat=True)
+    for option in options().values():
+        if option.field.annotation is VideoLimits:
+            rows += [row(flat[name], f"{option.name}.{name}") for name in VideoLimits.model_fields]
+        else:
+            rows.append(row(option, option.name))
+    return "\n".join(
+        [
+            "# Settings",
+            "",
+            "Each setting is declared once, in `curation/settings.py`. The parameters of the flow",
+            "(`prefect deployment run curate --param name=value`), the options of `curation run` and this page are",
+            "made from there; `make docs` writes this page.",
+            "",
+            "`--teacher` takes one word: a MoGe-2 Hugging Face id or local file, a folder of depth, or `none`.",
+            "",
+            "| parameter of the flow | option of `curation run` | default | meaning |",
+            "|---|---|---|---|",
+            *rows,
+            "",
+        ]
+    )
+
+
+PAGES: dict[str, Callable[[], str]] = {"failures.md": failures, "settings.md": settings}
 
 
 if __name__ == "__main__":

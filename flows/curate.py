@@ -7,10 +7,10 @@ without Prefect. The catalog, not Prefect, knows what is done; running the flow 
 from __future__ import annotations
 
 import logging
-import os
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, cast
+from typing import Annotated, Any, NamedTuple, cast
 from uuid import UUID
 
 from prefect import State, allow_failure, flow, get_run_logger
@@ -20,70 +20,48 @@ from prefect.exceptions import FailedRun
 from prefect.futures import PrefectFuture
 from prefect.states import Completed, Failed
 from prefect.task_runners import TaskRunner
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from curation import pipeline
 from curation.catalog import Funnel
 from curation.failures import TRIES, FailureCode, LostError, OutageError, Trait, UsageError
 from curation.manifest import read_manifest
+from curation.options import Option, options, parameters, settings_of
 from curation.records import ClipRef
 from curation.run.batches import Batch, StageReport, read_batches
-from curation.settings import DownloadSettings, ObserveSettings, Settings, TeacherSettings, VideoLimits
+from curation.settings import Settings
 from flows import stages
 from flows.runners import RunnerName, make_task_runner
 
-_TEACHER = TeacherSettings()
-_OBSERVE = ObserveSettings()
-_DOWNLOAD = DownloadSettings()
+_PATHS = ("local_root", "cookies", "proxy_file", "debug_file")
+
+
+def _parameter(option: Option) -> Any:
+    """The type of an option with its bounds, for Prefect's form and its check of parameters."""
+    kind = list[FailureCode] if option.name == "retry" else option.type
+    return Annotated[(kind, *option.field.metadata)] if option.field.metadata else kind
+
+
+def _described(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options to the docstring, from which Prefect takes what its form says of each parameter."""
+    lines = [f"        {option.name}: {option.field.description}\n" for option in options().values()]
+    before, mark, after = (function.__doc__ or "").partition("        parallel_batches:")
+    function.__doc__ = "".join([before, *lines, mark, after])
+    return function
 
 
 @flow(name="curate", description="Manifest -> videos -> observations -> verdicts -> shards.", persist_result=False)
+@parameters(options().values(), _parameter)
+@_described
 def curate(
     manifest: Path,
     out: Path,
-    policy: Path = Path("default"),
-    detector: str | None = None,
-    teacher: Literal["moge", "folder", "none"] = _TEACHER.kind,
-    teacher_model: str = _TEACHER.model,
-    teacher_name: str | None = None,
-    num_tokens: Annotated[int, Field(ge=1)] = _TEACHER.num_tokens,
-    teacher_batch: Annotated[int, Field(ge=1)] = _TEACHER.batch_size,
-    device: str = "auto",
-    sample_fps: Annotated[float, Field(gt=0)] = _OBSERVE.sample_fps,
-    detector_long_side: Annotated[int, Field(ge=64, multiple_of=32)] = _OBSERVE.detector_long_side,
-    detector_confidence: Annotated[float, Field(gt=0, lt=1)] = _OBSERVE.detector_confidence,
-    prescreen_key_frames: Annotated[int, Field(ge=2)] = _OBSERVE.prescreen_key_frames,
-    frame_long_side: Annotated[int, Field(ge=14, multiple_of=14)] = _OBSERVE.frame_long_side,
-    max_height: Annotated[int, Field(ge=144)] = _DOWNLOAD.max_height,
-    download_timeout_s: Annotated[float, Field(gt=0)] = _DOWNLOAD.timeout_s,
-    download_retries: Annotated[int, Field(ge=0)] = _DOWNLOAD.retries,
-    http_hosts: list[str] = [],  # noqa: B006 - never changed, and None would be one more case in the form
-    local_root: Path | None = None,
-    allow_loopback: bool = False,
-    catalog_url: str | None = None,
-    storage: str | None = None,
-    lease_s: Annotated[float, Field(ge=3)] = 120.0,
-    patience_s: Annotated[float, Field(ge=0)] = 3600.0,
-    session: str = _DOWNLOAD.session,
-    videos_per_hour: Annotated[int, Field(ge=0)] = _DOWNLOAD.videos_per_hour,
-    pause_s: tuple[float, float] = _DOWNLOAD.pause_s,
-    bytes_per_s: Annotated[int | None, Field(ge=1)] = None,
-    max_video_mb: Annotated[int, Field(ge=1)] = _DOWNLOAD.max_video_mb,
-    min_free_mb: Annotated[int, Field(ge=0)] = _DOWNLOAD.min_free_mb,
-    budget_mb: Annotated[int | None, Field(ge=1)] = None,
-    cookies: Path | None = None,
-    proxy_file: Path | None = None,
-    batch_clips: Annotated[int, Field(ge=1)] = 32,
-    workers: Annotated[int | None, Field(ge=1)] = None,
-    limits: VideoLimits = _DOWNLOAD.limits,
-    clip_timeout_s: Annotated[float | None, Field(gt=0)] = None,
-    debug_file: Path | None = None,
-    shard_mb: Annotated[int, Field(ge=1)] = 512,
-    retry: list[FailureCode] = [],  # noqa: B006
+    *,
     parallel_batches: Annotated[int, Field(ge=1)] = 1,
     stage_timeout_hours: Annotated[float, Field(gt=0)] = 6.0,
     task_runner: RunnerName | None = None,
     cluster: str | None = None,
+    **values: Any,
 ) -> State[None]:
     """Curate every clip of a manifest.
 
@@ -92,49 +70,8 @@ def curate(
     Args:
         manifest: The .csv, .jsonl or .parquet list of platform, video_id, start_s, end_s.
         out: The folder for catalog, videos, observations and shards.
-        policy: `default`, `paper`, or the path of a policy file.
-        detector: ultralytics weights; empty takes the policy's.
-        teacher: Which depth teacher runs on accepted clips; none writes shards without depth.
-        teacher_model: A Hugging Face id, a local file, or the depth folder.
-        teacher_name: The name recorded for a folder teacher, such as megasam.
-        num_tokens: MoGe-2 tokens per frame; 777 is the native grid of 518x294.
-        teacher_batch: Frames per forward pass of the teacher.
-        device: auto, cpu, cuda or cuda:N, for detector and teacher.
-        sample_fps: Rate of detector samples and of training frames.
-        detector_long_side: Longer side of the detector's input in pixels, a multiple of 32.
-        detector_confidence: Boxes below this are not stored.
-        prescreen_key_frames: Clips with fewer key frames among their samples skip the prescreen.
-        frame_long_side: Longer side of training frames in pixels, a multiple of 14.
-        max_height: No stream whose short side is over this is fetched: 1080 takes 1920x1080 and 1080x1920.
-        download_timeout_s: Seconds without an answer before a request is given up.
-        download_retries: Further tries after a transient failure.
-        http_hosts: Hosts (host or host:port) allowed for platform http.
-        local_root: The folder below which platform local may read.
-        allow_loopback: Permit loopback addresses; for tests and demonstrations only.
-        catalog_url: An SQLAlchemy URL for a catalog that machines share; empty takes UNISH_CATALOG_URL of the worker's
-            environment, or SQLite in the output folder. Prefect shows parameters: a password belongs into neither.
-        storage: An fsspec URL, such as s3://bucket/run, where machines share videos, measurements and shards; empty
-            takes UNISH_STORAGE, or keeps everything in the output folder.
-        lease_s: A run that is silent for so long loses its batches to others on the same catalog.
-        patience_s: A platform that must be left alone for longer is left to another run.
-        session: A name for the address that platforms see; workers behind one address share its rates.
-        videos_per_hour: At most so many videos per platform and session; 0 for no limit.
-        pause_s: Least and most seconds between two videos of a platform.
-        bytes_per_s: No video is fetched faster than this.
-        max_video_mb: Larger videos are not fetched.
-        min_free_mb: Disk space that a download leaves free.
-        budget_mb: Videos kept at once; the oldest finished ones make room for new ones.
-        cookies: A Netscape cookie file, for platforms that ask for one; neither changed nor logged.
-        proxy_file: A file whose one line is the address of a proxy; never logged.
-        batch_clips: Clips per batch, the unit of a task and of a shard.
-        workers: Observing processes; empty is one per core.
-        limits: What a video file may ask of a process before it is refused: pixels, frames, tracks.
-        clip_timeout_s: Seconds for one clip in a stage; empty is a generous limit by its length.
-        debug_file: A file on the machine that works, where unexpected errors are kept with all they say.
-        shard_mb: A shard file is closed before it grows beyond this.
-        retry: Failure codes to try again although they are permanent, such as corrupt.
         parallel_batches: Batches observed at once; more than 1 only on a Dask or Ray cluster.
-        stage_timeout_hours: A stage that takes longer for one batch is given up and tried again.
+        stage_timeout_hours: A stage that takes longer for one batch is stopped and tried again.
         task_runner: threads, dask or ray; empty takes UNISH_TASK_RUNNER, or threads.
         cluster: The address of a running Dask or Ray cluster; empty starts a local one.
 
@@ -144,59 +81,11 @@ def curate(
     """
     logger = get_run_logger()
     try:
-        settings = Settings(
-            out=out,
-            policy=policy,
-            download=DownloadSettings(
-                max_height=max_height,
-                timeout_s=download_timeout_s,
-                retries=download_retries,
-                http_hosts=tuple(http_hosts),
-                local_root=local_root,
-                allow_loopback=allow_loopback,
-                session=session,
-                videos_per_hour=videos_per_hour,
-                pause_s=pause_s,
-                bytes_per_s=bytes_per_s,
-                max_video_mb=max_video_mb,
-                min_free_mb=min_free_mb,
-                budget_mb=budget_mb,
-                cookies=cookies,
-                proxy_file=proxy_file,
-                limits=limits,
-            ),
-            observe=ObserveSettings(
-                detector=detector,
-                sample_fps=sample_fps,
-                detector_long_side=detector_long_side,
-                detector_confidence=detector_confidence,
-                prescreen_key_frames=prescreen_key_frames,
-                frame_long_side=frame_long_side,
-                device=device,
-                limits=limits,
-            ),
-            teacher=TeacherSettings(
-                kind=teacher,
-                model=teacher_model,
-                name=teacher_name,
-                num_tokens=num_tokens,
-                batch_size=teacher_batch,
-                device=device,
-            ),
-            batch_clips=batch_clips,
-            workers=workers,
-            clip_timeout_s=clip_timeout_s,
-            debug_file=debug_file,
-            shard_mb=shard_mb,
-            retry=tuple(retry),
-            catalog_url=catalog_url or os.environ.get("UNISH_CATALOG_URL"),
-            lease_s=lease_s,
-            patience_s=patience_s,
-            storage=storage or os.environ.get("UNISH_STORAGE"),
-        )
-        _refuse_relative(manifest, out, local_root, cookies, proxy_file, debug_file)
+        settings = settings_of(out, values)
+        _refuse_relative(manifest, out, *(values[name] for name in _PATHS))
         runner = make_task_runner(task_runner, cluster, parallel_batches)
-        refs = read_manifest(manifest, http_hosts=settings.download.http_hosts, allow_loopback=allow_loopback)
+        download = settings.download
+        refs = read_manifest(manifest, http_hosts=download.http_hosts, allow_loopback=download.allow_loopback)
         if not refs:
             raise UsageError(f"{manifest.name} lists no clips; add a row and run again.")
         settings = pipeline.preflight(settings)
@@ -205,8 +94,6 @@ def curate(
         with runner:
             unfinished = _work(runner, settings, batches, parallel_batches, 3600 * stage_timeout_hours)
         return _conclude(settings, refs, unfinished)
-    except ValidationError as error:
-        return _failed("; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()))
     except (UsageError, OutageError) as error:
         return _failed(str(error))
 

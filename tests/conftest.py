@@ -23,7 +23,7 @@ import pytest
 import yaml
 from examples import examples
 
-from curation.settings import POLICIES
+from curation.judge.policy import find_policy
 from curation.video.ffmpeg import ffmpeg_exe
 
 ROOT = Path(__file__).parent.parent
@@ -201,7 +201,7 @@ def _make_seer(path: Path) -> None:
 @pytest.fixture(scope="session")
 def tolerant(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A policy that forgives everything but an edit."""
-    values = yaml.safe_load((POLICIES / "default.yaml").read_text(encoding="utf-8"))
+    values = yaml.safe_load(find_policy(Path("default")).read_text(encoding="utf-8"))
     values["name"] = "tolerant"
     values["shot"]["max_heights_per_s"] = None
     values["shot"]["person_edits"] = []

@@ -7,7 +7,7 @@ pickled and forked into data-loading processes; give every thread its own. Nothi
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -19,20 +19,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from curation.files import sha256_json
-from curation.shards.codec import DepthRange, decode_codes, decode_depth, decode_jpeg, unpack_mask
+from curation.shards.codec import DepthRange, decode_depth, decode_jpeg, unpack_mask
 from curation.shards.index import (
-    INDEX_NAME,
-    REBUILD,
     ClipEntry,
     ShardEntry,
-    ShardFolder,
     check_file,
     open_shard,
     read_index,
     reading,
-    scan_shard,
-    shard_paths,
 )
 from curation.shards.schema import PROVENANCE_KEY, ShardError
 
@@ -88,7 +82,7 @@ class ShardReader:
             {clip.clip_id: clip for shard in self.shards for clip in shard.clips}
         )
         self._files = {shard.file: shard for shard in self.shards}
-        self._open = lru_cache(maxsize=_MAX_OPEN)(_open)
+        self._open = lru_cache(maxsize=_MAX_OPEN)(open_clips)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ShardReader, (self.folder,)
@@ -109,7 +103,7 @@ class ShardReader:
         height, width = rows["height"][0].as_py(), rows["width"][0].as_py()
         taught, depth_m = rows["depth_log_min"].null_count == 0, None
         if depth and taught:
-            bounds = _bounds(rows)
+            bounds = depth_bounds(rows)
             depth_m = np.empty((rows.num_rows, height, width), np.float32)
             for blob, out in zip(rows["depth"].to_pylist(), depth_m, strict=True):
                 decode_depth(blob, height, width, bounds, out)
@@ -170,101 +164,23 @@ def _sound_index(folder: Path) -> tuple[ShardEntry, ...]:
             shards = newer
 
 
-def verify(folder: Path, *, decode: bool = True) -> tuple[ShardEntry, ...]:
-    """Check every file of a folder against its index and hash and, with `decode`, every frame; returns the shards.
-
-    Raises one ShardError with a line for every problem found.
-    """
-    shards = read_index(folder)
-    known = {shard.file for shard in shards}
-    problems = [] if ShardFolder(folder).published() else [f"{folder / INDEX_NAME} is not the newest index; {REBUILD}."]
-    problems += [f"{path} is not in the index; {REBUILD}." for path in shard_paths(folder) if path.name not in known]
-    for shard in shards:
-        path = folder / shard.file
-        try:
-            found = scan_shard(path)
-        except ShardError as error:
-            problems.append(str(error))
-            continue
-        if found.sha256 != shard.sha256:
-            problems.append(
-                f"{path} has SHA-256 {found.sha256}, its index says {shard.sha256}; restore the file or, if it "
-                f"was replaced on purpose, {REBUILD}."
-            )
-        elif found != shard:
-            problems.append(f"{path} does not hold its clips where the index says; {REBUILD}.")
-        elif decode:
-            problems += [f"{path}: {fault}" for fault in _faults(folder, shard)]
-    if problems:
-        raise ShardError("\n".join(problems))
-    return shards
-
-
 class _Open(NamedTuple):
     parquet: pq.ParquetFile
     provenance: Mapping[str, Any]
 
 
-def _open(folder: Path, shard: ShardEntry) -> _Open:
+def open_clips(folder: Path, shard: ShardEntry) -> _Open:
+    """A shard file for reading, with the provenance of its clips. Raises ShardError where it is not the one indexed."""
     check_file(folder, shard)  # or a shard rewritten since the index was read would give another clip's frames
     parquet = open_shard(folder / shard.file)
     with reading(folder / shard.file):
         return _Open(parquet, json.loads(parquet.metadata.metadata.get(PROVENANCE_KEY, b"{}")))
 
 
-def _bounds(rows: pa.Table) -> DepthRange:
+def depth_bounds(rows: pa.Table) -> DepthRange:
+    """The range of depth that the codes of a clip stand for."""
     return DepthRange(rows["depth_log_min"][0].as_py(), rows["depth_log_max"][0].as_py())
 
 
 def _vectors(column: pa.ChunkedArray, length: int) -> NDArray[np.float32]:
     return np.array([row or [np.nan] * length for row in column.to_pylist()], np.float32)
-
-
-def _faults(folder: Path, shard: ShardEntry) -> Iterator[str]:
-    try:
-        parquet, provenance = _open(folder, shard)
-    except ShardError as error:
-        yield str(error)
-        return
-    for clip in shard.clips:
-        try:
-            with reading(folder / shard.file):
-                rows = parquet.read_row_groups(range(clip.row_group, clip.row_group + clip.row_groups))
-                fault = _fault(rows, provenance)
-        except ShardError as error:
-            fault = str(error)
-        if fault:
-            yield f"clip {clip.clip_id}: {fault}"
-
-
-def _fault(rows: pa.Table, provenance: Mapping[str, Any]) -> str | None:
-    """The first thing wrong with a clip's rows; None if all is as the schema says."""
-    height, width, key = (rows[name][0].as_py() for name in ("height", "width", "provenance"))
-    for name in ("clip_id", "split", "width", "height", "stretch", "depth_log_min", "depth_log_max", "provenance"):
-        if len(rows[name].unique()) != 1:
-            return f"{name} differs between frames."
-    if rows["frame_index"].to_pylist() != list(range(rows.num_rows)):
-        return "frame_index has gaps."
-    if not np.all(np.diff(rows["time_s"].to_numpy()) > 0):
-        return "time_s does not increase."
-    if key not in provenance or sha256_json(provenance[key]) != key:
-        return "its provenance is missing or altered."
-    if any(decode_jpeg(image).shape != (height, width, 3) for image in rows["jpeg"].to_pylist()):
-        return f"a frame is not {width}x{height}."
-    if rows["human_mask"].null_count not in (0, rows.num_rows):
-        return "some frames have a human mask and some have not."
-    for mask in rows["human_mask"].drop_null().to_pylist():
-        unpack_mask(mask, height, width)
-    nulls = {rows[name].null_count for name in ("depth", "depth_log_min", "depth_log_max", "depth_valid")}
-    if nulls == {rows.num_rows}:
-        return None
-    if nulls != {0}:
-        return "some frames have depth and some have not."
-    levels = _bounds(rows).levels
-    for blob, mask in zip(rows["depth"].to_pylist(), rows["depth_valid"].to_pylist(), strict=True):
-        codes = decode_codes(blob, height, width)
-        if codes.max() > levels:
-            return f"depth code {codes.max()} lies beyond the clip's {levels} levels."
-        if not np.array_equal(codes > 0, unpack_mask(mask, height, width)):
-            return "depth_valid is not where depth is."
-    return None

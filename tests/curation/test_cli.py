@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from curation.catalog import Catalog, Output
-from curation.cli import main, teacher_settings
+from curation.cli import main
+from curation.cli.curate import teacher_values
 from curation.failures import FailureCode
 from curation.pipeline import postponed
 from curation.records import ClipRef
@@ -48,7 +49,7 @@ def manifest(tmp_path: Path) -> Path:
         (["check-manifest", "nowhere.csv"], "nowhere.csv"),
         (["evaluate", "--cases", "nowhere.csv", "--policy", "paper"], "nowhere.csv"),
         (["run", "nowhere.csv", "--out", "x", "--retry", "boredom"], "no failure code"),
-        (["run", "nowhere.csv", "--out", "x", "--num-tokens", "0"], "num_tokens"),
+        (["run", "nowhere.csv", "--out", "x", "--num-tokens", "0"], "--num-tokens: Input"),
         (["status", "--out", "a-folder"], "no catalog"),
         (["check-manifest", "folder.csv"], "folder.csv is a folder"),
         (["check-manifest", "empty.csv"], "empty.csv lists no clips"),
@@ -111,7 +112,7 @@ def test_status_counts_work_in_hand(curation, catalog: Catalog, tmp_path: Path):
 
 @pytest.mark.parametrize("command", ["status", "failures"])
 def test_open_breakers_are_told(curation, catalog: Catalog, tmp_path: Path, command: str):
-    assert "left alone" not in curation(command, "--out", tmp_path)[1]
+    assert "limiting requests" not in curation(command, "--out", tmp_path)[1]
     vimeo = catalog.block("vimeo", "default", FailureCode.BOT_CHECK, 3600)
     catalog.block("http-0123456789ab", "default", FailureCode.RATE_LIMITED, 60)
     latest = catalog.block("http-ba9876543210", "default", FailureCode.RATE_LIMITED, 7200)
@@ -119,7 +120,7 @@ def test_open_breakers_are_told(curation, catalog: Catalog, tmp_path: Path, comm
     assert code == 0
     assert f"bot_check: {postponed('vimeo', vimeo - time.time())}" in printed
     assert f"rate_limited: {postponed('http', latest - time.time())}" in printed
-    assert printed.count("left alone") == 2 and "0123456789ab" not in printed
+    assert printed.count("limiting requests") == 2 and "0123456789ab" not in printed
 
 
 def test_help_is_quick():
@@ -129,9 +130,9 @@ def test_help_is_quick():
 
 
 def test_one_word_means_a_teacher(tmp_path: Path):
-    assert teacher_settings("none", None, 777, "cpu").kind == "none"
-    folder = teacher_settings(str(tmp_path), "megasam", 777, "cpu")
-    assert (folder.kind, folder.name) == ("folder", "megasam")
+    assert teacher_values("none", None) == {"teacher": "none"}
+    folder = teacher_values(str(tmp_path), "megasam")
+    assert folder == {"teacher": "folder", "teacher_model": str(tmp_path), "teacher_name": "megasam"}
     (tmp_path / "model.pt").touch()
-    assert teacher_settings(str(tmp_path), None, 777, "cpu").kind == "moge"
-    assert teacher_settings("Ruicheng/moge-2-vitl-normal", None, 777, "cpu").num_tokens == 777
+    assert teacher_values(str(tmp_path), None)["teacher"] == "moge"
+    assert teacher_values("Ruicheng/moge-2-vitl-normal", None)["teacher"] == "moge"

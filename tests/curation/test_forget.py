@@ -31,9 +31,10 @@ from curation.settings import Settings
 from curation.shards import writer
 from curation.shards.codec import encode_jpeg
 from curation.shards.index import Index, ShardFolder
-from curation.shards.reader import ShardReader, verify
+from curation.shards.reader import ShardReader
 from curation.shards.remote import RemoteShardFolder, add_shards
 from curation.shards.schema import ShardError
+from curation.shards.verify import verify
 from curation.shards.writer import drop_clips, remove_clips, write_shards
 
 GONE, KEPT = ClipRef("local", "bars.mp4"), ClipRef("local", "set.mp4", 0, 1_500_000)

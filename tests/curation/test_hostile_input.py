@@ -43,11 +43,11 @@ from curation.cli import main
 from curation.download.fetch import download
 from curation.failures import ClipFailure, FailureCode, UsageError
 from curation.judge.criteria import CRITERIA, judge
-from curation.judge.policy import Policy, describe, load_policy
+from curation.judge.policy import Policy, describe, find_policy, load_policy
 from curation.manifest import COLUMNS, MAX_SECONDS, ManifestError, read_manifest, write_manifest
 from curation.platforms import link_listed, validate_video_id
 from curation.records import ClipRef
-from curation.settings import POLICIES, DownloadSettings
+from curation.settings import DownloadSettings
 
 HOSTS = ("example.org", "media.example.org:8080", "93.184.215.14")
 SUFFIXES = (".csv", ".jsonl", ".parquet")
@@ -336,7 +336,7 @@ def test_what_is_no_file_is_one_sentence(tmp_path: Path, make: str):
 
 # --- policies
 
-DEFAULT = yaml.safe_load((POLICIES / "default.yaml").read_text(encoding="utf-8"))
+DEFAULT = yaml.safe_load(find_policy(Path("default")).read_text(encoding="utf-8"))
 FIELDS = [(part, name) for part, values in DEFAULT.items() if isinstance(values, dict) for name in values]
 HOSTILE_SCALARS: list[Any] = [
     None, True, "", "0.4", "abc", [], [1], {}, {"a": 1}, -1, -0.0, 0, 1, 2, 1e-320, 1e308, -1e308, float("inf"),

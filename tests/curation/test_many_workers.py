@@ -21,8 +21,9 @@ from curation.catalog import Catalog
 from curation.manifest import read_manifest, write_manifest
 from curation.records import ClipRef
 from curation.settings import DownloadSettings, ObserveSettings, Settings, TeacherSettings
-from curation.shards.reader import ShardReader, verify
+from curation.shards.reader import ShardReader
 from curation.shards.remote import pull
+from curation.shards.verify import verify
 from curation.storage import Store
 
 PATIENCE_S = 300  # without progress, on a machine that has other work

@@ -32,8 +32,9 @@ from curation.run.files import FOLDERS, frames_name
 from curation.run.todo import clips_before, finished
 from curation.settings import DownloadSettings, ObserveSettings, Settings, TeacherSettings
 from curation.shards.codec import decode_jpeg
-from curation.shards.reader import ShardReader, verify
+from curation.shards.reader import ShardReader
 from curation.shards.remote import pull
+from curation.shards.verify import verify
 from curation.video.ffmpeg import ffmpeg_exe
 from curation.video.hdr import OPERATOR
 

@@ -17,11 +17,10 @@ from hypothesis import strategies as st
 
 from curation.failures import UsageError
 from curation.judge.criteria import CRITERIA, _stands_out, judge
-from curation.judge.policy import Policy, load_policy
+from curation.judge.policy import Policy, find_policy, load_policy
 from curation.judge.subject import part_taken, subject_boxes
 from curation.observe.observations import Observations
 from curation.observe.sampling import sample_indices
-from curation.settings import POLICIES
 
 DEFAULT = load_policy(Path("default"))
 PAPER = load_policy(Path("paper"))
@@ -517,7 +516,7 @@ def test_the_policies_name_their_detectors():
 def test_a_wrong_policy_is_one_sentence_that_names_the_field(tmp_path: Path, text: str | None, said: str):
     path = tmp_path / "p.yaml"
     if text is None:
-        values = yaml.safe_load((POLICIES / "default.yaml").read_text())
+        values = yaml.safe_load(find_policy(Path("default")).read_text())
         values["height"]["min_mean"] = 1.4
         text = yaml.safe_dump(values)
     path.write_text(text)

@@ -21,7 +21,8 @@ from curation.files import sha256_file
 from curation.manifest import write_manifest
 from curation.records import ClipRef
 from curation.settings import DownloadSettings, ObserveSettings, Settings, TeacherSettings
-from curation.shards.reader import ShardReader, verify
+from curation.shards.reader import ShardReader
+from curation.shards.verify import verify
 
 pytestmark = pytest.mark.slow
 

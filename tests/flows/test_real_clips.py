@@ -18,7 +18,7 @@ from curation.manifest import write_manifest
 from curation.records import ClipRef
 from curation.run import stages
 from curation.settings import Settings, TeacherSettings
-from curation.shards.reader import verify
+from curation.shards.verify import verify
 
 pytestmark = pytest.mark.slow
 

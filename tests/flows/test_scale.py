@@ -18,8 +18,8 @@ from curation.catalog import Catalog
 from curation.manifest import write_manifest
 from curation.records import ClipRef
 from curation.settings import DownloadSettings, ObserveSettings, Settings, TeacherSettings
-from curation.shards.reader import verify
 from curation.shards.remote import pull
+from curation.shards.verify import verify
 
 pytestmark = pytest.mark.slow
 CLIPS = 200

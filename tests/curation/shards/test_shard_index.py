@@ -22,9 +22,10 @@ from curation.catalog import Catalog
 from curation.run.claims import Claims
 from curation.shards import index, remote, writer
 from curation.shards.index import INDEX_NAME, VERSIONS, ShardFolder, heal, newest_index, read_index, shard_paths
-from curation.shards.reader import ShardReader, verify
+from curation.shards.reader import ShardReader
 from curation.shards.remote import RemoteShardFolder, add_shards, fetch_index, pull
 from curation.shards.schema import ShardError
+from curation.shards.verify import verify
 from curation.shards.writer import drop_clips, rebuild_index, remove_clips, rewrite, write_shards
 from curation.storage import Store
 

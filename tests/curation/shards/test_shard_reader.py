@@ -15,8 +15,9 @@ import pytest
 from curation.files import sha256_json
 from curation.shards.codec import decode_jpeg
 from curation.shards.index import INDEX_NAME, VERSIONS, read_index, scan_shard
-from curation.shards.reader import ShardReader, verify
+from curation.shards.reader import ShardReader
 from curation.shards.schema import SCHEMA, VERSION_KEY, ShardError
+from curation.shards.verify import verify
 from curation.shards.writer import encode_clip, rebuild_index, remove_clips, rewrite, write_shards, write_tables
 
 PLENTY = 2**30

@@ -11,9 +11,9 @@ import pytest
 
 from curation.catalog import Catalog
 from curation.shards.index import INDEX_NAME, ClipEntry, Index, ShardEntry, read_index
-from curation.shards.reader import verify
 from curation.shards.remote import RemoteShardFolder, add_shards, pull
 from curation.shards.schema import ShardError
+from curation.shards.verify import verify
 from curation.shards.writer import drop_clips, write_shards
 from curation.storage import Store
 

@@ -22,8 +22,9 @@ from curation.files import sha256_file
 from curation.records import ClipSample
 from curation.shards import index, writer
 from curation.shards.index import INDEX_NAME, VERSIONS, read_index, scan_shard, shard_paths
-from curation.shards.reader import ShardReader, verify
+from curation.shards.reader import ShardReader
 from curation.shards.schema import FIELDS, ShardError
+from curation.shards.verify import verify
 from curation.shards.writer import encode_clip, rebuild_index, remove_clips, update_index, write_shards, write_tables
 
 PLENTY = 2**30

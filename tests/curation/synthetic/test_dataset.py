@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from curation.render.body import load_body, pose_body
-from curation.shards.reader import ShardReader, verify
+from curation.shards.reader import ShardReader
+from curation.shards.verify import verify
 from curation.synthetic.dataset import LABELS, labelled_clip, write_dataset
 
 
