@@ -1,7 +1,13 @@
-"""The `unish` command: self-check against golden numbers, compose a starting checkpoint, look into one."""
+"""The `unish` command: self-check against golden numbers, compose a starting checkpoint, look into one.
+
+Exit codes: 0 done; 1 what was asked for failed, such as a self-check that finds differences; 2 the user's mistake, such
+as a file that is missing or wrong; 130 interrupted. A mistake is one sentence, without a traceback.
+"""
 
 from __future__ import annotations
 
+import re
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -9,19 +15,18 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from unish_model.network.config import Preset, UniSHConfig
+
+FAILED, MISTAKE, INTERRUPTED = 1, 2, 130
+
 app = typer.Typer(help="The UniSH network: check it, start it, look into it.", no_args_is_help=True)
 console = Console()
 errors = Console(stderr=True)
 
 
-@app.callback()
-def _root() -> None:
-    pass
-
-
-def _stop(message: object) -> typer.Exit:
-    errors.print(str(message), style="red", markup=False)
-    return typer.Exit(1)
+def _stop(message: object, code: int = MISTAKE) -> typer.Exit:
+    errors.print(str(message), style="red", markup=False, soft_wrap=True)
+    return typer.Exit(code)
 
 
 @app.command()
@@ -31,14 +36,18 @@ def selfcheck(
     only: Annotated[str | None, typer.Option(help="regular expression that file names must match")] = None,
 ) -> None:
     """Run every golden file in a folder against this network; exit with 1 if an output misses its gate."""
-    from unish_model.network.selfcheck import Check, GoldenError, run_selfcheck
+    from unish_model.selfcheck.compare import Check, GoldenError
+    from unish_model.selfcheck.run import run_selfcheck
 
     checks: list[Check] = []
     try:
+        re.compile(only or "")
         for check in run_selfcheck(golden, salt, only=only):
             checks.append(check)
             word = "pass" if check.passed else "FAIL"
             errors.print(f"{word} {check.file} {check.output} {check.error:.1e}", markup=False, highlight=False)
+    except re.error as error:
+        raise _stop(f"--only {only} is no regular expression: {error}") from error
     except GoldenError as error:
         raise _stop(error) from error
     table = Table("file", "output", "largest relative error", "gate", "")
@@ -48,8 +57,8 @@ def selfcheck(
     console.print(table)
     missed = sum(not check.passed for check in checks)
     console.print(f"{len(checks) - missed} of {len(checks)} outputs within their gates")
-    if missed or not checks:
-        raise typer.Exit(1)
+    if missed:
+        raise typer.Exit(FAILED)
 
 
 @app.command()
@@ -57,19 +66,28 @@ def init(
     pi3: Annotated[str, typer.Option(help="Pi3 checkpoint: a file or a Hugging Face id")],
     camerahmr: Annotated[str, typer.Option(help="CameraHMR checkpoint: a file or a Hugging Face id with :file")],
     out: Annotated[Path, typer.Option(help="the .safetensors file to write")],
-    config: Annotated[str, typer.Option(help="released, paper or tiny")] = "released",
+    config: Annotated[Preset, typer.Option(help="the network's sizes")] = "released",
     seed: Annotated[int, typer.Option(help="of AlignNet's fresh weights")] = 42,
     ignore: Annotated[list[str] | None, typer.Option(help="more CameraHMR name prefixes to leave behind")] = None,
 ) -> None:
     """Compose Pi3, CameraHMR and a fresh AlignNet into a checkpoint to start training from."""
-    from unish_model.network.checkpoint import CAMERAHMR_IGNORED, CheckpointError, compose, save_unish
-    from unish_model.network.config import UniSHConfig
+    from unish_model.network.checkpoint import (
+        CAMERAHMR_IGNORED,
+        CheckpointError,
+        FetchError,
+        check_target,
+        compose,
+        save_unish,
+    )
 
     try:
+        check_target(out)  # before minutes of reading
         ignored = CAMERAHMR_IGNORED + tuple(ignore or ())
         network = compose(pi3, camerahmr, UniSHConfig.named(config), seed=seed, ignored=ignored)
         save_unish(network, out)
-    except (CheckpointError, ValueError, OSError) as error:
+    except (FetchError, OSError) as error:
+        raise _stop(error, FAILED) from error
+    except CheckpointError as error:
         raise _stop(error) from error
     console.print(f"{out}: {len(network.state_dict())} tensors", highlight=False)
 
@@ -77,11 +95,13 @@ def init(
 @app.command()
 def info(checkpoint: Annotated[str, typer.Argument(help="a file or a Hugging Face id")]) -> None:
     """Tell what a checkpoint is by its names and shapes, without reading its values."""
-    from unish_model.network.checkpoint import CheckpointError, open_tensors, resolve, summarise
+    from unish_model.network.checkpoint import CheckpointError, FetchError, open_tensors, resolve, summarise
 
     try:
         file = open_tensors(resolve(checkpoint))
         summary = summarise(file)
+    except FetchError as error:
+        raise _stop(error, FAILED) from error
     except CheckpointError as error:
         raise _stop(error) from error
     console.print(f"{summary.kind}: {summary.tensors} tensors, {summary.parameters:,} numbers, fits {summary.fits}")
@@ -93,8 +113,13 @@ def info(checkpoint: Annotated[str, typer.Argument(help="a file or a Hugging Fac
 
 
 def main() -> None:
-    """Entry point."""
-    app()
+    """Entry point: Ctrl-C ends it with one line."""
+    try:
+        app()
+    except SystemExit as ended:
+        if ended.code == INTERRUPTED:
+            print("interrupted", file=sys.stderr)
+        raise
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ import torch
 from unish_tools import Clip, random_input
 
 from unish_model.network.config import UniSHConfig
-from unish_model.network.deterministic import fill
 from unish_model.network.model import UniSH
+from unish_model.selfcheck.weights import fill
 
 
 @pytest.fixture(scope="session", autouse=True)

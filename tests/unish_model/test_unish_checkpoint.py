@@ -15,9 +15,10 @@ from unish_tools import Clip
 from unish_model.network import checkpoint as ck
 from unish_model.network.body import Body, BodyModelError, read_smpl
 from unish_model.network.config import UniSHConfig
-from unish_model.network.deterministic import weight_array
+from unish_model.network.human import Human
 from unish_model.network.model import UniSH
 from unish_model.network.scene import Scene
+from unish_model.selfcheck.weights import weight_array
 
 TINY = UniSHConfig.tiny()
 
@@ -40,7 +41,7 @@ def pi3(tmp_path: Path) -> Path:
 
 
 def camerahmr_state() -> dict[str, torch.Tensor]:
-    state = {name.replace("human_head.", "smpl_head."): value for name, value in weights(ck.Human(TINY.human)).items()}
+    state = {name.replace("human_head.", "smpl_head."): value for name, value in weights(Human(TINY.human)).items()}
     width = TINY.human.decoder.width
     return state | {"smpl_head.deccam.weight": torch.ones(3, width), "smpl_head.deckp.bias": torch.ones(88)}
 
@@ -88,7 +89,7 @@ def test_composition_takes_each_part_from_where_it_belongs(pi3: Path, camerahmr:
     assert len(state) == len(UniSH(TINY).state_dict())
     for name, value in weights(Scene(TINY.scene)).items():
         assert torch.equal(state[f"pi3.{name}"], value), name
-    for name, value in weights(ck.Human(TINY.human)).items():
+    for name, value in weights(Human(TINY.human)).items():
         assert torch.equal(state[name], value), name
     assert torch.equal(state["alignnet.init_body_pose"], state["human_head.init_body_pose"])
     torch.manual_seed(99)

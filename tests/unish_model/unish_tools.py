@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unish_model.network.deterministic import input_array
+from unish_model.selfcheck.weights import input_array
 
 
 @dataclass(frozen=True)

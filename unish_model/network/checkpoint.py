@@ -7,12 +7,9 @@ a network without memory of its own. Nothing here trains, infers, or guesses at 
 from __future__ import annotations
 
 import json
-import os
 import pickle
-import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -22,8 +19,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from unish_model.network.config import HumanConfig, UniSHConfig
-from unish_model.network.human import HumanBackbone, HumanHead
+from curation.files import atomic_path
+from unish_model.network.config import UniSHConfig
+from unish_model.network.human import Human
 from unish_model.network.model import UniSH
 from unish_model.network.scene import Scene
 
@@ -53,6 +51,10 @@ class CheckpointError(Exception):
     """A checkpoint cannot be found, read, or fitted; the message says what to do."""
 
 
+class FetchError(CheckpointError):
+    """A checkpoint exists elsewhere, as far as its name tells, and could not be fetched."""
+
+
 class NamesError(CheckpointError):
     """Names or shapes disagree; the lists say which."""
 
@@ -73,7 +75,7 @@ class NamesError(CheckpointError):
 def resolve(source: str | Path) -> Path:
     """A local file, or a Hugging Face id (`owner/name` where public, else `owner/name:file`), downloaded once.
 
-    Raises CheckpointError.
+    Raises CheckpointError, and FetchError where the download fails.
     """
     path = Path(source)
     if path.is_file():
@@ -88,12 +90,19 @@ def resolve(source: str | Path) -> Path:
     if not file:
         raise CheckpointError(f"which file of {repository}? Give {repository}:path/in/the/repository")
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
         return Path(hf_hub_download(repository, file))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(
+    except (HFValidationError, RepositoryNotFoundError) as error:
+        raise CheckpointError(f"there is no public {repository} at Hugging Face ({error})") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise FetchError(
             f"could not fetch {file} of {repository} ({error}): download it by hand and give its path"
         ) from error
 
@@ -258,15 +267,6 @@ def load_pi3(source: str | Path, config: UniSHConfig | None = None, *, device: t
     return load_into(build_empty(lambda: Scene(chosen.scene)), open_tensors(resolve(source)), device=device).eval()
 
 
-class Human(nn.Module):
-    """The human branch alone."""
-
-    def __init__(self, config: HumanConfig) -> None:
-        super().__init__()
-        self.backbone = HumanBackbone(config)
-        self.human_head = HumanHead(config)
-
-
 def load_camerahmr(
     source: str | Path,
     config: UniSHConfig | None = None,
@@ -295,30 +295,18 @@ def stored_config(file: TensorFile) -> UniSHConfig | None:
         raise CheckpointError(f"{file.path} carries a configuration this version does not know: {error!r}") from error
 
 
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A file beside `path` that becomes `path` once it is whole and on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        temporary.chmod(0o644)
-        with temporary.open("rb") as stream:
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def check_target(path: Path) -> None:
+    """Raise CheckpointError unless `save_unish` can write under this name."""
+    if path.suffix != ".safetensors":
+        raise CheckpointError(f"checkpoints are written as .safetensors, not {path.name}")
 
 
 def save_unish(network: UniSH, path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write a checkpoint with its configuration, whole or not at all. Raises CheckpointError for another suffix."""
-    if path.suffix != ".safetensors":
-        raise CheckpointError(f"checkpoints are written as .safetensors, not {path.name}")
+    check_target(path)
     state = {name: value.detach().contiguous() for name, value in network.state_dict().items()}
     notes = {"format": "pt", "unish_config": json.dumps(network.config.to_dict()), **(metadata or {})}
-    with _replacing(path) as temporary:
+    with atomic_path(path) as temporary:
         save_file(state, temporary, metadata=notes)
 
 

@@ -13,6 +13,9 @@ from typing import Any, Literal
 Compat = Literal["default", "released"]
 """`released` repeats the public inference to the digit, quirks included; `default` repairs them."""
 
+Preset = Literal["released", "paper", "tiny"]
+"""A network of `UniSHConfig.named`."""
+
 
 @dataclass(frozen=True)
 class TransformerConfig:

@@ -212,11 +212,46 @@ class FocalShift:
     """(...) False where the points say nothing about the camera; focal is then 1 and shift 0."""
 
 
+def _trust_region_damping(
+    slope: Tensor, curvature: Tensor, scale: Tensor, radius: Tensor, damping: Tensor, done: Tensor
+) -> Tensor:
+    """MINPACK's `lmpar`: the damping whose step is as long as the trust region, within ten per cent.
+
+    All (N,). Zero where the undamped step stays inside; `damping` is the last step's, to begin with.
+    """
+    tiny = torch.finfo(slope.dtype).tiny
+    newton = slope / curvature.square()
+    length = scale * newton.abs()
+    excess = length - radius
+    inside = excess <= 0.1 * radius
+    lower = torch.where(inside, 0, excess / radius * (curvature / scale).square())
+    gradient = slope.abs() / scale
+    upper = gradient / radius
+    upper = torch.where(upper == 0, tiny / radius.clamp_max(0.1), upper)
+    trial = damping.maximum(lower).minimum(upper)
+    trial = torch.where(trial == 0, gradient / length.clamp_min(tiny), trial)
+    settled = inside | done
+    for _ in range(10):
+        if bool(settled.all()):
+            break
+        trial = torch.where(trial == 0, (0.001 * upper).clamp_min(tiny), trial)
+        stiffness = curvature.square() + trial * scale.square()
+        length = scale * (slope / stiffness).abs()
+        previous, excess = excess, length - radius
+        settled = settled | (excess.abs() <= 0.1 * radius) | ((lower == 0) & (excess <= previous) & (previous < 0))
+        correction = excess / radius * stiffness / scale.square()
+        lower = torch.where(excess > 0, lower.maximum(trial), lower)
+        upper = torch.where(excess < 0, upper.minimum(trial), upper)
+        trial = torch.where(settled, trial, lower.maximum(trial + correction))
+    return torch.where(inside, 0, trial)
+
+
 def levenberg_marquardt(residual: Callable[[Tensor], Tensor], start: Tensor, ftol: float, steps: int = 60) -> Tensor:
     """Minimise the sum of squares of residual(x): (N,) -> (N, M) over every x by itself. Float64, no gradient.
 
     One-parameter MINPACK `lmder` as SciPy drives it (forward differences, column-norm scaling, factor 100), run for all
     problems side by side; a problem that has converged keeps its x. Trial points with an infinite residual are refused.
+    Each step: the slope, a damped move, what it gained against what was foreseen, the next trust region.
     """
     tol = 1e-8  # SciPy's xtol and gtol
     x, r = start, residual(start)
@@ -237,31 +272,7 @@ def levenberg_marquardt(residual: Callable[[Tensor], Tensor], start: Tensor, fto
         if step == 0:
             radius = 100 * scale * x.abs()
             radius = torch.where(radius == 0, torch.full_like(radius, 100), radius)
-        # lmpar: the damping whose step has the trust region's length, within ten per cent
-        newton = slope / safe.square()
-        length = scale * newton.abs()
-        excess = length - radius
-        inside = excess <= 0.1 * radius
-        lower = torch.where(inside, 0, excess / radius * (safe / scale).square())
-        gradient = slope.abs() / scale
-        upper = gradient / radius
-        upper = torch.where(upper == 0, tiny / radius.clamp_max(0.1), upper)
-        trial = damping.maximum(lower).minimum(upper)
-        trial = torch.where(trial == 0, gradient / length.clamp_min(tiny), trial)
-        settled = inside | done
-        for _ in range(10):
-            if bool(settled.all()):
-                break
-            trial = torch.where(trial == 0, (0.001 * upper).clamp_min(tiny), trial)
-            stiffness = safe.square() + trial * scale.square()
-            length = scale * (slope / stiffness).abs()
-            previous, excess = excess, length - radius
-            settled = settled | (excess.abs() <= 0.1 * radius) | ((lower == 0) & (excess <= previous) & (previous < 0))
-            correction = excess / radius * stiffness / scale.square()
-            lower = torch.where(excess > 0, lower.maximum(trial), lower)
-            upper = torch.where(excess < 0, upper.minimum(trial), upper)
-            trial = torch.where(settled, trial, lower.maximum(trial + correction))
-        damping = torch.where(done, damping, torch.where(inside, 0, trial))
+        damping = torch.where(done, damping, _trust_region_damping(slope, safe, scale, radius, damping, done))
         move = -slope / (safe.square() + damping * scale.square())
         length = scale * move.abs()
         if step == 0:

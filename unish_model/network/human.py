@@ -172,6 +172,15 @@ class HumanHead(nn.Module):
             )
 
 
+class Human(nn.Module):
+    """The branch by itself, under the names of a CameraHMR checkpoint; `run_human` runs its parts."""
+
+    def __init__(self, config: HumanConfig) -> None:
+        super().__init__()
+        self.backbone = HumanBackbone(config)
+        self.human_head = HumanHead(config)
+
+
 def register_mean_body(module: nn.Module, config: HumanConfig) -> None:
     """Buffers `init_body_pose`, `init_betas`, `init_cam`: an upright mean body until a checkpoint says otherwise."""
     module.register_buffer("init_body_pose", torch.tensor([1.0, 0, 0, 0, 1, 0]).repeat(config.joints)[None])

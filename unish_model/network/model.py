@@ -177,7 +177,7 @@ class UniSH(nn.Module):
         frame_step: int | None = None,
         autocast: torch.dtype | None = None,
     ) -> Prediction:
-        """Predict a clip in metres.
+        """Predict a clip in metres: its scene, the camera that saw it, the bodies through that camera, then the metre.
 
         images: (B, S, 3, H, W) RGB in [0, 1], H and W multiples of 14.
         patches: (B, S, 3, 256, 256) person crops in [0, 1]; bbox_info: (B, S, 3) crop centre from the image centre and
@@ -210,14 +210,11 @@ class UniSH(nn.Module):
             used = mask | ~mask.any(3).any(2).any(1)[:, None, None, None]
         fit = _fit_camera(scene.local_points, used, intrinsics, compat)
         cameras = intrinsics_matrix(fit.focal * half_diagonal(height, width), height, width)
-        box = bbox_info.float()
         if intrinsics is not None:
             cameras = intrinsics
-            centre = intrinsics.new_tensor((width / 2, height / 2))
-            box = torch.cat((box[..., :2] + centre - cameras[..., :2, 2], box[..., 2:]), -1)
-        box = box / ((cameras[..., 0, 0] + cameras[..., 1, 1]) / 2)[..., None]
+        rays = _box_rays(bbox_info, cameras, height, width)
         with typed:
-            human = run_human(self.backbone, self.human_head, self.config.human, patches, box, frame_step)
+            human = run_human(self.backbone, self.human_head, self.config.human, patches, rays, frame_step)
             align = self.alignnet(scene.hidden, human.tokens, fps)
 
         distance = (scene.local_points.norm(dim=-1) * used).sum((1, 2, 3)) / (used.sum((1, 2, 3)) + 1e-8)
@@ -268,6 +265,13 @@ def _to_world(rotations: Tensor, translation: Tensor, c2w: Tensor, compat: Compa
     """A body in the first frame's camera, with the released slip in the root rotation where that is asked for."""
     right, moved = body_to_world(rotations, translation, c2w)
     return (released.mistaken_root(rotations, c2w), moved) if compat == "released" else (right, moved)
+
+
+def _box_rays(bbox_info: Tensor, intrinsics: Tensor, height: int, width: int) -> Tensor:
+    """(B, S, 3) boxes in pixels from the image centre to boxes from the principal point, over the focal length."""
+    centre = intrinsics.new_tensor((width / 2, height / 2)) - intrinsics[..., :2, 2]
+    focal = (intrinsics[..., 0, 0] + intrinsics[..., 1, 1]) / 2
+    return (bbox_info.float() + F.pad(centre, (0, 1))) / focal[..., None]
 
 
 def _fit_camera(points: Tensor, mask: Tensor, intrinsics: Tensor | None, compat: Compat) -> FocalShift:

@@ -1,104 +1,45 @@
-"""Golden vectors of the released networks against ours: every file of a folder, every output, one table.
+"""What this network gives for the inputs of each golden file, beside what the released one gave.
 
-A file is recognised by its name, and every size is read from its arrays, so that other salts, image sizes and frame
-counts are checked by the same code. Weights come from `deterministic`; no checkpoint is read.
+One check for each kind of file: it yields every output with its error and its gate.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from unish_model.network import geometry, released
 from unish_model.network.alignnet import AlignNet, time_rotary
+from unish_model.network.checkpoint import build_empty
 from unish_model.network.config import UniSHConfig
-from unish_model.network.deterministic import fill, input_array
 from unish_model.network.human import HumanHead
 from unish_model.network.layers import Rotary, frequencies, rotate
 from unish_model.network.model import Prediction, UniSH, concatenate
 from unish_model.network.preprocess import crop_people, resize_frames
 from unish_model.network.scene import CameraHead, Scene
-
-NETWORK_GATE = 2e-5
-FUNCTION_GATE = 1e-5
-FLIP_GATE = 1e-4
-MOGE_GATE = 5e-5
-MOGE_NORMAL_GATE = 2e-4
-
-Arrays = dict[str, np.ndarray]
-
-
-class GoldenError(Exception):
-    """A golden folder cannot be checked as it is; the message says what is missing or unknown."""
-
-
-@dataclass(frozen=True)
-class Check:
-    """One compared output."""
-
-    file: str
-    output: str
-    error: float
-    """Largest difference over the largest magnitude; for masks the share of pixels that differ."""
-    gate: float
-
-    @property
-    def passed(self) -> bool:
-        """Whether the error is within its gate; not a number never is."""
-        return self.error <= self.gate
-
-
-Found = Iterator[tuple[str, float, float]]
-
-
-def relative_error(ours: Any, golden: np.ndarray, scale: float | None = None) -> float:
-    """max |ours - golden| / max |golden| over finite golden values; infinite where shapes or finiteness disagree.
-
-    scale: another magnitude to divide by, for sums whose terms cancel.
-    """
-    value = torch.as_tensor(ours).detach().double().cpu().numpy()
-    target = golden.astype(np.float64)
-    if value.shape != target.shape:
-        return float("inf")
-    finite = np.isfinite(target)
-    if np.mean(np.isfinite(value) != finite) > FLIP_GATE:
-        return float("inf")
-    both = finite & np.isfinite(value)
-    if not both.any():
-        return 0.0
-    largest = np.abs(target[both]).max() if scale is None else scale
-    difference = np.abs(value[both] - target[both]).max()
-    return float(difference / largest) if largest else float(difference)
-
-
-def flips(ours: Tensor, golden: np.ndarray) -> float:
-    """Share of differing pixels."""
-    value = ours.detach().cpu().numpy()
-    return float(np.mean(value != golden)) if value.shape == golden.shape else float("inf")
-
-
-def rotation_error(ours: Any, golden: np.ndarray) -> float:
-    """Axis-angle vectors (..., 3 n), compared as matrices."""
-
-    def matrices(x: Any) -> Tensor:
-        return geometry.rotation_from_axis_angle(torch.as_tensor(x).double().unflatten(-1, (-1, 3)))
-
-    return relative_error(matrices(ours), matrices(golden).numpy())
-
-
-def tensors(arrays: Arrays) -> dict[str, Tensor]:
-    """The arrays of a file as tensors."""
-    return {name: torch.from_numpy(value) for name, value in arrays.items()}
-
+from unish_model.selfcheck.compare import (
+    FLIP_GATE,
+    FUNCTION_GATE,
+    MOGE_GATE,
+    MOGE_NORMAL_GATE,
+    NETWORK_GATE,
+    Arrays,
+    Found,
+    GoldenError,
+    flips,
+    load_arrays,
+    relative_error,
+    rotation_error,
+    tensors,
+)
+from unish_model.selfcheck.weights import fill, input_array
 
 # --- functions ------------------------------------------------------------------------------------------------------
 
@@ -453,7 +394,11 @@ def check_pi3(arrays: Arrays, context: Context) -> Found:
 
 def check_moge(arrays: Arrays, context: Context) -> Found:
     """MoGe-2 as the `moge` package runs it: the teacher we use is the released one."""
-    net = context.moge()
+    try:
+        net = context.moge()
+    except ImportError:
+        yield "nothing compared: install dlr-moge", float("inf"), MOGE_GATE
+        return
     outputs: dict[tuple[str, str], dict[str, Tensor]] = {}
     modes: dict[str, dict[str, Any]] = {
         "infer": {},
@@ -482,14 +427,7 @@ def check_moge(arrays: Arrays, context: Context) -> Found:
             yield name, relative_error(ours, golden), gate
 
 
-# --- the run --------------------------------------------------------------------------------------------------------
-
-
-def _unset(build: Callable[[], nn.Module]) -> nn.Module:
-    """A module whose tensors have memory but no values yet."""
-    with torch.device("meta"):
-        module = build()
-    return module.to_empty(device="cpu")
+# --- what checks need -------------------------------------------------------------------------------------------------
 
 
 def moge_vitl_normal() -> dict[str, Any]:
@@ -538,18 +476,19 @@ class Context:
 
     def unish(self) -> UniSH:
         """The whole network with this salt's weights."""
-        return self._hold("unish", lambda: _unset(lambda: UniSH(self.config)))
+        return self._hold("unish", lambda: build_empty(lambda: UniSH(self.config)).to_empty(device="cpu"))
 
     def pi3(self) -> Scene:
         """Pi3 under its own names."""
-        return self._hold("pi3", lambda: _unset(lambda: Scene(self.config.scene)))
+        return self._hold("pi3", lambda: build_empty(lambda: Scene(self.config.scene)).to_empty(device="cpu"))
 
     def moge(self) -> Any:
-        """The `moge` package's network, as a configuration in or beside the folder says, or as published."""
-        try:
-            from moge.model.v2 import MoGeModel
-        except ImportError as error:
-            raise GoldenError("the MoGe-2 vectors need the `moge` module: install dlr-moge") from error
+        """The `moge` package's network, as a configuration in or beside the folder says, or as published.
+
+        Raises ImportError where the package is missing.
+        """
+        from moge.model.v2 import MoGeModel
+
         name = "moge2_vitl_normal_config.json"
         places = [path for path in (self.folder / name, self.folder.resolve().parent / name) if path.exists()]
         options = json.loads(places[0].read_text()) if places else moge_vitl_normal()
@@ -560,70 +499,10 @@ class Context:
         ending = self.path.stem.partition("_")[2]
         paths = self.folder.glob("unish_*.npz")
         for path in sorted(paths, key=lambda path: (not ending.startswith(path.stem.partition("_")[2]), path)):
-            arrays = _load(path)
+            arrays = load_arrays(path)
             if "patches_u8" not in arrays:
                 continue
             shape = arrays["images_u8"].shape
             if shape[-4] == frames and size in (None, shape[-2:]):
                 return arrays
         raise GoldenError(f"{self.path.name} needs a unish_*.npz with {frames} frames in {self.folder}")
-
-
-CHECKS: dict[str, Callable[[Arrays, Context], Found]] = {
-    r"rope": check_rope,
-    r"rotations": check_rotations,
-    r"svd_orthogonalize": check_svd,
-    r"transform_smpl": check_transform,
-    r"focal_shift": check_focal_shift,
-    r"depth_to_points": check_unprojection,
-    r"preprocess": check_preprocess,
-    r"alignnet": check_alignnet,
-    r"human_head": check_human_head,
-    r"camera_head": check_camera_head,
-    r"unish_\w*pose_world_right": check_right_root,
-    r"unish": check_unish,
-    r"forward": check_forward,
-    r"run_inference": check_chunks,
-    r"pi3": check_pi3,
-    r"moge": check_moge,
-}
-"""File name to its check, in the order of running: the first that matches the whole stem, small things first."""
-
-
-def _load(path: Path) -> Arrays:
-    with np.load(path, allow_pickle=False) as archive:
-        return {name: archive[name] for name in archive.files}
-
-
-def _rank(path: Path) -> int:
-    """The position in CHECKS that claims a file; one past the end where none does."""
-    for rank, pattern in enumerate(CHECKS):
-        if re.fullmatch(pattern + r"\w*", path.stem):
-            return rank
-    return len(CHECKS)
-
-
-def run_selfcheck(
-    folder: Path, salt: str = "public-1", config: UniSHConfig | None = None, only: str | None = None
-) -> Iterator[Check]:
-    """Check every golden file in a folder, yielding each output as it is compared.
-
-    folder: *.npz files; salt: what their weights were made with; config: the network's sizes, the released by default;
-    only: a regular expression that file names (without .npz) must match. A file or an output that nothing here knows
-    is a miss. Raises GoldenError for an empty folder and for inputs that are missing.
-    """
-    paths = sorted(folder.glob("*.npz"))
-    if not paths:
-        raise GoldenError(f"no golden .npz file in {folder}")
-    context = Context(folder, salt, config or UniSHConfig.released())
-    handlers = list(CHECKS.values())
-    for path in sorted((path for path in paths if only is None or re.search(only, path.stem)), key=_rank):
-        context.path = path
-        rank = _rank(path)
-        if rank == len(handlers):
-            yield Check(path.name, "unknown file", float("inf"), NETWORK_GATE)
-            continue
-        with torch.no_grad():
-            found = list(handlers[rank](_load(path), context))
-        for output, error, gate in found:
-            yield Check(path.name, output, error, gate)
