@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import jaxtyping
 import pytest
 import torch
 from unish_tools import Clip, random_input
@@ -15,6 +18,14 @@ from unish_model.selfcheck.weights import fill
 def one_thread() -> None:
     """Threads that wait for each other on a busy machine cost more than these sizes gain."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Shapes are not checked, as in a plain import."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture

@@ -138,7 +138,7 @@ def scene() -> Scene:
 
 
 @pytest.mark.slow
-def test_the_scene_branch_exports_at_a_fixed_size(scene: Scene) -> None:
+def test_the_scene_branch_exports_at_a_fixed_size(scene: Scene, unchecked: None) -> None:
     from unish_model.network.onnx import OUTPUTS, FixedScene
 
     images = random_input("export", 1, 2, 3, 28, 42).sigmoid()
@@ -150,7 +150,7 @@ def test_the_scene_branch_exports_at_a_fixed_size(scene: Scene) -> None:
 
 
 @pytest.mark.slow
-def test_onnx_runtime_gets_the_same_numbers(scene: Scene, tmp_path: Path) -> None:
+def test_onnx_runtime_gets_the_same_numbers(scene: Scene, tmp_path: Path, unchecked: None) -> None:
     pytest.importorskip("onnxscript", reason="writing ONNX needs onnxscript")
     runtime = pytest.importorskip("onnxruntime", reason="running ONNX needs onnxruntime")
     from unish_model.network.onnx import OUTPUTS, export_scene

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Float32
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,18 +21,22 @@ from unish_model.network.layers import Branch, Rotary, frequencies, full_precisi
 class AlignOutput:
     """Float32."""
 
-    scale: Tensor
-    """(B,) metres: the mean distance of the scene's valid points from their cameras."""
-    translation: Tensor
-    """(B, S, 3) SMPL translation in each camera, in the scene branch's unit."""
+    scale: Float32[Tensor, " B"]
+    """Metres: the mean distance of the scene's valid points from their cameras."""
+    translation: Float32[Tensor, "B S 3"]
+    """SMPL translation in each camera, in the scene branch's unit."""
 
 
-def time_positions(frames: int, fps: float, trained_fps: float = 6.0, device: torch.device | None = None) -> Tensor:
-    """(frames,) each frame's time in steps of the training rate, rounded half to even."""
+def time_positions(
+    frames: int, fps: float, trained_fps: float = 6.0, device: torch.device | None = None
+) -> Float32[Tensor, " S"]:
+    """Each frame's time in steps of the training rate, rounded half to even."""
     return (torch.arange(frames, dtype=torch.float32, device=device) * trained_fps / fps).round()
 
 
-def time_rotary(positions: Tensor, length: int, head_dim: int, base: float, table: int = 120) -> Rotary:
+def time_rotary(
+    positions: Float[Tensor, "*batch"], length: int, head_dim: int, base: float, table: int = 120
+) -> Rotary:
     """Tables (..., 1, head_dim / 2) for integer positions in 0..length-1.
 
     Up to `table` positions the angles are the trained ones. For a longer `length` the tables of `table` entries are
@@ -65,18 +70,28 @@ class AlignLayer(nn.Module):
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
         self.dropout = nn.Dropout(config.dropout)
 
-    def attend(self, kind: str, x: Tensor, memory: Tensor, time: Rotary, memory_time: Rotary) -> Tensor:
+    def attend(
+        self,
+        kind: str,
+        x: Float[Tensor, "B queries width"],
+        memory: Float[Tensor, "B tokens width"],
+        time: Rotary,
+        memory_time: Rotary,
+    ) -> Float[Tensor, "B queries width"]:
         """One attention, values never rotated."""
-
-        def part(name: str, source: Tensor) -> Tensor:
-            projected = getattr(self, f"{kind}_{name}_proj")(source)
-            return projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
-        q, k = rotate(part("q", x), time), rotate(part("k", memory), memory_time)
-        mixed = F.scaled_dot_product_attention(q, k, part("v", memory))
+        sources = {"q": x, "k": memory, "v": memory}
+        projected = (getattr(self, f"{kind}_{name}_proj")(source) for name, source in sources.items())
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in projected)
+        mixed = F.scaled_dot_product_attention(rotate(q, time), rotate(k, memory_time), v)
         return self.dropout(getattr(self, f"{kind}_out_proj")(mixed.transpose(1, 2).flatten(-2)))
 
-    def forward(self, x: Tensor, memory: Tensor, time: Rotary, memory_time: Rotary) -> Tensor:
+    def forward(
+        self,
+        x: Float[Tensor, "B queries width"],
+        memory: Float[Tensor, "B tokens width"],
+        time: Rotary,
+        memory_time: Rotary,
+    ) -> Float[Tensor, "B queries width"]:
         y = self.norm1(x + self.attend("self", x, x, time, time))
         y = self.norm2(y + self.attend("cross", y, memory, time, memory_time))
         y = self.norm3(y + self.dropout(self.feed_forward(y)))
@@ -115,8 +130,10 @@ class AlignNet(Branch):
         memory = Rotary(cos[1:].repeat_interleave(tokens, 0), sin[1:].repeat_interleave(tokens, 0))
         return Rotary(cos, sin), memory
 
-    def forward(self, hidden: Tensor, body: Tensor, fps: float) -> AlignOutput:
-        """hidden: (B, S, registers + patches, scene hidden); body: (B, S, human width); fps: frames per second."""
+    def forward(
+        self, hidden: Float[Tensor, "B S tokens hidden"], body: Float[Tensor, "B S width"], fps: float
+    ) -> AlignOutput:
+        """hidden: the scene's tokens, registers first; body: the human branch's; fps: frames per second."""
         if not fps > 0:
             raise ValueError(f"fps must be positive, not {fps}")
         batch, frames, tokens, _ = hidden.shape

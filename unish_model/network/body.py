@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 FIELDS = ("v_template", "shapedirs", "posedirs", "J_regressor", "weights", "kintree_table", "f")
@@ -120,22 +121,24 @@ class Body(nn.Module):
         return cls(read_smpl(path, gender), gender)
 
     @property
-    def faces(self) -> Tensor:
-        """(13776, 3) vertex indices."""
+    def faces(self) -> Int[Tensor, "13776 3"]:
+        """Vertex indices."""
         return self.smpl.faces_tensor
 
-    def pelvis(self, betas: Tensor) -> Tensor:
-        """Rest position J0 (..., 3) in m of the root joint for shapes (..., 10): what a body turns about."""
+    def pelvis(self, betas: Float[Tensor, "*batch 10"]) -> Float[Tensor, "*batch 3"]:
+        """Rest position J0 in m of the root joint for body shapes: what a body turns about."""
         smpl = self.smpl
         root = smpl.J_regressor[0]
         directions = torch.einsum("v,vck->ck", root, smpl.shapedirs)
         return root @ smpl.v_template + betas.to(root.dtype) @ directions.mT
 
-    def forward(self, rotations: Tensor, betas: Tensor, translation: Tensor) -> tuple[Tensor, Tensor]:
-        """Vertices (..., 6890, 3) and joints (..., 24, 3) in m.
-
-        rotations: (..., 24, 3, 3) with the root first; betas: (..., 10); translation: (..., 3) in m.
-        """
+    def forward(
+        self,
+        rotations: Float[Tensor, "*batch 24 3 3"],
+        betas: Float[Tensor, "*#batch 10"],
+        translation: Float[Tensor, "*batch 3"],
+    ) -> tuple[Float[Tensor, "*batch 6890 3"], Float[Tensor, "*batch 24 3"]]:
+        """Vertices and joints in m. rotations: the root first; betas: body shape; translation: in m."""
         lead = translation.shape[:-1]
         matrices = rotations.reshape(-1, 24, 3, 3)
         out = self.smpl(

@@ -12,24 +12,25 @@ from dataclasses import dataclass
 
 import roma
 import torch
+from jaxtyping import Bool, Float, Float32, Float64
 from torch import Tensor
 from torch.nn import functional as F
 
 # --- rotations ------------------------------------------------------------------------------------------------------
 
 
-def rotation_from_6d(x: Tensor) -> Tensor:
-    """(..., 6) to (..., 3, 3): the first three numbers give the first column, the last three the second."""
+def rotation_from_6d(x: Float[Tensor, "*batch 6"]) -> Float[Tensor, "*batch 3 3"]:
+    """The first three numbers give the first column, the last three the second."""
     return roma.special_gramschmidt(x.unflatten(-1, (2, 3)).transpose(-1, -2))
 
 
-def axis_angle(rotation: Tensor) -> Tensor:
-    """(..., 3, 3) to (..., 3) axis times angle in [0, pi]. Its sign is arbitrary at exactly pi."""
+def axis_angle(rotation: Float[Tensor, "*batch 3 3"]) -> Float[Tensor, "*batch 3"]:
+    """Axis times angle in [0, pi]. Its sign is arbitrary at exactly pi."""
     return roma.rotmat_to_rotvec(rotation)
 
 
-def rotation_from_axis_angle(vector: Tensor) -> Tensor:
-    """(..., 3) to (..., 3, 3)."""
+def rotation_from_axis_angle(vector: Float[Tensor, "*batch 3"]) -> Float[Tensor, "*batch 3 3"]:
+    """The rotation about an axis by its length in radians."""
     return roma.rotvec_to_rotmat(vector)
 
 
@@ -45,8 +46,8 @@ def _horn(m: Tensor) -> Tensor:
     return torch.stack([torch.stack(row, -1) for row in rows], -2)
 
 
-def rotation_from_quaternion(q: Tensor) -> Tensor:
-    """(..., 4) quaternion (w, x, y, z) of any length but zero to (..., 3, 3)."""
+def rotation_from_quaternion(q: Float[Tensor, "*batch 4"]) -> Float[Tensor, "*batch 3 3"]:
+    """The rotation of a quaternion (w, x, y, z) of any length but zero."""
     w, x, y, z = F.normalize(q, dim=-1).unbind(-1)
     rows = (
         (1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)),
@@ -56,8 +57,8 @@ def rotation_from_quaternion(q: Tensor) -> Tensor:
     return torch.stack([torch.stack(row, -1) for row in rows], -2)
 
 
-def nearest_rotation(m: Tensor) -> Tensor:
-    """The rotation nearest to m in the Frobenius norm: U diag(1, 1, det) V^T of its singular values. (..., 3, 3).
+def nearest_rotation(m: Float[Tensor, "*batch 3 3"]) -> Float[Tensor, "*batch 3 3"]:
+    """The rotation nearest to m in the Frobenius norm: U diag(1, 1, det) V^T of its singular values.
 
     A singular value decomposition synchronises a CUDA device with its host and exists in no exchange format, so the
     dominant eigenvector of Horn's matrix is found by repeated squaring in float64. One Newton step on the result
@@ -87,8 +88,8 @@ def nearest_rotation(m: Tensor) -> Tensor:
     return (base @ rotation_from_quaternion(half)).to(m.dtype)
 
 
-def solve_3x3(a: Tensor, b: Tensor) -> Tensor:
-    """Solve a x = b for (..., 3, 3) and (..., 3) by cofactors; zero where a is singular."""
+def solve_3x3(a: Float[Tensor, "*batch 3 3"], b: Float[Tensor, "*batch 3"]) -> Float[Tensor, "*batch 3"]:
+    """Solve a x = b by cofactors; zero where a is singular."""
     first, second, third = a.unbind(-1)
     adjugate = torch.stack(
         (
@@ -108,47 +109,56 @@ def solve_3x3(a: Tensor, b: Tensor) -> Tensor:
 # --- rigid transforms -----------------------------------------------------------------------------------------------
 
 
-def se3(rotation: Tensor, translation: Tensor) -> Tensor:
-    """(..., 3, 3) and (..., 3) to (..., 4, 4)."""
+def se3(rotation: Float[Tensor, "*batch 3 3"], translation: Float[Tensor, "*batch 3"]) -> Float[Tensor, "*batch 4 4"]:
+    """The rigid transform that turns, then moves."""
     top = torch.cat((rotation, translation[..., None]), -1)
     return torch.cat((top, F.pad(torch.zeros_like(top[..., :1, :3]), (0, 1), value=1.0)), -2)
 
 
-def compose(a: Tensor, b: Tensor) -> Tensor:
-    """The product of small matrices (..., n, n), by elements: autocast would round an ordinary product."""
+def compose(a: Float[Tensor, "*#batch n n"], b: Float[Tensor, "*#batch n n"]) -> Float[Tensor, "*#batch n n"]:
+    """The product of small matrices, by elements: autocast would round an ordinary product."""
     return (a[..., :, :, None] * b[..., None, :, :]).sum(-2)
 
 
-def rotate_points(rotation: Tensor, points: Tensor) -> Tensor:
-    """Apply (..., 3, 3) to (..., 3); leading dimensions broadcast without a copy of the matrix for every point."""
+def rotate_points(
+    rotation: Float[Tensor, "*#batch 3 3"], points: Float[Tensor, "*#batch 3"]
+) -> Float[Tensor, "*#batch 3"]:
+    """Turn points; leading dimensions broadcast without a copy of the matrix for every point."""
     first, second, third = rotation.unbind(-1)
     x, y, z = points[..., :1], points[..., 1:2], points[..., 2:]
     return first * x + second * y + third * z
 
 
-def inverse_se3(transform: Tensor) -> Tensor:
-    """Inverse of rigid (..., 4, 4) transforms, in closed form."""
+def inverse_se3(transform: Float[Tensor, "*batch 4 4"]) -> Float[Tensor, "*batch 4 4"]:
+    """Inverse of rigid transforms, in closed form."""
     rotation = transform[..., :3, :3].mT
     return se3(rotation, -rotate_points(rotation, transform[..., :3, 3]))
 
 
-def transform_points(transform: Tensor, points: Tensor) -> Tensor:
-    """Apply (..., 4, 4) to (..., 3); leading dimensions broadcast."""
+def transform_points(
+    transform: Float[Tensor, "*#batch 4 4"], points: Float[Tensor, "*#batch 3"]
+) -> Float[Tensor, "*#batch 3"]:
+    """Turn and move points; leading dimensions broadcast."""
     return rotate_points(transform[..., :3, :3], points) + transform[..., :3, 3]
 
 
-def scale_translation(transform: Tensor, scale: Tensor) -> Tensor:
-    """Multiply the translations of (..., 4, 4) by a scale that broadcasts to (...)."""
+def scale_translation(
+    transform: Float[Tensor, "*batch 4 4"], scale: Float[Tensor, "*#batch"]
+) -> Float[Tensor, "*batch 4 4"]:
+    """Multiply the translations of rigid transforms."""
     return se3(transform[..., :3, :3], transform[..., :3, 3] * scale[..., None])
 
 
 def body_to_world(
-    rotations: Tensor, translation: Tensor, c2w: Tensor, pelvis: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+    rotations: Float[Tensor, "*batch J 3 3"],
+    translation: Float[Tensor, "*batch 3"],
+    c2w: Float[Tensor, "*#batch 4 4"],
+    pelvis: Float[Tensor, "*#batch 3"] | None = None,
+) -> tuple[Float[Tensor, "*batch J 3 3"], Float[Tensor, "*batch 3"]]:
     """A posed SMPL body from camera to world coordinates.
 
-    rotations (..., J, 3, 3), translation (..., 3), c2w (..., 4, 4). Returns rotations with the root turned and the
-    translation. SMPL turns about its rest pelvis: with `pelvis` (..., 3) the result is exact,
+    Returns the rotations with the root turned, and the translation. SMPL turns about its rest pelvis: with `pelvis` the
+    result is exact,
     t_w = R (J0 + t) + T - J0; without it t_w = R t + T, the released formula, off by (R - 1) J0.
     """
     turn = c2w[..., :3, :3]
@@ -160,15 +170,17 @@ def body_to_world(
 # --- pinhole cameras ------------------------------------------------------------------------------------------------
 
 
-def pixel_grid(height: int, width: int, device: torch.device | None = None) -> Tensor:
-    """(H, W, 2) pixel centres (x, y) = (column + 0.5, row + 0.5), float32."""
+def pixel_grid(height: int, width: int, device: torch.device | None = None) -> Float32[Tensor, "H W 2"]:
+    """Pixel centres (x, y) = (column + 0.5, row + 0.5)."""
     x = torch.arange(width, dtype=torch.float32, device=device) + 0.5
     y = torch.arange(height, dtype=torch.float32, device=device) + 0.5
     return torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)
 
 
-def unproject(depth: Tensor, intrinsics: Tensor) -> Tensor:
-    """Depth (..., H, W) and pixel intrinsics (..., 3, 3) to camera points (..., H, W, 3); z is the depth."""
+def unproject(
+    depth: Float[Tensor, "*batch H W"], intrinsics: Float[Tensor, "*#batch 3 3"]
+) -> Float[Tensor, "*batch H W 3"]:
+    """Depth and intrinsics in pixels to points in the camera; z is the depth."""
     height, width = depth.shape[-2:]
     grid = pixel_grid(height, width, depth.device)
     focal = torch.stack((intrinsics[..., 0, 0], intrinsics[..., 1, 1]), -1)[..., None, None, :]
@@ -176,8 +188,10 @@ def unproject(depth: Tensor, intrinsics: Tensor) -> Tensor:
     return torch.cat((rays * depth[..., None], depth[..., None]), -1)
 
 
-def project(points: Tensor, intrinsics: Tensor) -> Tensor:
-    """Camera points (..., N, 3) to pixels (..., N, 2) with (..., 3, 3); z must be positive."""
+def project(
+    points: Float[Tensor, "*batch N 3"], intrinsics: Float[Tensor, "*#batch 3 3"]
+) -> Float[Tensor, "*batch N 2"]:
+    """Points in the camera to pixels; z must be positive."""
     image = rotate_points(intrinsics[..., None, :, :], points)
     return image[..., :2] / image[..., 2:]
 
@@ -187,8 +201,8 @@ def half_diagonal(height: int, width: int) -> float:
     return math.hypot(height, width) / 2
 
 
-def intrinsics_matrix(focal: Tensor, height: int, width: int) -> Tensor:
-    """Pixel focal (...) to intrinsics (..., 3, 3) with the principal point in the image centre."""
+def intrinsics_matrix(focal: Float[Tensor, "*batch"], height: int, width: int) -> Float[Tensor, "*batch 3 3"]:
+    """Focal length in pixels to intrinsics with the principal point in the image centre."""
     zero, one = torch.zeros_like(focal), torch.ones_like(focal)
     rows = ((focal, zero, one * (width / 2)), (zero, focal, one * (height / 2)), (zero, zero, one))
     return torch.stack([torch.stack(row, -1) for row in rows], -2)
@@ -204,12 +218,12 @@ GRID = 64
 class FocalShift:
     """Focal length and depth shift that make a point map project onto its own pixels."""
 
-    focal: Tensor
-    """(...) focal length in half image diagonals."""
-    shift: Tensor
-    """(...) added to z, in the unit of the points."""
-    valid: Tensor
-    """(...) False where the points say nothing about the camera; focal is then 1 and shift 0."""
+    focal: Float32[Tensor, "*batch"]
+    """Focal length in half image diagonals."""
+    shift: Float32[Tensor, "*batch"]
+    """Added to z, in the unit of the points."""
+    valid: Bool[Tensor, "*batch"]
+    """False where the points say nothing about the camera; focal is then 1 and shift 0."""
 
 
 def _trust_region_damping(
@@ -246,8 +260,13 @@ def _trust_region_damping(
     return torch.where(inside, 0, trial)
 
 
-def levenberg_marquardt(residual: Callable[[Tensor], Tensor], start: Tensor, ftol: float, steps: int = 60) -> Tensor:
-    """Minimise the sum of squares of residual(x): (N,) -> (N, M) over every x by itself. Float64, no gradient.
+def levenberg_marquardt(
+    residual: Callable[[Float64[Tensor, " N"]], Float64[Tensor, "N M"]],
+    start: Float64[Tensor, " N"],
+    ftol: float,
+    steps: int = 60,
+) -> Float64[Tensor, " N"]:
+    """Minimise the sum of squares of residual(x) over every x by itself. No gradient.
 
     One-parameter MINPACK `lmder` as SciPy drives it (forward differences, column-norm scaling, factor 100), run for all
     problems side by side; a problem that has converged keeps its x. Trial points with an infinite residual are refused.
@@ -303,8 +322,8 @@ def levenberg_marquardt(residual: Callable[[Tensor], Tensor], start: Tensor, fto
     return x
 
 
-def image_plane(height: int, width: int, device: torch.device | None = None) -> Tensor:
-    """(H, W, 2) pixel centres relative to the image centre, in half image diagonals."""
+def image_plane(height: int, width: int, device: torch.device | None = None) -> Float32[Tensor, "H W 2"]:
+    """Pixel centres relative to the image centre, in half image diagonals."""
     centre = torch.tensor((width / 2, height / 2), device=device)
     return (pixel_grid(height, width, device) - centre) / half_diagonal(height, width)
 
@@ -322,18 +341,18 @@ def _best_focal(xy: Tensor, uv: Tensor, mask: Tensor) -> Tensor:
 
 @torch.no_grad()
 def recover_focal_shift(
-    points: Tensor,
-    mask: Tensor | None = None,
+    points: Float[Tensor, "*batch H W 3"],
+    mask: Bool[Tensor, "*batch H W"] | None = None,
     *,
-    intrinsics: Tensor | None = None,
-    focal: Tensor | None = None,
+    intrinsics: Float[Tensor, "*#batch 3 3"] | None = None,
+    focal: Float[Tensor, "*#batch"] | None = None,
     guarded: bool = True,
 ) -> FocalShift:
     """Fit each frame's focal length and depth shift: minimise |f xy / (z + s) - uv|^2 (MoGe).
 
-    points: (..., H, W, 3) in the camera, x right, y down, known up to a shift of z.
-    mask: (..., H, W) points to use. Fewer than two leave focal 1 and shift 0, not valid.
-    intrinsics: (..., 3, 3) in pixels, or focal: (...) in half diagonals: then only the shift is fitted. The focal
+    points: in the camera, x right, y down, known up to a shift of z.
+    mask: points to use. Fewer than two leave focal 1 and shift 0, not valid.
+    intrinsics: in pixels, or focal: in half diagonals: then only the shift is fitted. The focal
         returned is the given one (for intrinsics the mean of its two).
     guarded: refuse shifts that put a used point behind the camera and focal lengths that are not positive, and
         converge fully; otherwise do what the released code does, which stops early and guards nothing.
@@ -401,8 +420,8 @@ def recover_focal_shift(
 # --- robust optimal alignment (ROE) ---------------------------------------------------------------------------------
 
 
-def weighted_median(values: Tensor, weights: Tensor) -> Tensor:
-    """The x that minimises sum w |x - v| over the last dimension; (..., N) twice to (...). Zero weights are ignored.
+def weighted_median(values: Float[Tensor, "*batch N"], weights: Float[Tensor, "*batch N"]) -> Float[Tensor, "*batch"]:
+    """The x that minimises sum w |x - v| over the last dimension. Zero weights are ignored.
 
     Where all weights are zero the result is the smallest value.
     """
@@ -413,10 +432,12 @@ def weighted_median(values: Tensor, weights: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def roe_scale(source: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+def roe_scale(
+    source: Float[Tensor, "*samples"], target: Float[Tensor, "*samples"], weight: Float[Tensor, "*#batch N"]
+) -> Float[Tensor, "*#batch"]:
     """The s that minimises sum w |s source - target|_1 exactly. No gradient.
 
-    source, target: (..., N) depths or (..., N, 3) points; weight: (..., N), zero leaves a sample out. Returns (...).
+    source, target: (*batch, N) depths or (*batch, N, 3) points; weight: zero leaves a sample out.
     """
     if source.ndim == weight.ndim + 1:
         weight = weight[..., None].expand_as(source).flatten(-2)
@@ -427,12 +448,17 @@ def roe_scale(source: Tensor, target: Tensor, weight: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def roe_affine(source: Tensor, target: Tensor, weight: Tensor, *, step: int = 64) -> tuple[Tensor, Tensor]:
+def roe_affine(
+    source: Float[Tensor, "*batch N"],
+    target: Float[Tensor, "*batch N"],
+    weight: Float[Tensor, "*batch N"],
+    *,
+    step: int = 64,
+) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
     """The (s, t) that minimise sum w |s source + t - target| exactly. No gradient.
 
-    source, target, weight: (..., N), zero weight leaves a sample out. Returns s and t of shape (...), s = 1 and
-    t = 0 where fewer than two samples are used. An L1 line passes through a sample, so every sample is tried as that
-    anchor, `step` at a time: O(N^2 log N) time, O(step N) memory.
+    Zero weight leaves a sample out. Returns s and t, s = 1 and t = 0 where fewer than two samples are used. An L1 line
+    passes through a sample, so each is tried as that anchor, `step` at a time: O(N^2 log N) time, O(step N) memory.
     """
     count = source.shape[-1]
     best_cost = torch.full_like(source[..., 0], float("inf"))

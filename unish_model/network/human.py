@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Float32
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,21 +25,21 @@ CROP_SIDE = 256
 class HumanOutput:
     """Bodies in their cameras, float32."""
 
-    rotations: Tensor
-    """(B, S, 24, 3, 3) joint rotations; joint 0 is the root in camera coordinates."""
-    frame_betas: Tensor
-    """(B, S, 10) SMPL shape seen in each frame."""
-    tokens: Tensor
-    """(B, S, width) body features for AlignNet."""
+    rotations: Float32[Tensor, "B S J 3 3"]
+    """Joint rotations; joint 0 is the root in camera coordinates."""
+    frame_betas: Float32[Tensor, "B S betas"]
+    """SMPL shape seen in each frame."""
+    tokens: Float32[Tensor, "B S width"]
+    """Body features for AlignNet."""
 
     @property
-    def betas(self) -> Tensor:
-        """(B, 10) mean shape of the clip."""
+    def betas(self) -> Float32[Tensor, "B betas"]:
+        """Mean shape of the clip."""
         return self.frame_betas.mean(1)
 
 
 class HumanBackbone(Branch):
-    """ViT without class token: (frames, 3, 256, 192) to (frames, tokens, width)."""
+    """ViT without class token over the middle of the crop."""
 
     def __init__(self, config: HumanConfig) -> None:
         super().__init__()
@@ -51,7 +52,7 @@ class HumanBackbone(Branch):
         self.last_norm = nn.LayerNorm(size.width, eps=1e-6)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
-    def forward(self, crops: Tensor) -> Tensor:
+    def forward(self, crops: Float[Tensor, "frames 3 H W"]) -> Float[Tensor, "frames patches width"]:
         # the class token's position is added to every patch, as in ViTPose
         x = self.patch_embed(crops) + self.pos_embed[:, 1:] + self.pos_embed[:, :1]
         for block in self.blocks:
@@ -73,7 +74,9 @@ class HeadAttention(nn.Module):
             self.to_kv = nn.Linear(context, 2 * inner, bias=False)
         self.to_out = nn.Sequential(nn.Linear(inner, width))
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Float[Tensor, "frames queries width"], context: Float[Tensor, "frames tokens context"] | None = None
+    ) -> Float[Tensor, "frames queries width"]:
         parts = self.to_qkv(x).chunk(3, -1) if context is None else (self.to_q(x), *self.to_kv(context).chunk(2, -1))
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
         return self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))
@@ -88,7 +91,7 @@ class HeadFeedForward(nn.Module):
             nn.Linear(width, hidden), nn.GELU(), nn.Identity(), nn.Linear(hidden, width), nn.Identity()
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
         return self.net(x)
 
 
@@ -100,7 +103,7 @@ class PreNorm(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.fn = fn
 
-    def forward(self, x: Tensor, *context: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "*batch width"], *context: Tensor) -> Float[Tensor, "*batch width"]:
         return x + self.fn(self.norm(x), *context)
 
 
@@ -121,7 +124,9 @@ class CrossDecoder(Branch):
             for _ in range(config.depth)
         )
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(
+        self, x: Float[Tensor, "frames queries width"], context: Float[Tensor, "frames tokens context"]
+    ) -> Float[Tensor, "frames queries width"]:
         for attend, cross, feed in self.layers:
             x = self.run(feed, self.run(cross, self.run(attend, x), context))
         return x
@@ -137,7 +142,9 @@ class TokenDecoder(nn.Module):
         self.pos_embedding = nn.Parameter(torch.randn(1, 1, width))
         self.transformer = CrossDecoder(config.decoder, config.decoder_head_dim, config.backbone.width)
 
-    def forward(self, query: Tensor, context: Tensor) -> Tensor:
+    def forward(
+        self, query: Float[Tensor, "frames inputs"], context: Float[Tensor, "frames tokens context"]
+    ) -> Float[Tensor, "frames width"]:
         return self.transformer(self.to_token_embedding(query)[:, None] + self.pos_embedding, context)[:, 0]
 
 
@@ -157,8 +164,8 @@ class HumanHead(nn.Module):
         self.decshape = nn.Linear(width, config.betas)
         register_mean_body(self, config)
 
-    def forward(self, context: Tensor, bbox_info: Tensor) -> HumanOutput:
-        """context: (B S, tokens, width); bbox_info: (B, S, 3) box centre from the image centre and side, over focal."""
+    def forward(self, context: Float[Tensor, "frames tokens width"], bbox_info: Float[Tensor, "B S 3"]) -> HumanOutput:
+        """context: crop tokens; bbox_info: box centre from the image centre and side, over the focal length."""
         batch, frames, _ = bbox_info.shape
         with full_precision(context.device):
             mean = torch.cat((self.init_body_pose, self.init_betas, self.init_cam), -1)
@@ -192,13 +199,13 @@ def run_human(
     backbone: HumanBackbone,
     head: HumanHead,
     config: HumanConfig,
-    patches: Tensor,
-    bbox_info: Tensor,
+    patches: Float[Tensor, "B S 3 256 256"],
+    bbox_info: Float[Tensor, "B S 3"],
     frame_step: int | None = None,
 ) -> HumanOutput:
     """The whole branch.
 
-    patches: (B, S, 3, 256, 256) RGB in [0, 1]; bbox_info: (B, S, 3) divided by the focal length in pixels.
+    patches: RGB in [0, 1]; bbox_info: divided by the focal length in pixels.
     frame_step: crops at a time in the backbone. Raises ValueError for wrong shapes.
     """
     if patches.ndim != 5 or tuple(patches.shape[2:]) != (3, CROP_SIDE, CROP_SIDE):

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float, Float32
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -19,10 +20,10 @@ from unish_model.network.config import TransformerConfig
 
 
 class Rotary(NamedTuple):
-    """Cosine and sine of every token's angles: (tokens, axes, frequencies) each, or with leading batch dimensions."""
+    """Cosine and sine of every token's angles."""
 
-    cos: Tensor
-    sin: Tensor
+    cos: Float[Tensor, "*batch tokens axes frequencies"]
+    sin: Float[Tensor, "*batch tokens axes frequencies"]
 
 
 def autocast_type(device: torch.device) -> torch.dtype | None:
@@ -39,7 +40,7 @@ def full_precision(device: torch.device) -> AbstractContextManager:
     return nullcontext()
 
 
-def frequencies(count: int, base: float, device: torch.device | None = None) -> Tensor:
+def frequencies(count: int, base: float, device: torch.device | None = None) -> Float32[Tensor, " frequencies"]:
     """Rotary frequencies base^(-k/count) for k in 0..count-1."""
     return 1.0 / base ** (torch.arange(count, dtype=torch.float32, device=device) / count)
 
@@ -70,15 +71,15 @@ def grid_rotary(
     return Rotary(angles.cos().to(dtype), angles.sin().to(dtype))
 
 
-def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """Turn channel pairs (k, k + half) of every axis. x: (..., tokens, channels); returns the same shape and dtype."""
+def rotate(x: Float[Tensor, "*batch tokens channels"], rotary: Rotary) -> Float[Tensor, "*batch tokens channels"]:
+    """Turn channel pairs (k, k + half) of every axis, in the type of `x`."""
     cos, sin = rotary
     first, second = x.unflatten(-1, (cos.shape[-2], 2, cos.shape[-1])).unbind(-2)
     return torch.stack((first * cos - second * sin, second * cos + first * sin), -2).flatten(-3)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with a fused qkv projection. (..., tokens, width) in and out."""
+    """Multi-head self-attention with a fused qkv projection."""
 
     def __init__(self, config: TransformerConfig, *, qk_norm: bool = False) -> None:
         super().__init__()
@@ -88,7 +89,9 @@ class Attention(nn.Module):
         self.k_norm: nn.Module = nn.LayerNorm(config.head_dim) if qk_norm else nn.Identity()
         self.proj = nn.Linear(config.width, config.width)
 
-    def forward(self, x: Tensor, rotary: Rotary | None = None) -> Tensor:
+    def forward(
+        self, x: Float[Tensor, "*batch tokens width"], rotary: Rotary | None = None
+    ) -> Float[Tensor, "*batch tokens width"]:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).transpose(-2, -4).unbind(-3)
         # autocast gives float32 norms; the kernel wants one type
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
@@ -105,7 +108,7 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
         return self.fc2(F.gelu(self.fc1(x)))
 
 
@@ -116,7 +119,7 @@ class LayerScale(nn.Module):
         super().__init__()
         self.gamma = nn.Parameter(torch.full((width,), initial))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
         return x * self.gamma
 
 
@@ -127,7 +130,7 @@ class DropPath(nn.Module):
         super().__init__()
         self.probability = probability
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, " frames *rest"]) -> Float[Tensor, " frames *rest"]:
         if not self.training or self.probability == 0:
             return x
         keep = 1 - self.probability
@@ -158,7 +161,9 @@ class Block(nn.Module):
         self.ls2 = scale()
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, rotary: Rotary | None = None) -> Tensor:
+    def forward(
+        self, x: Float[Tensor, "*batch tokens width"], rotary: Rotary | None = None
+    ) -> Float[Tensor, "*batch tokens width"]:
         x = x + self.drop_path(self.ls1(self.attn(self.norm1(x), rotary)))
         return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
 
@@ -175,8 +180,10 @@ class Branch(nn.Module):
         return block(*inputs)
 
 
-def by_frames(function: Callable[[Tensor], Tensor], x: Tensor, step: int | None) -> Tensor:
-    """Apply a function of independent rows, `step` rows at a time: the same result with smaller temporaries."""
+def by_frames(
+    function: Callable[[Tensor], Tensor], x: Float[Tensor, " frames *rest"], step: int | None
+) -> Float[Tensor, " frames *out"]:
+    """Apply a function of independent frames, `step` frames at a time: the same result with smaller temporaries."""
     if step is None or x.shape[0] <= step:
         return function(x)
     return torch.cat([function(part) for part in x.split(step)])

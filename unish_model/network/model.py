@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool, Float, Float32
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -43,60 +44,60 @@ class NetworkOutput:
     scene: SceneOutput
     human: HumanOutput
     align: AlignOutput
-    world_rotations: Tensor
-    """(B, S, 24, 3, 3) joint rotations with the root in the first frame's camera."""
-    world_translation: Tensor
-    """(B, S, 3) SMPL translation in the first frame's camera."""
+    world_rotations: Float32[Tensor, "B S J 3 3"]
+    """Joint rotations with the root in the first frame's camera."""
+    world_translation: Float32[Tensor, "B S 3"]
+    """SMPL translation in the first frame's camera."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A clip in metres. B clips, S frames, H x W pixels; float32 unless said otherwise.
+    """Clips in metres.
 
     `focal`, `intrinsics` and everything made with them are one value per clip by default; under
     `compat="released"` one per frame. There `local_points`, `world_points` and `trans_world` lack the depth shift.
     """
 
-    local_points: Tensor
-    """(B, S, H, W, 3) m, each frame's camera, as the network drew them, shift included."""
-    world_points: Tensor
-    """(B, S, H, W, 3) m, the same points in the first frame's camera."""
-    point_map: Tensor
-    """(B, S, H, W, 3) m, each frame's camera: `depth` along the rays of `intrinsics`."""
-    depth: Tensor
-    """(B, S, H, W) m along the optical axis."""
-    confidence: Tensor
-    """(B, S, H, W) in [0, 1]."""
-    mask: Tensor
-    """(B, S, H, W) bool: confident and in front of the camera."""
-    c2w: Tensor
-    """(B, S, 4, 4) camera to the first frame's camera, translation in m."""
-    network_c2w: Tensor
-    """(B, S, 4, 4) camera to the scene branch's own world, translation in m."""
-    intrinsics: Tensor
-    """(B, S, 3, 3) in pixels of the input images."""
+    local_points: Float32[Tensor, "B S H W 3"]
+    """m, each frame's camera, as the network drew them, shift included."""
+    world_points: Float32[Tensor, "B S H W 3"]
+    """m, the same points in the first frame's camera."""
+    point_map: Float32[Tensor, "B S H W 3"]
+    """m, each frame's camera: `depth` along the rays of `intrinsics`."""
+    depth: Float32[Tensor, "B S H W"]
+    """m along the optical axis."""
+    confidence: Float32[Tensor, "B S H W"]
+    """In [0, 1]."""
+    mask: Bool[Tensor, "B S H W"]
+    """Confident and in front of the camera."""
+    c2w: Float32[Tensor, "B S 4 4"]
+    """Camera to the first frame's camera, translation in m."""
+    network_c2w: Float32[Tensor, "B S 4 4"]
+    """Camera to the scene branch's own world, translation in m."""
+    intrinsics: Float32[Tensor, "B S 3 3"]
+    """In pixels of the input images."""
     focal_shift: FocalShift
-    """(B, S) focal in half diagonals, shift in m, and whether the frame's points told them."""
-    pose_cam: Tensor
-    """(B, S, 24, 3, 3) SMPL joint rotations, root in each frame's camera."""
-    pose_world: Tensor
-    """(B, S, 24, 3, 3) the same, root in the first frame's camera."""
-    betas: Tensor
-    """(B, S, 10) SMPL shape, the same in all frames of a clip."""
-    frame_betas: Tensor
-    """(B, S, 10) SMPL shape as seen in each frame."""
-    trans_cam: Tensor
-    """(B, S, 3) m, SMPL translation in each frame's camera."""
-    trans_world: Tensor
-    """(B, S, 3) m, SMPL translation in the first frame's camera."""
-    scale: Tensor
-    """(B, S) m, AlignNet's mean distance of the valid points, the same in all frames of a clip."""
-    unit: Tensor
-    """(B, S) m per unit of the scene branch, the same in all frames of a clip."""
+    """(B, S): focal in half diagonals, shift in m, and whether the frame's points told them."""
+    pose_cam: Float32[Tensor, "B S J 3 3"]
+    """SMPL joint rotations, root in each frame's camera."""
+    pose_world: Float32[Tensor, "B S J 3 3"]
+    """The same, root in the first frame's camera."""
+    betas: Float32[Tensor, "B S betas"]
+    """SMPL shape, the same in all frames of a clip."""
+    frame_betas: Float32[Tensor, "B S betas"]
+    """SMPL shape as seen in each frame."""
+    trans_cam: Float32[Tensor, "B S 3"]
+    """m, SMPL translation in each frame's camera."""
+    trans_world: Float32[Tensor, "B S 3"]
+    """m, SMPL translation in the first frame's camera."""
+    scale: Float32[Tensor, "B S"]
+    """m, AlignNet's mean distance of the valid points, the same in all frames of a clip."""
+    unit: Float32[Tensor, "B S"]
+    """m per unit of the scene branch, the same in all frames of a clip."""
 
     @property
-    def w2c(self) -> Tensor:
-        """(B, S, 4, 4) the first frame's camera to each camera."""
+    def w2c(self) -> Float32[Tensor, "B S 4 4"]:
+        """The first frame's camera to each camera."""
         return inverse_se3(self.c2w)
 
 
@@ -147,12 +148,17 @@ class UniSH(nn.Module):
     # --- training ---------------------------------------------------------------------------------------------------
 
     def forward(
-        self, images: Tensor, patches: Tensor, bbox_info: Tensor, fps: float = 6.0, compat: Compat = "default"
+        self,
+        images: Float[Tensor, "B S 3 H W"],
+        patches: Float[Tensor, "B S 3 256 256"],
+        bbox_info: Float[Tensor, "B S 3"],
+        fps: float = 6.0,
+        compat: Compat = "default",
     ) -> NetworkOutput:
         """The raw network, without focal recovery, scaling or shift, and without waiting for the device.
 
-        images: (B, S, 3, H, W) RGB in [0, 1], H and W multiples of 14. patches: (B, S, 3, 256, 256) person crops.
-        bbox_info: (B, S, 3) crop centre from the image centre and crop side, in pixels over the focal length.
+        images: RGB in [0, 1], H and W multiples of 14. patches: person crops.
+        bbox_info: crop centre from the image centre and crop side, in pixels over the focal length.
         """
         scene = self.pi3(images, round_angles=compat == "released")
         human = run_human(self.backbone, self.human_head, self.config.human, patches, bbox_info)
@@ -165,12 +171,12 @@ class UniSH(nn.Module):
     @torch.no_grad()
     def infer(
         self,
-        images: Tensor,
-        patches: Tensor,
-        bbox_info: Tensor,
+        images: Float[Tensor, "B S 3 H W"],
+        patches: Float[Tensor, "B S 3 256 256"],
+        bbox_info: Float[Tensor, "B S 3"],
         *,
         fps: float = 6.0,
-        intrinsics: Tensor | None = None,
+        intrinsics: Float[Tensor, " B #S 3 3"] | None = None,
         body: Body | None = None,
         compat: Compat = "default",
         confidence: float = 0.1,
@@ -179,11 +185,11 @@ class UniSH(nn.Module):
     ) -> Prediction:
         """Predict a clip in metres: its scene, the camera that saw it, the bodies through that camera, then the metre.
 
-        images: (B, S, 3, H, W) RGB in [0, 1], H and W multiples of 14.
-        patches: (B, S, 3, 256, 256) person crops in [0, 1]; bbox_info: (B, S, 3) crop centre from the image centre and
+        images: RGB in [0, 1], H and W multiples of 14.
+        patches: person crops in [0, 1]; bbox_info: crop centre from the image centre and
             crop side, in pixels of `images`.
         fps: of the given frames; the network was trained at 6.
-        intrinsics: (B, S, 3, 3) or (B, 1, 3, 3) in pixels of `images`, honoured everywhere; estimated where not given.
+        intrinsics: in pixels of `images`, honoured everywhere; estimated where not given.
         body: an SMPL body, for a world translation that is exact about the pelvis; without one `trans_world` is
             R t + T, off by (R - 1) J0. The released mode ignores it.
         confidence: points below it neither set the scale nor the focal length.

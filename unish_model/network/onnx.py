@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from unish_model.network.scene import Scene
@@ -26,14 +27,14 @@ class FixedScene(nn.Module):
             table = scene.encoder.positions(height // patch, width // patch).detach()
         self.register_buffer("positions", table)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """(B, S, 3, H, W) in [0, 1] to the tensors of `SceneOutput`."""
+    def forward(self, images: Float[Tensor, "B S 3 H W"]) -> tuple[Tensor, ...]:
+        """Images in [0, 1] to the tensors of `SceneOutput`."""
         out = self.scene(images, positions=self.positions)
         return tuple(getattr(out, name) for name in OUTPUTS)
 
 
-def export_scene(scene: Scene, images: Tensor, path: Path) -> None:
-    """Write the branch for inputs of exactly the shape of `images` (B, S, 3, H, W), named `images`."""
+def export_scene(scene: Scene, images: Float[Tensor, "B S 3 H W"], path: Path) -> None:
+    """Write the branch for inputs of exactly the shape of `images`, under that name."""
     fixed = FixedScene(scene, *images.shape[-2:]).eval()
     with torch.no_grad():
         program = torch.export.export(fixed, (images,))

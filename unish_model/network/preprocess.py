@@ -5,6 +5,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 import torch
+from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -28,20 +29,23 @@ def network_size(height: int, width: int, longer_side: int = 518, patch: int = 1
     return fit(height), fit(width)
 
 
-def resize_frames(frames: np.ndarray, longer_side: int = 518, patch: int = 14) -> Tensor:
-    """uint8 RGB (S, H, W, 3) to float32 (S, 3, h, w) in [0, 1]: bilinear without antialiasing, as in training."""
+def resize_frames(
+    frames: UInt8[np.ndarray, "S H W 3"], longer_side: int = 518, patch: int = 14
+) -> Float32[Tensor, "S 3 h w"]:
+    """RGB bytes to RGB in [0, 1]: bilinear without antialiasing, as in training."""
     images = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float() / 255
     height, width = frames.shape[1:3]
     size = network_size(height, width, longer_side, patch)
     return F.interpolate(images, size=size, mode="bilinear", align_corners=False)
 
 
-def crop_people(images: Tensor, boxes: Tensor, box_scale: float = 1.0) -> tuple[Tensor, Tensor]:
+def crop_people(
+    images: Float[Tensor, "B S 3 H W"], boxes: Float[Tensor, "B S 4"], box_scale: float = 1.0
+) -> tuple[Float32[Tensor, "B S 3 256 256"], Float32[Tensor, "B S 3"]]:
     """Square person crops and where they were taken.
 
-    images: (B, S, 3, H, W) in [0, 1]; boxes: (B, S, 4) left, top, right, bottom as fractions of the image.
-    Returns crops (B, S, 3, 256, 256), black outside the image, and bbox_info (B, S, 3): box centre from the image
-    centre and side of the square, in pixels.
+    images: in [0, 1]; boxes: left, top, right, bottom as fractions of the image. Returns crops, black outside the
+    image, and bbox_info: box centre from the image centre and side of the square, in pixels.
     """
     height, width = images.shape[-2:]
     size = boxes.new_tensor((width, height))

@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from unish_model.network.geometry import compose, rotation_from_axis_angle
 
 
-def quaternion(matrix: Tensor) -> Tensor:
-    """(..., 3, 3) to (..., 4) quaternion (w, x, y, z) by the released branches, defined off the rotations too."""
+def quaternion(matrix: Float[Tensor, "*batch 3 3"]) -> Float[Tensor, "*batch 4"]:
+    """Quaternion (w, x, y, z) by the released branches, defined off the rotations too."""
     m = matrix
     d0, d1, d2 = m[..., 0, 0], m[..., 1, 1], m[..., 2, 2]
     a, b, c = m[..., 2, 1] - m[..., 1, 2], m[..., 0, 2] - m[..., 2, 0], m[..., 1, 0] - m[..., 0, 1]
@@ -36,8 +37,8 @@ def quaternion(matrix: Tensor) -> Tensor:
     return result
 
 
-def axis_angle(matrix: Tensor) -> Tensor:
-    """(..., 3, 3) to (..., 3), also of matrices that are not quite rotations."""
+def axis_angle(matrix: Float[Tensor, "*batch 3 3"]) -> Float[Tensor, "*batch 3"]:
+    """Axis times angle, also of matrices that are not quite rotations."""
     q = quaternion(matrix)
     square = q[..., 1:].square().sum(-1, keepdim=True)
     sine, cosine = (square + 1e-8).sqrt(), q[..., :1]
@@ -45,10 +46,12 @@ def axis_angle(matrix: Tensor) -> Tensor:
     return q[..., 1:] * (angle / sine)
 
 
-def mistaken_root(rotations: Tensor, c2w: Tensor) -> Tensor:
+def mistaken_root(
+    rotations: Float[Tensor, "*batch J 3 3"], c2w: Float[Tensor, "*batch 4 4"]
+) -> Float[Tensor, "*batch J 3 3"]:
     """The released world pose: row 0 of the root matrix is taken for an axis-angle vector and turned as one.
 
-    rotations (..., J, 3, 3) and c2w (..., 4, 4) to (..., J, 3, 3), whose root is not a rotation.
+    The root of the result is not a rotation.
     """
     turned = axis_angle(compose(c2w[..., :3, :3], rotation_from_axis_angle(rotations[..., 0, 0, :])))
     root = torch.cat((turned[..., None, :], rotations[..., 0, 1:, :]), -2)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Float32
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,23 +24,23 @@ IMAGE_STD = (0.229, 0.224, 0.225)
 class SceneOutput:
     """What the scene branch says about a clip. Float32, the network's own unit of length, cameras x right, y down."""
 
-    local_points: Tensor
-    """(B, S, H, W, 3) points in each frame's camera."""
-    conf_logits: Tensor
-    """(B, S, H, W) logit of "this point is right"."""
-    c2ws: Tensor
-    """(B, S, 4, 4) camera to the network's own world."""
-    hidden: Tensor
-    """(B, S, registers + h w, hidden) features, registers first, patches row-major."""
+    local_points: Float32[Tensor, "B S H W 3"]
+    """Points in each frame's camera."""
+    conf_logits: Float32[Tensor, "B S H W"]
+    """Logit of "this point is right"."""
+    c2ws: Float32[Tensor, "B S 4 4"]
+    """Camera to the network's own world."""
+    hidden: Float[Tensor, "B S tokens hidden"]
+    """Features, registers first, patches row-major."""
 
     @property
-    def first_camera_frame(self) -> Tensor:
-        """(B, S, 4, 4) camera to the first frame's camera."""
+    def first_camera_frame(self) -> Float32[Tensor, "B S 4 4"]:
+        """Camera to the first frame's camera."""
         return compose(inverse_se3(self.c2ws[:, :1]), self.c2ws)
 
     @property
-    def world_points(self) -> Tensor:
-        """(B, S, H, W, 3) points in the first frame's camera."""
+    def world_points(self) -> Float32[Tensor, "B S H W 3"]:
+        """Points in the first frame's camera."""
         return transform_points(self.first_camera_frame[:, :, None, None], self.local_points)
 
 
@@ -50,12 +51,12 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.proj = nn.Conv2d(3, width, patch, stride=patch, padding=padding)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "frames 3 H W"]) -> Float[Tensor, "frames patches width"]:
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
 class Encoder(Branch):
-    """DINOv2 with register tokens: (frames, 3, H, W) to (frames, h w, width)."""
+    """DINOv2 with register tokens."""
 
     def __init__(self, config: SceneConfig) -> None:
         super().__init__()
@@ -70,8 +71,8 @@ class Encoder(Branch):
         for token in (self.cls_token, self.register_tokens, self.pos_embed):
             nn.init.trunc_normal_(token, std=0.02)
 
-    def positions(self, rows: int, columns: int) -> Tensor:
-        """(1, 1 + rows columns, width): the learned grid, resized in float32 with antialiased bicubic weights."""
+    def positions(self, rows: int, columns: int) -> Float[Tensor, "1 1+{rows}*{columns} width"]:
+        """Class token and patches: the learned grid, resized in float32 with antialiased bicubic weights."""
         if rows == columns == self.grid:
             return self.pos_embed
         cls, table = self.pos_embed.float().split([1, self.grid**2], 1)
@@ -79,7 +80,9 @@ class Encoder(Branch):
         table = F.interpolate(table, size=(rows, columns), mode="bicubic", antialias=True, align_corners=False)
         return torch.cat((cls, table.flatten(2).transpose(1, 2)), 1).to(self.pos_embed.dtype)
 
-    def forward(self, images: Tensor, positions: Tensor) -> Tensor:
+    def forward(
+        self, images: Float[Tensor, "frames 3 H W"], positions: Float[Tensor, "1 positions width"]
+    ) -> Float[Tensor, "frames patches width"]:
         x = self.patch_embed(images)
         count = x.shape[0]
         x = torch.cat((self.cls_token.expand(count, -1, -1), x), 1) + positions
@@ -91,7 +94,7 @@ class Encoder(Branch):
 
 
 class Readout(Branch):
-    """A small decoder on one frame's tokens: (frames, tokens, hidden) to (frames, tokens, out)."""
+    """A small decoder on one frame's tokens."""
 
     def __init__(self, config: TransformerConfig, hidden: int, out: int) -> None:
         super().__init__()
@@ -99,7 +102,7 @@ class Readout(Branch):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.linear_out = nn.Linear(config.width, out)
 
-    def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
+    def forward(self, x: Float[Tensor, "frames tokens hidden"], rotary: Rotary) -> Float[Tensor, "frames tokens out"]:
         x = self.projects(x)
         for block in self.blocks:
             x = self.run(block, x, rotary)
@@ -114,8 +117,9 @@ class PixelHead(nn.Module):
         self.patch = patch
         self.proj = nn.Linear(width, channels * patch * patch)
 
-    def forward(self, tokens: Tensor, rows: int, columns: int) -> Tensor:
-        """(frames, rows columns, width) to (frames, H, W, channels)."""
+    def forward(
+        self, tokens: Float[Tensor, "frames {rows}*{columns} width"], rows: int, columns: int
+    ) -> Float[Tensor, "frames H W channels"]:
         x = self.proj(tokens).transpose(1, 2).unflatten(2, (rows, columns))
         return F.pixel_shuffle(x, self.patch).permute(0, 2, 3, 1)
 
@@ -129,7 +133,7 @@ class ResidualUnit(nn.Module):
         self.res_conv2 = nn.Linear(width, width)
         self.res_conv3 = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
         return x + self.res_conv3(self.res_conv2(self.res_conv1(x).relu()).relu()).relu()
 
 
@@ -143,8 +147,7 @@ class CameraHead(nn.Module):
         self.fc_t = nn.Linear(width, 3)
         self.fc_rot = nn.Linear(width, 9)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(frames, patches, width) to (frames, 4, 4)."""
+    def forward(self, tokens: Float[Tensor, "frames patches width"]) -> Float[Tensor, "frames 4 4"]:
         for unit in self.res_conv:
             tokens = unit(tokens)
         x = self.more_mlps(tokens.mean(1))
@@ -194,8 +197,8 @@ class Scene(Branch):
             round_angles=rounded,
         )
 
-    def mix(self, tokens: Tensor, rotary: Rotary) -> Tensor:
-        """Cross-frame transformer. (B, S, patches, width) to (B, S, registers + patches, 2 width)."""
+    def mix(self, tokens: Float[Tensor, "B S patches width"], rotary: Rotary) -> Float[Tensor, "B S tokens 2*width"]:
+        """Cross-frame transformer; it puts registers before the patches."""
         batch, frames, _, width = tokens.shape
         x = torch.cat((self.register_token.to(tokens.dtype).expand(batch, frames, -1, -1), tokens), 2)
         count = x.shape[2]
@@ -211,17 +214,24 @@ class Scene(Branch):
             x = x.reshape(batch, frames, count, width)
         return torch.cat((before, x), -1)
 
+    def read(
+        self, decoder: Readout, hidden: Float[Tensor, "B S tokens hidden"], rotary: Rotary, frame_step: int | None
+    ) -> Float32[Tensor, "frames patches out"]:
+        """A decoder's features of every patch, `frame_step` frames at a time."""
+        x = by_frames(lambda part: decoder(part, rotary), hidden.flatten(0, 1), frame_step)
+        return x[:, self.config.registers :].float()
+
     def forward(
         self,
-        images: Tensor,
+        images: Float[Tensor, "B S 3 H W"],
         *,
         round_angles: bool = False,
         frame_step: int | None = None,
-        positions: Tensor | None = None,
+        positions: Float[Tensor, "1 positions width"] | None = None,
     ) -> SceneOutput:
         """Run the branch.
 
-        images: (B, S, 3, H, W) RGB in [0, 1], H and W multiples of the patch.
+        images: RGB in [0, 1], H and W multiples of the patch.
         round_angles: round rotary angles to the token type, as the released code does (matters below float32).
         frame_step: frames at a time in the per-frame parts; the result is the same, the peak memory smaller.
         positions: `encoder.positions(h, w)` where it was computed before.
@@ -242,11 +252,8 @@ class Scene(Branch):
         rotary = self.rotary(rows, columns, device, autocast_type(device) or weights, round_angles)
         hidden = self.mix(tokens.unflatten(0, (batch, frames)), rotary)
 
-        def read(decoder: nn.Module) -> Tensor:
-            x = by_frames(lambda part: decoder(part, rotary), hidden.flatten(0, 1), frame_step)
-            return x[:, self.config.registers :].float()
-
-        points, conf, camera = read(self.point_decoder), read(self.conf_decoder), read(self.camera_decoder)
+        decoders = self.point_decoder, self.conf_decoder, self.camera_decoder
+        points, conf, camera = (self.read(decoder, hidden, rotary, frame_step) for decoder in decoders)
         with full_precision(device):
             raw = self.point_head(points, rows, columns)
             z = raw[..., 2:].exp()
