@@ -15,7 +15,7 @@ from uuid import UUID
 
 from prefect import State, allow_failure, flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact, create_progress_artifact, create_table_artifact
-from prefect.context import get_run_context
+from prefect.context import FlowRunContext
 from prefect.exceptions import FailedRun
 from prefect.futures import PrefectFuture
 from prefect.states import Completed, Failed
@@ -99,7 +99,8 @@ def curate(
 
 
 def _refuse_relative(*paths: Path | None) -> None:
-    run = get_run_context().flow_run  # type: ignore[union-attr]
+    context = FlowRunContext.get()
+    run = context.flow_run if context else None
     if run and run.work_pool_name and not all(path is None or path.is_absolute() for path in paths):
         raise UsageError(
             "A worker of a work pool runs in a temporary folder; give absolute paths for every file and folder."

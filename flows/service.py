@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 from urllib.parse import urlsplit
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 import typer
 
 from curation.failures import UsageError
@@ -357,7 +357,7 @@ def _refuse_taken_port(service: Service) -> None:
             ) from None
 
 
-def _open(url: str):  # type: ignore[no-untyped-def]  # noqa: ANN202
+def _open(url: str) -> Any:  # an HTTPResponse, which typeshed does not promise
     # never through a proxy: the address is this machine
     return urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=5)
 

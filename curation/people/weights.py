@@ -75,10 +75,10 @@ def keep_quiet() -> None:
 
 def load_model(weights: Path) -> Any:
     """The ultralytics model of a detector's checkpoint. Raises UsageError for any other file."""
-    from ultralytics import YOLO
+    from ultralytics.models import YOLO
 
     try:
-        model = YOLO(str(weights), task="detect")
+        model: Any = YOLO(str(weights), task="detect")
         if model.task != "detect":
             raise UsageError(f"{weights.name} is a {model.task} model; give weights of a detector.")
         model.model.names  # noqa: B018 - a file that is no checkpoint fails here

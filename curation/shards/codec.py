@@ -129,7 +129,7 @@ def decode_jpeg(data: bytes) -> NDArray[np.uint8]:
     bgr = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None  # OpenCV raises for no bytes at all
     if bgr is None:
         raise ShardError("A frame is not a readable JPEG; the shard is damaged: write it anew.")
-    return cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
+    return np.asarray(cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB), np.uint8)
 
 
 def pack_mask(mask: NDArray[np.bool_]) -> bytes:

@@ -171,7 +171,7 @@ def _degrade(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.u
     elif rng.random() < 0.08:
         value = value * 0.5 + 255 * rng.uniform(0.3, 0.5)
     if rng.random() < 0.25:
-        value = cv2.GaussianBlur(value, (0, 0), rng.uniform(0.5, 1.4))
+        value = np.asarray(cv2.GaussianBlur(value, (0, 0), rng.uniform(0.5, 1.4)), np.float32)
     if rng.random() < 0.4:
         value = value + rng.normal(0, rng.uniform(2, 7), value.shape)
     value = np.clip(value, 0, 255)

@@ -35,7 +35,8 @@ def _strip(path: Path, case: dict[str, str]) -> NDArray[np.uint8]:
     reason = f": {case['first_reason']}" if case["first_reason"] else ""
     text = f"{case['note'].replace('_', ' ')}  -  {case['expected']}{reason}"
     cv2.putText(head, text, (6, 14), cv2.FONT_HERSHEY_SIMPLEX, 0.42, _COLOURS[case["expected"]], 1, cv2.LINE_AA)
-    return cv2.copyMakeBorder(np.vstack([head, strip]), 0, 6, 0, 6, cv2.BORDER_CONSTANT, value=(255, 255, 255))
+    framed = cv2.copyMakeBorder(np.vstack([head, strip]), 0, 6, 0, 6, cv2.BORDER_CONSTANT, value=(255, 255, 255))
+    return np.asarray(framed, np.uint8)
 
 
 def _frames(path: Path) -> list[NDArray[np.uint8]]:
@@ -46,7 +47,7 @@ def _frames(path: Path) -> list[NDArray[np.uint8]]:
         ok, frame = capture.read()
         if not ok:
             return frames
-        frames.append(frame)
+        frames.append(np.asarray(frame, np.uint8))
 
 
 def _tile(frame: NDArray[np.uint8] | None) -> NDArray[np.uint8]:

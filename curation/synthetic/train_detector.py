@@ -50,7 +50,8 @@ def train(
     """
     os.environ.setdefault("YOLO_AUTOINSTALL", "false")
     import torch
-    from ultralytics import YOLO, settings
+    from ultralytics import settings
+    from ultralytics.models import YOLO
 
     settings.update({"sync": False, "datasets_dir": str(work), "runs_dir": str(work / "runs")})
     held_out = max(scenes // 12, 2)
@@ -120,9 +121,9 @@ def calibrate(weights: Path, pictures: Path) -> dict[str, float]:
     changes no order within it: its average precision stays. Returns the cut-offs that were the best before.
     """
     import torch
-    from ultralytics import YOLO
+    from ultralytics.models import YOLO
 
-    model = YOLO(str(weights))
+    model: Any = YOLO(str(weights))
     rows: list[tuple[int, float, bool]] = []
     truths = np.zeros(len(CLASSES))
     for path in sorted((pictures / "images").glob("*.jpg")):
@@ -187,7 +188,7 @@ def _logit(p: float) -> float:
 
 def measure(weights: Path, data: Path) -> dict[str, float]:
     """mAP50 of the person class and of all classes on the held-out pictures of a data file."""
-    from ultralytics import YOLO
+    from ultralytics.models import YOLO
 
     result = YOLO(str(weights)).val(
         data=str(data), imgsz=IMAGE_SIZE, plots=False, verbose=False, workers=0, device="cpu"

@@ -144,7 +144,7 @@ def halved(stored: RGB, index: VideoIndex, width: int, height: int) -> RGB:
     size = (height, width) if index.rotation % 180 else (width, height)
     while stored.shape[1] // 2 >= size[0] and stored.shape[0] // 2 >= size[1]:
         half = (stored.shape[1] // 2, stored.shape[0] // 2)
-        stored = cv2.resize(stored, half, interpolation=cv2.INTER_AREA)
+        stored = np.asarray(cv2.resize(stored, half, interpolation=cv2.INTER_AREA), np.uint8)
     return stored
 
 
@@ -159,7 +159,8 @@ def resize(stored: RGB, index: VideoIndex, width: int, height: int, part: Part =
         x1, y1, x2, y2 = (round(at * side) for at, side in zip(part, turned.shape[1::-1] * 2, strict=True))
         stored, index = turned[y1:y2, x1:x2], replace(index, rotation=0, mirrored=False)
     size = (height, width) if index.rotation % 180 else (width, height)
-    return upright(cv2.resize(halved(stored, index, width, height), size, interpolation=cv2.INTER_LINEAR), index)
+    scaled = cv2.resize(halved(stored, index, width, height), size, interpolation=cv2.INTER_LINEAR)
+    return upright(np.asarray(scaled, np.uint8), index)
 
 
 def thumbnail(frame: Any, index: VideoIndex, width: int, height: int) -> RGB:
@@ -170,7 +171,7 @@ def thumbnail(frame: Any, index: VideoIndex, width: int, height: int) -> RGB:
         small = cv2.cvtColor(to_sdr(frame, width=width, height=height, interpolation="AREA"), cv2.COLOR_RGB2BGR)
     else:
         small = frame.to_ndarray(width=width, height=height, format="bgr24", interpolation="AREA", threads=1)
-    return upright(small, index)
+    return upright(np.asarray(small, np.uint8), index)
 
 
 def frames_at(index: VideoIndex, times_s: Sequence[float], width: int, height: int) -> list[RGB]:

@@ -65,10 +65,10 @@ def to_sdr(frame: Any, **scaling: Any) -> NDArray[np.uint8]:
     luminance, to_709 = _gamut(primaries)
     sdr = np.empty(codes.shape, np.uint8)
     for top in range(0, len(codes), _ROWS):
-        rows = cv2.LUT(codes[top : top + _ROWS], light)
+        rows = np.asarray(cv2.LUT(codes[top : top + _ROWS], light), np.float32)
         if hlg:
-            rows *= _look_up(cv2.transform(rows, luminance), _ootf())[..., None]
-        rows = cv2.transform(rows, to_709)
+            rows *= _look_up(np.asarray(cv2.transform(rows, luminance), np.float32), _ootf())[..., None]
+        rows = np.asarray(cv2.transform(rows, to_709), np.float32)
         sdr[top : top + _ROWS] = _look_up(np.clip(rows, 0, 1, out=rows), _bt1886())
     return sdr
 

@@ -11,6 +11,7 @@ import pickle
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -389,7 +390,7 @@ def _fitting(kind: str, file: TensorFile) -> str:
     candidates = {"its stored configuration": stored} if stored else {}
     candidates |= {name: UniSHConfig.named(name) for name in ("released", "paper", "tiny")}
     for name, config in candidates.items():
-        network = build_empty(lambda config=config: build(config))  # type: ignore[misc]
+        network = build_empty(partial(build, config))
         if {key: tuple(value.shape) for key, value in network.state_dict().items()} == found:
             return name
     return "no known configuration"

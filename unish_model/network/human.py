@@ -107,28 +107,33 @@ class PreNorm(nn.Module):
         return x + self.fn(self.norm(x), *context)
 
 
-class CrossDecoder(Branch):
-    """Layers of self-attention, cross-attention and feed-forward."""
+class CrossLayer(nn.ModuleList):
+    """Self-attention, cross-attention, feed-forward, under the names 0, 1 and 2."""
 
     def __init__(self, config: TransformerConfig, head_dim: int, context: int) -> None:
-        super().__init__()
-        width = config.width
-        self.layers = nn.ModuleList(
-            nn.ModuleList(
-                (
-                    PreNorm(width, HeadAttention(width, config.heads, head_dim)),
-                    PreNorm(width, HeadAttention(width, config.heads, head_dim, context)),
-                    PreNorm(width, HeadFeedForward(width, config.mlp)),
-                )
-            )
-            for _ in range(config.depth)
-        )
+        width, heads = config.width, config.heads
+        attend, cross = HeadAttention(width, heads, head_dim), HeadAttention(width, heads, head_dim, context)
+        super().__init__(PreNorm(width, part) for part in (attend, cross, HeadFeedForward(width, config.mlp)))
 
     def forward(
         self, x: Float[Tensor, "frames queries width"], context: Float[Tensor, "frames tokens context"]
     ) -> Float[Tensor, "frames queries width"]:
-        for attend, cross, feed in self.layers:
-            x = self.run(feed, self.run(cross, self.run(attend, x), context))
+        attend, cross, feed = self
+        return feed(cross(attend(x), context))
+
+
+class CrossDecoder(Branch):
+    """A query that reads a context, layer by layer."""
+
+    def __init__(self, config: TransformerConfig, head_dim: int, context: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(CrossLayer(config, head_dim, context) for _ in range(config.depth))
+
+    def forward(
+        self, x: Float[Tensor, "frames queries width"], context: Float[Tensor, "frames tokens context"]
+    ) -> Float[Tensor, "frames queries width"]:
+        for layer in self.layers:
+            x = self.run(layer, x, context)
         return x
 
 

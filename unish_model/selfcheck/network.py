@@ -48,7 +48,10 @@ def check_rope(arrays: Arrays, _: Context) -> Found:
     """Rotary tables and their use, along time and over a patch grid."""
     golden = tensors(arrays)
     for name, value in arrays.items():
-        kind, number = re.fullmatch(r"([a-z]+)(\d+d?)", name).groups()  # type: ignore[union-attr]
+        match = re.fullmatch(r"([a-z]+)(\d+d?)", name)
+        if match is None:
+            raise GoldenError(f"cannot read the case of the rotary tables' {name!r}")
+        kind, number = match.groups()
         if kind in ("cos", "sin"):
             length, width = value.shape
             table = getattr(time_rotary(torch.arange(length).float(), length, width, 100.0), kind)
