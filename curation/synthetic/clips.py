@@ -22,11 +22,11 @@ from curation.observe.sampling import sample_indices
 from curation.pool import run_all
 from curation.records import Outcome
 from curation.render.body import load_body
-from curation.synthetic.camera import Shot, film
-from curation.synthetic.motion import Place, dance
-from curation.synthetic.scene import KINDS, Builder, build_scene
-from curation.synthetic.take import Dancer, Frame, Seen, Take, held_ball
-from curation.synthetic.wardrobe import Dressed, Outfit, dress
+from curation.synthetic.world.camera import Shot, film
+from curation.synthetic.world.motion import Place, dance
+from curation.synthetic.world.scene import KINDS, Builder, build_scene
+from curation.synthetic.world.take import Dancer, Frame, Seen, Take, held_ball
+from curation.synthetic.world.wardrobe import Dressed, Outfit, dress
 
 Array = NDArray[np.float64]
 Image = NDArray[np.uint8]

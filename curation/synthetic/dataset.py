@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 from curation.pool import cores, run_all
 from curation.records import ClipRef, ClipSample, Frames, TeacherDepth
 from curation.shards.codec import encode_jpeg, pack_mask
+from curation.shards.labels import LABELS, Label
 from curation.shards.writer import encode_clip, write_tables
 from curation.synthetic.clips import ClipPlan, shoot
 
@@ -29,33 +29,6 @@ FPS = 6
 WORLD_VERSION = 1  # raise it when the same seed no longer gives the same pixels
 _CASES = ("good", "good", "good", "good", "good", "occluded", "held_object", "truncated_bottom", "truncated_left")
 _GRIDS = ((518, 294), (294, 518))
-
-
-@dataclass(frozen=True)
-class Label:
-    """One column of ground truth: float32, row-major."""
-
-    name: str
-    length: int
-    unit: str
-    doc: str
-
-
-LABELS = (
-    Label("smpl_pose", 72, "rad", "24 axis-angle rotations; the first is the root's orientation in the world."),
-    Label("smpl_betas", 10, "", "Shape, constant over a clip."),
-    Label("smpl_transl", 3, "m", "Added to the posed vertices, in the world."),
-    Label(
-        "extrinsics", 16, "m", "World to camera, 4 x 4: OpenCV camera (x right, y down, z forward); the world has y up."
-    ),
-    Label("joints_3d", 72, "m", "24 joints in the world."),
-    Label(
-        "joints_2d",
-        48,
-        "px",
-        "24 joints on the training grid, also where hidden or outside; the first pixel's centre is (0.5, 0.5).",
-    ),
-)
 
 
 def write_dataset(

@@ -23,7 +23,7 @@ from curation.synthetic.clips import (
     truth_of,
     write_oracle,
 )
-from curation.synthetic.take import Frame, Seen
+from curation.synthetic.world.take import Frame, Seen
 from curation.teach.teacher import check_teacher, load_teacher
 
 SMALL = (256, 144)

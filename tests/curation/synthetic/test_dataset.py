@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from curation.render.body import load_body, pose_body
+from curation.shards.labels import LABELS
 from curation.shards.reader import ShardReader
 from curation.shards.verify import verify
-from curation.synthetic.dataset import LABELS, labelled_clip, write_dataset
+from curation.synthetic.dataset import labelled_clip, write_dataset
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ import pytest
 from curation.judge.policy import load_policy
 from curation.synthetic.clips import ClipPlan, shoot
 from curation.synthetic.detector import LONG_SIDE, POLICY, WEIGHTS
-from curation.synthetic.detector_data import labels, write_clip_pictures
-from curation.synthetic.scene import CLASSES
+from curation.synthetic.detector.data import labels, write_clip_pictures
+from curation.synthetic.world.scene import CLASSES
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_it_finds_the_dancer(model):
 @pytest.mark.slow
 def test_calibration_moves_the_best_cut_off_to_a_quarter(tmp_path: Path):
     pytest.importorskip("ultralytics")
-    from curation.synthetic.train_detector import CUT_OFF, calibrate
+    from curation.synthetic.detector.train import CUT_OFF, calibrate
 
     write_clip_pictures(tmp_path, 3, 990_000, workers=1)
     pictures, labelled = sorted((tmp_path / "images").iterdir()), sorted((tmp_path / "labels").iterdir())
@@ -79,7 +79,7 @@ def test_calibration_moves_the_best_cut_off_to_a_quarter(tmp_path: Path):
 
 
 def test_a_truth_is_found_once():
-    from curation.synthetic.train_detector import _matched
+    from curation.synthetic.detector.train import _matched
 
     truth = np.array([[0, 0.5, 0.5, 0.4, 0.8]])
     found = np.array(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from curation.render.body import LANDMARKS, PARENTS, global_rotations, load_body, pose_body, rotation_matrices
-from curation.synthetic.motion import Place, dance
+from curation.synthetic.world.motion import Place, dance
 
 
 def joints_of(motion):

@@ -12,7 +12,7 @@ from curation.records import Frames
 from curation.settings import TeacherSettings
 from curation.shards.codec import encode_jpeg
 from curation.synthetic.teacher import NAME, NUM_TOKENS, WEIGHTS
-from curation.synthetic.teacher_data import SIZES, Pictures, read_scenes, scene, write_scenes
+from curation.synthetic.teacher.data import SIZES, Pictures, read_scenes, scene, write_scenes
 from curation.teach.small_backbone import BACKBONE, register
 from curation.teach.teacher import check_teacher, load_teacher
 
@@ -35,7 +35,7 @@ def fresh() -> Pictures:
 
 
 def test_it_knows_the_depth_of_fresh_renders(fresh: Pictures):
-    from curation.synthetic.train_teacher import teacher_errors
+    from curation.synthetic.teacher.train import teacher_errors
 
     for made in (fresh, scene(990_005)):
         one = Pictures(made.rgb[:1], made.depth_m[:1], made.intrinsics[:1])
@@ -63,7 +63,7 @@ def test_provenance_says_what_it_is():
 
 
 def test_scenes_are_those_of_their_seed_and_points_lie_behind_their_pixels(tmp_path: Path):
-    from curation.synthetic.train_teacher import point_maps
+    from curation.synthetic.teacher.train import point_maps
 
     paths = write_scenes(tmp_path, 1, 41, workers=1)
     [(size, pictures)] = read_scenes(paths).items()
@@ -81,7 +81,7 @@ def test_scenes_are_those_of_their_seed_and_points_lie_behind_their_pixels(tmp_p
 def test_the_same_seed_and_steps_give_the_same_weights(tmp_path: Path):
     import torch
 
-    from curation.synthetic.train_teacher import train
+    from curation.synthetic.teacher.train import train
 
     states = []
     for _ in range(2):

@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 from curation.files import atomic_path
 from curation.pool import run_all
 from curation.render.body import load_body
-from curation.synthetic.camera import MOVES, Shot, film
 from curation.synthetic.clips import CASES, ClipPlan, shoot
-from curation.synthetic.motion import Place, dance
-from curation.synthetic.scene import CLASSES, KINDS, Builder, build_scene
-from curation.synthetic.take import Dancer, Frame, Take, held_ball
-from curation.synthetic.wardrobe import Dressed, Outfit, dress
+from curation.synthetic.world.camera import MOVES, Shot, film
+from curation.synthetic.world.motion import Place, dance
+from curation.synthetic.world.scene import CLASSES, KINDS, Builder, build_scene
+from curation.synthetic.world.take import Dancer, Frame, Take, held_ball
+from curation.synthetic.world.wardrobe import Dressed, Outfit, dress
 
 PER_SCENE = 12
 MIN_SHOWN, MIN_SIDE = 0.30, 0.02

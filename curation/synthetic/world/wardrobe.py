@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from curation.render.body import Body, Posed, load_body, pose_body
 from curation.render.raster import TEXTURE_SIZE, Mesh, Texture, texture, vertex_normals
-from curation.synthetic.paint import blur_noise, clip_rgb, smoothstep
+from curation.synthetic.world.paint import blur_noise, clip_rgb, smoothstep
 
 Array = NDArray[np.float64]
 _SPAN, _LEFT, _TOP = 1.86, -0.93, 0.60  # metres covered by a chart, and its left and upper edge in the rest pose

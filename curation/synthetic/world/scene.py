@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from curation.render.raster import Light, Mesh, merge, vertex_normals
-from curation.synthetic import paint
-from curation.synthetic.paint import Colour, Paint, Painter
+from curation.synthetic.world import paint
+from curation.synthetic.world.paint import Colour, Paint, Painter
 
 Array = NDArray[np.float64]
 CLASSES = ("person", "chair", "potted plant", "sports ball")

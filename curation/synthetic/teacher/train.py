@@ -1,6 +1,6 @@
 """Trains the small MoGe-2 teacher from random weights on the synthetic world's exact depth, and measures it.
 
-    python -m curation.synthetic.train_teacher WORK_FOLDER --minutes 40
+    python -m curation.synthetic.teacher.train WORK_FOLDER --minutes 40
 
 Writes WORK_FOLDER/synthetic-moge.pt (half precision, below 5 MB), a checkpoint as `MoGeModel.from_pretrained` reads it.
 The same seed, scenes and number of steps give the same weights on the same machine; `--minutes` only chooses the
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from curation.files import atomic_path
 from curation.settings import TeacherSettings
 from curation.synthetic.teacher import NAME, NUM_TOKENS, WEIGHTS, model_config
-from curation.synthetic.teacher_data import Pictures, read_scenes, write_scenes
+from curation.synthetic.teacher.data import Pictures, read_scenes, write_scenes
 from curation.teach.small_backbone import register
 
 HELD_OUT_SEED = 900_000

@@ -1,6 +1,6 @@
 """Builds the embedded body file from primitives: run once by a developer, never by a user.
 
-    python -m curation.synthetic.build_body curation/render/body.npz
+    python -m curation.synthetic.world.build_body curation/render/body.npz
 
 Smooth union of ellipsoids and round cones -> marching cubes -> simplification -> exactly 6890 vertices -> relaxation
 -> skinning by bone distance and diffusion -> shape directions from bone offsets -> joint regressor by non-negative

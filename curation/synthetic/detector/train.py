@@ -1,6 +1,6 @@
 """Trains the demo detector from scratch on the synthetic world, and measures it on held-out pictures.
 
-    python -m curation.synthetic.train_detector WORK_FOLDER --scenes 190 --epochs 40
+    python -m curation.synthetic.detector.train WORK_FOLDER --scenes 190 --epochs 40
 
 Writes WORK_FOLDER/demo.pt (half precision, below 2 MB), calibrated: 0.25 is the best cut-off of every
 class. Nothing is downloaded and nothing is reported anywhere.
@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from curation.files import atomic_path
 from curation.synthetic.detector import LAYOUT
 from curation.synthetic.detector import LONG_SIDE as IMAGE_SIZE
-from curation.synthetic.detector_data import write_clip_pictures, write_pictures
-from curation.synthetic.scene import CLASSES
+from curation.synthetic.detector.data import write_clip_pictures, write_pictures
+from curation.synthetic.world.scene import CLASSES
 
 HELD_OUT_SEED, CALIBRATION_SEED = 900_000, 950_000
 CUT_OFF = 0.25

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 from curation.render.body import Posed
 from curation.render.raster import Camera, Mesh, Rendered, merge, render, render_depth
-from curation.synthetic.motion import Motion
-from curation.synthetic.paint import Paint, painted
-from curation.synthetic.scene import Builder, Scene
-from curation.synthetic.wardrobe import Dressed
+from curation.synthetic.world.motion import Motion
+from curation.synthetic.world.paint import Paint, painted
+from curation.synthetic.world.scene import Builder, Scene
+from curation.synthetic.world.wardrobe import Dressed
 
 Array = NDArray[np.float64]
 HELD = 250  # instance id of a thing in a hand
