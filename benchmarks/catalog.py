@@ -1,6 +1,6 @@
 """The catalog at a million clips: what each question and each record of a worker costs, on SQLite and PostgreSQL.
 
-    python benchmarks/catalog.py
+    python -m benchmarks.catalog
 
 A catalog is made as a long run leaves it: 90% of the clips downloaded, measured and judged under two policies, 10%
 failed after several tries, 15% in shards, rows in the order of the manifest. PostgreSQL is a server of our own in a
@@ -15,7 +15,6 @@ import argparse
 import hashlib
 import json
 import os
-import platform
 import pwd
 import random
 import shutil
@@ -24,21 +23,18 @@ import socket
 import sqlite3
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # or curation.py here would hide the package
-
 import sqlalchemy as sa
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from benchmarks.machine import hardware
 from curation.catalog import Attempt, Catalog
 from curation.catalog.tables import metadata
 from curation.failures import FailureCode, OutageError, UsageError
@@ -286,22 +282,6 @@ def _criteria_json(judged: Verdict) -> str:
     return json.dumps([asdict(result) for result in judged.criteria], sort_keys=True, separators=(",", ":"))
 
 
-def hardware(postgres: str | None) -> dict[str, Any]:
-    """The processor and the versions that decide the figures."""
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-    return {
-        "processor": names[0] if names else platform.machine(),
-        "cores": os.cpu_count(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "sqlite": sqlite3.sqlite_version,
-        "postgresql": postgres,
-        "sqlalchemy": version("sqlalchemy"),
-        "load": round(os.getloadavg()[0], 1),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--clips", type=int, default=1_000_000)
@@ -345,7 +325,7 @@ def main() -> None:
     results = {
         "clips": options.clips,
         "repeats": options.repeats,
-        "hardware": hardware(postgres),
+        "hardware": hardware("sqlalchemy") | {"sqlite": sqlite3.sqlite_version, "postgresql": postgres},
         "seconds_to_generate": seconds,
         "median_ms": figures,
     }

@@ -4,14 +4,13 @@ One run measures three things side by side on the same device: this network, the
 (float32 weights, attention that writes out its matrix), and the floor, the same multiplications at the matrix rate the
 device was measured to have. Weights are random: time does not depend on them.
 
-    python benchmarks/inference.py --frames 30 --out benchmarks/results/inference.json
+    python -m benchmarks.inference --frames 30 --out benchmarks/results/inference.json
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import resource
 import time
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.machine import hardware
 from unish_model.network.config import UniSHConfig
 from unish_model.network.model import UniSH
 
@@ -161,22 +161,11 @@ def measure(model: UniSH, inputs: tuple[Tensor, Tensor, Tensor], device: torch.d
     }
 
 
-def hardware(device: torch.device) -> dict[str, Any]:
-    """What the numbers were measured on."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if device.type == "cpu" and cpuinfo.exists():
-        models = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        name = models[0].partition(":")[2].strip() if models else name
-    return {
-        "device": name,
-        "kind": device.type,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "load_average": round(os.getloadavg()[0], 1),  # other work on the machine makes every number here worse
-    }
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the figures were measured on."""
+    on_gpu = {"device": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
+    threads = {"threads": torch.get_num_threads(), "capability": torch.backends.cpu.get_cpu_capability()}
+    return hardware("torch") | {"kind": device.type} | threads | on_gpu
 
 
 def main() -> None:
@@ -204,7 +193,7 @@ def main() -> None:
     floor = work / rate
     result: dict[str, Any] = {
         "what": {key: getattr(options, key) for key in ("config", "frames", "height", "width", "dtype")},
-        "hardware": hardware(device),
+        "hardware": machine(device),
         "work_tflop": round(work / 1e12, 4),
         "matrix_rate_tflops": round(rate / 1e12, 4),
         "floor_seconds": round(floor, 4),

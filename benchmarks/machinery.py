@@ -1,6 +1,6 @@
 """What the machinery costs: many small clips through the pipeline, through Prefect, and the bare work beside them.
 
-    python benchmarks/machinery.py [--clips 2000]
+    python -m benchmarks.machinery [--clips 2000]
 
 The floor fetches, observes, judges and writes the same clips in one loop, without catalog, pool of processes or engine.
 Every variant is a process of its own; CPU time is that of all its processes, memory the most that they had together,
@@ -24,9 +24,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import psutil
+
+from benchmarks.machine import hardware
 
 ROOT = Path(__file__).resolve().parents[1]
 _ADOPT = 36  # PR_SET_CHILD_SUBREAPER of Linux: then the CPU time of what outlives its parent counts too
@@ -163,8 +163,6 @@ def main() -> None:
     if options.variant:
         VARIANTS[options.variant](options.folder)
         return
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    from shards import hardware
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -193,7 +191,7 @@ def main() -> None:
     per_clip = {label: 1000 * each["cpu_s"] / options.clips for label, each in found.items()}
     figures = {
         "clips": options.clips,
-        "hardware": hardware() | {"load": round(os.getloadavg()[0], 1)},
+        "hardware": hardware(),
         "cpu_ms_per_clip": {label: round(value, 1) for label, value in per_clip.items()},
         "ratios": {
             "pipeline / floor, CPU": round(found["pipeline"]["cpu_s"] / found["floor"]["cpu_s"], 2),

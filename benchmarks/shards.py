@@ -1,6 +1,6 @@
 """Shards beside the plain way: kB per frame and milliseconds of our depth codec and of fp16 + zstd, in one run.
 
-    python benchmarks/shards.py
+    python -m benchmarks.shards
 
 Depth is made here: a floor, walls, a body of spheres, relief and sensor-like noise at 518x294, with an invalid sky.
 Times are CPU milliseconds, the best of several repeats; on a shared machine trust the ratios, not the times.
@@ -10,10 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import random
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,14 +18,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # or curation.py here would hide the package
-
-import blosc2
 import cv2
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from benchmarks.machine import hardware
 from curation.records import ClipSample, Frames, TeacherDepth
 from curation.shards import codec
 from curation.shards.reader import ShardReader
@@ -114,22 +109,12 @@ def measure(frames: int, clip_lengths: list[int], repeats: int) -> dict[str, Any
         for key in ("kb_per_frame", "encode_ms", "decode_ms")
     }
     windows = {f"{length}-frame clips": _windows(length, repeats) for length in clip_lengths}
-    return {"hardware": hardware(), "frames": frames, "depth": results, "ratios": ratios, "windows": windows}
-
-
-def hardware() -> dict[str, Any]:
-    """The processor and the versions that decide the figures."""
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
     return {
-        "processor": names[0] if names else platform.machine(),
-        "cores": os.cpu_count(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "pyarrow": pa.__version__,
-        "blosc2": blosc2.__version__,
-        "opencv": cv2.__version__,
+        "hardware": hardware("numpy", "pyarrow", "blosc2", "opencv-python"),
+        "frames": frames,
+        "depth": results,
+        "ratios": ratios,
+        "windows": windows,
     }
 
 

@@ -21,10 +21,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one thread a process: they share the 
 import hypothesis
 import pytest
 import yaml
-from examples import examples
 
 from curation.judge.policy import find_policy
 from curation.video.ffmpeg import ffmpeg_exe
+from tests.support.examples import examples
 
 ROOT = Path(__file__).parent.parent
 
@@ -34,7 +34,7 @@ hypothesis.settings.register_profile("ci", deadline=None, max_examples=examples(
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
-LONGEST = ("flows/", "curation/test_pipeline.py", "curation/test_last_resort.py", "curation/test_catalog.py")
+LONGEST = ("flows/", "curation/test_pipeline.py", "curation/test_last_resort.py", "curation/catalog/test_catalog.py")
 
 
 @pytest.hookimpl(trylast=True)

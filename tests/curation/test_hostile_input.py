@@ -31,11 +31,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from builders import DANCER, observations
-from examples import ALL, examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from servers import FileServer, redirect, serve
 
 from curation.addresses import address_allowed
 from curation.catalog import Catalog
@@ -48,6 +45,9 @@ from curation.manifest import COLUMNS, MAX_SECONDS, ManifestError, read_manifest
 from curation.platforms import link_listed, validate_video_id
 from curation.records import ClipRef
 from curation.settings import DownloadSettings
+from tests.support.builders import DANCER, observations
+from tests.support.examples import ALL, examples
+from tests.support.servers import FileServer, redirect, serve
 
 HOSTS = ("example.org", "media.example.org:8080", "93.184.215.14")
 SUFFIXES = (".csv", ".jsonl", ".parquet")

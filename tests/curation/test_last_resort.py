@@ -14,8 +14,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from builders import observations
-from test_pipeline import REFS, local, shard_bytes
 
 from curation import pipeline
 from curation.catalog import Attempt, Catalog, ObservationFile
@@ -31,6 +29,8 @@ from curation.run.batches import read_batches
 from curation.run.context import context_of
 from curation.run.files import frames_name, observation_name
 from curation.settings import DownloadSettings, Settings
+from tests.curation.test_pipeline import REFS, local, shard_bytes
+from tests.support.builders import observations
 
 GOOD, BAD = local("bars"), local("count")
 

@@ -13,7 +13,6 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from examples import examples
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
@@ -21,6 +20,7 @@ from curation.failures import UsageError
 from curation.manifest import COLUMNS, MAX_SECONDS, ManifestError, read_manifest, write_manifest
 from curation.platforms import PLATFORMS, validate_video_id
 from curation.records import ClipRef
+from tests.support.examples import examples
 
 SUFFIXES = (".csv", ".jsonl", ".parquet")
 

@@ -9,11 +9,11 @@ from contextlib import suppress
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from peaks import peak_mb
 
 from curation import manifest
 from curation.manifest import MAX_LINE, MAX_PROBLEMS, MAX_ROWS, ManifestError, read_manifest
 from curation.pages import footer_size, pages
+from tests.support.peaks import peak_mb
 
 READ = """
 from curation.manifest import ManifestError, read_manifest

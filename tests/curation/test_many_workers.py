@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from databases import postgres_server
-from objects import s3_server
 
 from curation import pipeline
 from curation.catalog import Catalog
@@ -25,6 +23,8 @@ from curation.shards.reader import ShardReader
 from curation.shards.remote import pull
 from curation.shards.verify import verify
 from curation.storage import Store
+from tests.support.databases import postgres_server
+from tests.support.objects import s3_server
 
 PATIENCE_S = 300  # without progress, on a machine that has other work
 

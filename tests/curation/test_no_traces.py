@@ -27,11 +27,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from servers import Fault, FileServer, redirect
 
 from curation.catalog import Catalog
 from curation.judge.policy import load_policy
 from curation.video.ffmpeg import ffmpeg_exe
+from tests.support.servers import Fault, FileServer, redirect
 
 ROOT = Path(__file__).parents[2]
 TAGS = {

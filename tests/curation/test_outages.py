@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
-from databases import Line, execute, restarting_server
 
 import curation.catalog.database
 from curation import pipeline
@@ -27,6 +26,7 @@ from curation.records import ClipRef, VideoFile
 from curation.run.batches import Batch
 from curation.run.claims import Claims, Queue
 from curation.settings import DownloadSettings, Settings
+from tests.support.databases import Line, execute, restarting_server
 
 SERVED = multiprocessing.get_context("forkserver")  # a fork of pytest would carry its threads' locks
 SERVED.set_forkserver_preload(["curation.catalog", "pytest"])

@@ -15,7 +15,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from servers import Fault, serve
 
 from curation import pipeline
 from curation.catalog import Catalog, Funnel
@@ -37,6 +36,7 @@ from curation.shards.remote import pull
 from curation.shards.verify import verify
 from curation.video.ffmpeg import ffmpeg_exe
 from curation.video.hdr import OPERATOR
+from tests.support.servers import Fault, serve
 
 
 def local(name: str, start_s: float | None = None, end_s: float | None = None) -> ClipRef:

@@ -12,12 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from objects import Server, restarting_s3_server, s3_server
 
 from curation.failures import OutageError, UsageError
 from curation.outages import patience
 from curation.settings import Settings
 from curation.storage import Store
+from tests.support.objects import Server, restarting_s3_server, s3_server
 
 
 @pytest.fixture(scope="module")

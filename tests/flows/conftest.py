@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from prefect_place import Place, free_port
 
 from curation.video.ffmpeg import ffmpeg_exe
+from tests.support.prefect_place import Place, free_port
 
 
 @pytest.fixture(scope="session")

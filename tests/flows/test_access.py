@@ -15,8 +15,6 @@ from urllib.parse import urlsplit
 
 import pytest
 from prefect.plugins import HookContext
-from prefect_place import Place, command
-from servers import serve
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
@@ -24,6 +22,8 @@ from curation.failures import UsageError
 from flows import access
 from flows.plugin import setup_environment
 from flows.service import Service, credentials
+from tests.support.prefect_place import Place, command
+from tests.support.servers import serve
 
 PAGE = "http://page.example"
 STREAMS = ("/events/in", "/events/out", "/logs/out", "/task_runs/subscriptions/scheduled")

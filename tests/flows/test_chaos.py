@@ -12,8 +12,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-from prefect_place import Place, wait_until
-from servers import serve
 
 from curation import pipeline
 from curation.catalog import Catalog
@@ -23,6 +21,8 @@ from curation.records import ClipRef
 from curation.settings import DownloadSettings, ObserveSettings, Settings, TeacherSettings
 from curation.shards.reader import ShardReader
 from curation.shards.verify import verify
+from tests.support.prefect_place import Place, wait_until
+from tests.support.servers import serve
 
 pytestmark = pytest.mark.slow
 

@@ -14,7 +14,6 @@ import yaml
 from prefect import flow
 from prefect.artifacts import Artifact, create_progress_artifact
 from pydantic import BaseModel
-from servers import Fault, redirect, serve
 
 from curation import pipeline
 from curation.catalog import Catalog
@@ -27,6 +26,7 @@ from flows import curate as curate_module
 from flows import stages
 from flows.curate import curate
 from flows.runners import make_task_runner
+from tests.support.servers import Fault, redirect, serve
 
 # Parameters that go by another name than the setting; one device serves detector and teacher.
 RENAMED = {

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from prefect_place import ROOT, Place, free_port, wait_until
 
 from curation.shards.schema import PROVENANCE_KEY
 from flows.demo import demo
+from tests.support.prefect_place import ROOT, Place, free_port, wait_until
 
 
 def test_a_demonstration_that_is_stopped_stops_the_service_it_started(tmp_path: Path):

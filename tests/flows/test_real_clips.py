@@ -9,8 +9,6 @@ import csv
 from pathlib import Path
 
 import pytest
-from prefect_place import Place, command
-from servers import serve
 
 from curation.catalog import Catalog
 from curation.judge.policy import load_policy
@@ -19,6 +17,8 @@ from curation.records import ClipRef
 from curation.run import stages
 from curation.settings import Settings, TeacherSettings
 from curation.shards.verify import verify
+from tests.support.prefect_place import Place, command
+from tests.support.servers import serve
 
 pytestmark = pytest.mark.slow
 

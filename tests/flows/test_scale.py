@@ -9,9 +9,6 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
-from databases import postgres_server
-from objects import s3_server
-from prefect_place import Place
 
 from curation import pipeline
 from curation.catalog import Catalog
@@ -20,6 +17,9 @@ from curation.records import ClipRef
 from curation.settings import DownloadSettings, ObserveSettings, Settings, TeacherSettings
 from curation.shards.remote import pull
 from curation.shards.verify import verify
+from tests.support.databases import postgres_server
+from tests.support.objects import s3_server
+from tests.support.prefect_place import Place
 
 pytestmark = pytest.mark.slow
 CLIPS = 200

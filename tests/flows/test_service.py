@@ -9,8 +9,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from prefect_place import Place, command, free_port, wait_until
-from servers import Fault, serve
+
+from tests.support.prefect_place import Place, command, free_port, wait_until
+from tests.support.servers import Fault, serve
 
 ACTIVE = {"RUNNING", "PENDING", "CANCELLING"}
 

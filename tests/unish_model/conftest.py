@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import jaxtyping
 import pytest
 import torch
-from unish_tools import Clip, random_input
 
+from tests.support.tiny_network import Clip, random_input
 from unish_model.network.config import UniSHConfig
 from unish_model.network.model import UniSH
 from unish_model.selfcheck.weights import fill

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from examples import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from curation.failures import UsageError
 from curation.observe.observations import SCHEMA, Observations, read_observations, write_observations
+from tests.support.examples import examples
 
 F32 = st.floats(width=32, allow_nan=False)
 FINITE = st.floats(allow_nan=False, allow_infinity=False)

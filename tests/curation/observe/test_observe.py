@@ -10,9 +10,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from numbered import encode, number_of, picture
-from scenes import COUNT, Watcher, scene
-from videos import geometry
 
 from curation.failures import ClipFailure, FailureCode
 from curation.judge.criteria import judge
@@ -23,6 +20,9 @@ from curation.records import ClipRef
 from curation.settings import ObserveSettings
 from curation.video.decode import pictures
 from curation.video.index import index_video
+from tests.support.numbered import encode, number_of, picture
+from tests.support.scenes import COUNT, Watcher, scene
+from tests.support.videos import geometry
 
 SETTINGS = ObserveSettings()
 DEFAULT, PAPER = load_policy(Path("default")), load_policy(Path("paper"))

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from numbered import encode, ffmpeg, number_of, picture
 
 from curation.observe.frames import sample_frames
 from curation.observe.sampling import TIE_S, sample_indices
 from curation.records import ClipRef
 from curation.settings import ObserveSettings
+from tests.support.numbered import encode, ffmpeg, number_of, picture
 
 RATES = [Fraction(rate) for rate in ("12", "15", "24000/1001", "25", "30000/1001", "30", "45", "60")]
 WHOLE = [rate for rate in RATES if rate.denominator == 1]

@@ -7,8 +7,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from numbered import encode
-from scenes import COUNT, HEIGHT, MIDDLE, SCENES, WIDTH, Watcher, scene
 
 from curation.judge.criteria import judge
 from curation.judge.policy import load_policy
@@ -17,6 +15,8 @@ from curation.observe.observe import observe
 from curation.observe.shots import ShotMeter
 from curation.records import ClipRef
 from curation.settings import ObserveSettings
+from tests.support.numbered import encode
+from tests.support.scenes import COUNT, HEIGHT, MIDDLE, SCENES, WIDTH, Watcher, scene
 
 CONTENT_CUT = 27.0  # PySceneDetect's default
 

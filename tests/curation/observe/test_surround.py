@@ -7,11 +7,11 @@ import subprocess
 import cv2
 import numpy as np
 import pytest
-from numbered import encode
-from scenes import scene
 
 from curation.observe.surround import SurroundFinder
 from curation.video.ffmpeg import ffmpeg_exe
+from tests.support.numbered import encode
+from tests.support.scenes import scene
 
 RNG = np.random.default_rng(5)
 

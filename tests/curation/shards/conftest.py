@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-from pathlib import Path
 from types import ModuleType
 from typing import Protocol
 
@@ -23,12 +21,9 @@ class MakeClip(Protocol):
 
 @pytest.fixture(scope="session")
 def bench() -> ModuleType:
-    path = Path(__file__).parents[3] / "benchmarks" / "shards.py"
-    spec = importlib.util.spec_from_file_location("benchmarks_shards", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    from benchmarks import shards
+
+    return shards
 
 
 @pytest.fixture(scope="session")

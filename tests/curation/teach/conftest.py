@@ -11,7 +11,8 @@ import pytest
 def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint laid out as the released ones."""
     import torch
-    from small_moge import small_config, small_network
+
+    from tests.support.small_moge import small_config, small_network
 
     path = tmp_path_factory.mktemp("moge") / "small.pt"
     torch.save({"model_config": small_config(), "model": small_network().state_dict()}, path)
