@@ -104,8 +104,8 @@ def measured(variant: str, folder: Path, environment: dict[str, str]) -> dict[st
     """Wall and CPU seconds of a variant, and the memory of its processes over time."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     began = time.monotonic()
-    command = [sys.executable, __file__, "--variant", variant, "--folder", str(folder)]
-    child = subprocess.Popen(command, env=os.environ | ONE_THREAD | environment, stdout=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "benchmarks.machinery", "--variant", variant, "--folder", str(folder.resolve())]
+    child = subprocess.Popen(command, cwd=ROOT, env=os.environ | ONE_THREAD | environment, stdout=subprocess.DEVNULL)
     watched = psutil.Process(child.pid)
     memory: list[int] = []
     family = [watched]

@@ -175,8 +175,17 @@ def run_here(variant: str, clip: Path, weights: str) -> dict[str, float]:
 
 def run_alone(variant: str, clip: Path, weights: str) -> dict[str, float]:
     """The same in a process of its own."""
-    command = [sys.executable, __file__, str(clip), "--detector", weights, "--variant", variant]
-    done = subprocess.run(command, env=os.environ | ONE_THREAD, stdout=subprocess.PIPE, text=True, check=True)
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.observing",
+        str(clip.resolve()),
+        "--detector",
+        weights,
+        "--variant",
+        variant,
+    ]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | ONE_THREAD, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 

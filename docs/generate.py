@@ -96,7 +96,21 @@ def settings() -> str:
     )
 
 
-PAGES: dict[str, Callable[[], str]] = {"failures.md": failures, "settings.md": settings}
+def architecture() -> str:
+    """docs/architecture.svg: the packages and which imports which."""
+    import sys
+
+    sys.path.insert(0, str(DOCS))
+    from picture import svg
+
+    return svg()
+
+
+PAGES: dict[str, Callable[[], str]] = {
+    "failures.md": failures,
+    "settings.md": settings,
+    "architecture.svg": architecture,
+}
 
 
 if __name__ == "__main__":
