@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -10,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from curation.catalog import Catalog, Output
+from curation.catalog import Catalog, Funnel, Output
 from curation.cli import main
 from curation.cli.curate import teacher_values
-from curation.failures import FailureCode
+from curation.failures import FailureCode, OutageError
 from curation.pipeline import postponed
 from curation.records import ClipRef
 
@@ -136,3 +138,39 @@ def test_one_word_means_a_teacher(tmp_path: Path):
     (tmp_path / "model.pt").touch()
     assert teacher_values(str(tmp_path), None)["teacher"] == "moge"
     assert teacher_values("Ruicheng/moge-2-vitl-normal", None)["teacher"] == "moge"
+
+
+def test_what_fails_by_no_mistake_of_the_user_ends_with_1(curation, catalog: Catalog, tmp_path: Path, monkeypatch):
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    (shards / "index.parquet").write_bytes(b"cut")
+    code, printed = curation("verify", shards)
+    assert code == 1 and "index.parquet" in printed and "Traceback" not in printed
+    assert curation("verify", tmp_path / "nowhere")[0] == 2
+
+    def away(*_: object) -> None:  # a database that is really away is in test_outages.py; here it would take minutes
+        raise OutageError("The catalog's database does not answer.")
+
+    monkeypatch.setattr(Catalog, "funnel", away)
+    assert curation("status", "--out", tmp_path) == (1, "error: The catalog's database does not answer.\n")
+
+
+def test_a_run_that_measures_nothing_fails(curation, tmp_path: Path, monkeypatch):
+    (tmp_path / "m.csv").write_text("platform,video_id\nlocal,a.mp4\n")
+    funnel = Funnel(1, 0, 0, 0, 0, 0, 0, {("download", "corrupt"): 1}, {}, {}, {})
+    monkeypatch.setattr("curation.pipeline.run", lambda *_: funnel)
+    code, printed = curation("run", tmp_path / "m.csv", "--out", tmp_path)
+    assert code == 1 and "No clip could be measured" in printed
+
+
+def test_ctrl_c_ends_with_130(tmp_path: Path):
+    os.mkfifo(tmp_path / "cases.csv")  # labels that never come
+    command = [sys.executable, "-m", "curation.cli", "evaluate", "--cases", str(tmp_path / "cases.csv")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        with (tmp_path / "cases.csv").open("w"):  # returns when the command has opened it
+            while process.poll() is None:  # a signal just before it reads would not be noticed
+                process.send_signal(signal.SIGINT)
+                time.sleep(0.2)
+        said = process.stderr.read()
+    assert process.returncode == 130
+    assert "stopped" in said and "Traceback" not in said
