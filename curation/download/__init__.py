@@ -1,1 +1,1 @@
-"""From a clip reference to a verified video file on this machine."""
+"""Downloads the video of a clip and verifies the file."""

@@ -1,7 +1,7 @@
-"""From an exception of yt-dlp to a failure code.
+"""Maps an exception of yt-dlp to a failure code.
 
-Decided by exception class and HTTP status; where yt-dlp has only text, by its own and the platforms' fixed phrases. The
-text itself is never kept: it carries titles, names and addresses.
+The exception class and the HTTP status decide; where yt-dlp reports only text, fixed phrases of yt-dlp and of the
+platforms do. The text itself is never kept: it contains titles, names and URLs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _STATUS = {
     402: FailureCode.MEMBERS,
     403: FailureCode.PRIVATE,
     404: FailureCode.REMOVED,
-    407: FailureCode.NETWORK,  # the proxy does not know this machine
+    407: FailureCode.NETWORK,  # the proxy requires a login
     408: FailureCode.TIMEOUT,
     410: FailureCode.REMOVED,
     412: FailureCode.RATE_LIMITED,  # Bilibili's answer to too many requests
@@ -33,7 +33,7 @@ _STATUS = {
     451: FailureCode.GEO,
 }
 
-# First match wins. Left: fixed phrases of yt-dlp 2026.8 and of the platforms' own players.
+# The first match wins. On the left: fixed phrases of yt-dlp 2026.8 and of the platforms' own players.
 _PHRASES = tuple(
     (re.compile(pattern, re.IGNORECASE), code)
     for pattern, code in (
@@ -81,7 +81,7 @@ _TRANSPORT = re.compile(r"\[download\] Got error: |content too short")
 
 @dataclass(frozen=True, slots=True)
 class Cause:
-    """Why a try failed. `again`: whether to try again within the same call; `retry_after_s`: what the server asked."""
+    """Why an attempt failed. `again`: retry in the same call; `retry_after_s`: the wait the server asks for."""
 
     code: FailureCode
     again: bool = False
@@ -91,8 +91,8 @@ class Cause:
 def cause_of(error: BaseException, last_request: RequestError | None = None, *, direct: bool = False) -> Cause:
     """The cause of an error that yt-dlp raised.
 
-    last_request: what the latest request failed with, for errors that yt-dlp reports as text alone.
-    direct: the video is a plain link, where 403 is the owner's decision; a platform says 403 to a suspected robot.
+    last_request: the error of the latest request, for failures that yt-dlp reports only as text.
+    direct: the video is a plain link, where 403 is the owner's decision; a platform sends 403 to a suspected bot.
     """
     chain = list(_chain(error))
     if not any(isinstance(link, RequestError) for link in chain) and last_request is not None:
@@ -121,7 +121,7 @@ def cause_of(error: BaseException, last_request: RequestError | None = None, *, 
         code = FailureCode.TIMEOUT if _TIMED_OUT.search(said) else FailureCode.NETWORK
         return Cause(code, again=True)
     if any(isinstance(link, RequestError) for link in chain):
-        return Cause(FailureCode.REFUSED)  # a redirect to something that is no http address
+        return Cause(FailureCode.REFUSED)  # a redirect to something other than an http URL
     return Cause(FailureCode.UNSUPPORTED)
 
 
@@ -136,7 +136,7 @@ def _http_cause(error: HTTPError, direct: bool) -> Cause:
 
 
 def _retry_after(error: HTTPError) -> float | None:
-    """Seconds of a Retry-After header, given as a number or as a date; None where it is neither."""
+    """The wait in seconds from a Retry-After header, a number or a date; None if it is neither."""
     value = error.response.headers.get("Retry-After", "").strip()
     if value.isascii() and value.isdigit() and len(value) < 10:
         return float(value)
@@ -145,7 +145,7 @@ def _retry_after(error: HTTPError) -> float | None:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and all that led to it, nearest first; yt-dlp keeps causes in attributes of its own."""
+    """An error and all its causes, nearest first; yt-dlp keeps some causes in its own attributes."""
     waiting, seen = [error], set[int]()
     while waiting:
         link = waiting.pop(0)

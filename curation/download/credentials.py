@@ -1,6 +1,6 @@
-"""The user's cookies and proxy, read without a trace.
+"""Reads the user's cookies and proxy without leaving a trace.
 
-Neither file is ever written, copied, logged or quoted: errors name the setting and the line, never what is in it.
+Neither file is ever written, copied, logged or quoted: errors name the setting and the line, never the content.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _PROXY_ADVICE = "write one line such as http://host:8080 or socks5://user:passwo
 
 
 def check_settings(settings: DownloadSettings) -> None:
-    """Find what would fail every download. Raises UsageError."""
+    """Raise UsageError for settings that would make every download fail."""
     least, most = settings.pause_s
     if not 0 <= least <= most:
-        raise UsageError("The setting pause_s needs two numbers of seconds, the smaller one first; correct it.")
+        raise UsageError("The setting pause_s takes two numbers of seconds, the smaller one first; correct it.")
     if settings.cookies is not None:
         cookie_text(settings.cookies)
     if settings.proxy_file is not None:
@@ -31,10 +31,10 @@ def check_settings(settings: DownloadSettings) -> None:
 
 
 def cookie_text(path: Path) -> str:
-    """The text of a Netscape cookie file. Raises UsageError if it cannot be read or is none.
+    """The text of a Netscape cookie file. Raises UsageError if it cannot be read or has another format.
 
-    yt-dlp takes a text stream as well as a file, and writes cookies back to what it was given: so it gets a copy in
-    memory. A line that it does not understand it would print, so there must be none.
+    yt-dlp writes cookies back to the file or stream it reads, so it gets a copy in memory. It prints lines that it
+    cannot parse, so such lines are refused here.
     """
     lines = _read(path, "cookies").splitlines()
     for number, line in enumerate(lines, 1):
@@ -43,7 +43,7 @@ def cookie_text(path: Path) -> str:
             continue
         if len(fields) != _COOKIE_FIELDS or not _EXPIRES(fields[4]):
             raise UsageError(
-                f"Line {number} of the file named by cookies is no cookie in Netscape format; export the file again."
+                f"Line {number} of the file named by cookies is not a cookie in Netscape format; export the file again."
             )
     return _HEADER + "\n".join(lines) + "\n"
 
@@ -65,7 +65,7 @@ def proxy_address(path: Path) -> str:
         or parts.query
         or parts.fragment
     ):
-        raise UsageError(f"The file named by proxy_file holds no address of a proxy; {_PROXY_ADVICE}.")
+        raise UsageError(f"The file named by proxy_file contains no valid proxy address; {_PROXY_ADVICE}.")
     return address
 
 
@@ -74,4 +74,4 @@ def _read(path: Path, setting: str) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         pass
-    raise UsageError(f"The file named by {setting} cannot be read as text; correct the setting or the file's rights.")
+    raise UsageError(f"The file named by {setting} cannot be read as text; correct the setting or the permissions.")

@@ -1,8 +1,8 @@
-"""One video from its platform to a verified, clean file on this machine.
+"""Downloads one video from its platform and leaves a verified, clean file on this machine.
 
-The whole file is fetched (a section cut from a stream hides frames that decoders disagree on), into a folder of its
-own, checked, freed of tags and sound, and renamed into place. Titles, descriptions, thumbnails and yt-dlp's messages
-are neither written nor logged.
+The whole file is fetched into its own folder, because a section cut from a stream has hidden frames that decoders treat
+differently. The file is checked, stripped of tags and sound, and renamed into place. Titles, descriptions, thumbnails
+and yt-dlp's messages are neither written nor logged.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from curation.settings import DownloadSettings, VideoLimits
 from curation.video.container import container_format
 from curation.video.intake import strip
 
-if TYPE_CHECKING:  # yt-dlp is loaded by the first download, not by whoever imports this module
+if TYPE_CHECKING:  # the first download loads yt-dlp, not the import of this module
     from curation.download.causes import Cause
 
 Progress = Callable[[int, int], None]
 
 MAX_WAIT_S = 120.0
-_SLOW_DOWN = 5.0  # a server that asks for fewer requests waits this much longer than one that failed
+_SLOW_DOWN = 5.0  # a wait after a rate limit is this many times longer than after another failure
 
 
 @dataclass(frozen=True, slots=True)
 class _Fetched:
-    """A file as a server gave it; `resumed`: put together from more than one connection."""
+    """A file as the server sent it; `resumed`: it came over more than one connection."""
 
     path: Path
     resumed: bool = False
@@ -55,13 +55,13 @@ def download(
 ) -> VideoFile:
     """Fetch the whole video of a clip to `folder`/<video_key>/video.<ext>, replacing what is there.
 
-    folder: the run's videos folder. progress: called with (bytes so far, bytes in all or 0). The file holds the picture
-    alone: no sound, tags or chapters. The cap on the short side chooses among a platform's formats; a plain link or a
-    local file has one and is taken as it is. Transient failures are tried again up to `settings.retries` times, after
-    growing, jittered waits or as long as the server asks if that is not over MAX_WAIT_S. What a broken connection had
-    brought of a file is kept below `folder`/.parts and continued, by this call or a later one, if the server vouches
-    that it is still the same. Servers that keep below an average of pace.LEAST_BYTES_PER_S are given up, whatever the
-    size. Raises ClipFailure with a fixed text, and UsageError for unusable settings (see
+    folder: the run's videos folder. progress: called with (bytes so far, total bytes or 0). The file contains only the
+    video stream: no sound, tags or chapters. The limit on the short side selects among a platform's formats; a plain
+    link or a local file has only one, which is taken as it is. Transient failures are retried up to `settings.retries`
+    times, after growing, jittered waits, or after the wait the server asks for if that is at most MAX_WAIT_S. The part
+    received before a connection broke stays below `folder`/.parts; this call or a later one resumes it if the server
+    confirms that the content is unchanged. A download that stays below an average of min_rate.LEAST_BYTES_PER_S is
+    stopped, whatever its size. Raises ClipFailure with a fixed text, and UsageError for unusable settings (see
     check_settings).
     """
     try:
@@ -84,7 +84,7 @@ def download(
             except ClipFailure as error:
                 if not fetched.resumed or Trait.REFETCH not in error.code.traits:
                     raise
-            # Put together from connections that did not belong together after all: once more, from the beginning.
+            # The resumed parts did not belong to the same file after all: fetch it again from the beginning.
             fetched = _fetch(ref, work, settings, options, limits, sleep)
             return _settle(fetched.path, work, home, limits, settings.limits)
     except OSError as error:
@@ -117,11 +117,11 @@ def _local(ref: ClipRef, settings: DownloadSettings) -> Path:
     if settings.local_root is None:
         raise ClipFailure(FailureCode.REFUSED, "No root folder is set for local files.")
     root = settings.local_root.resolve()
-    if not root.is_dir():  # a disk that is not mounted: no reason to call every file of it gone
+    if not root.is_dir():  # a disk that is not mounted does not mean that its files are removed
         raise ClipFailure(FailureCode.REFUSED, "The root folder for local files does not exist.")
     path = Path(os.path.realpath(root / ref.video_id))  # where links really lead
     if not path.is_relative_to(root):
-        raise ClipFailure(FailureCode.REFUSED, "The file is a link that leaves the root folder.")
+        raise ClipFailure(FailureCode.REFUSED, "The path leads outside the root folder through a link.")
     if not os.path.lexists(path):
         raise ClipFailure(FailureCode.REMOVED, "There is no such file below the root folder.")
     if not path.is_file():
@@ -147,7 +147,7 @@ def _fetch(
             wait *= _SLOW_DOWN
         wait = min(wait, MAX_WAIT_S) if outcome.retry_after_s is None else max(wait, outcome.retry_after_s)
         if not outcome.again or attempt >= settings.retries or wait > MAX_WAIT_S:
-            # Outside any handler: yt-dlp's own error, with a title in its text, must not travel along as context.
+            # Raised outside any handler: yt-dlp's error, with a title in its text, must not become the context.
             raise ClipFailure(outcome.code, retry_after_s=outcome.retry_after_s)
         sleep(wait)
     raise AssertionError("unreachable")
@@ -156,7 +156,7 @@ def _fetch(
 def _try(
     ref: ClipRef, work: Path, settings: DownloadSettings, options: dict[str, Any], limits: Limits
 ) -> _Fetched | Cause:
-    """One try: the file, or the Cause of the failure."""
+    """One attempt: the file, or the Cause of the failure."""
     from yt_dlp.utils import YoutubeDLError
 
     from curation.download.causes import cause_of
@@ -172,7 +172,7 @@ def _try(
         guard = Guard(None, settings.allow_loopback)
         url, extractor = SITES[ref.platform]
         options = {**options, "allowed_extractors": [extractor]}
-    if settings.cookies is not None:  # yt-dlp writes cookies back to where they came from: here, to memory
+    if settings.cookies is not None:  # yt-dlp writes cookies back to their source, which is memory here
         options = {**options, "cookiefile": io.StringIO(cookie_text(settings.cookies))}
     if settings.proxy_file is not None:
         options = {**options, "proxy": proxy_address(settings.proxy_file)}
@@ -187,7 +187,7 @@ def _try(
             return cause_of(error, ydl.last_error, direct=direct)
         except ClipFailure as error:
             stopped = ClipFailure(error.code, error.message)
-    if stopped is not None:  # by a limit of ours; raised here without yt-dlp's frames and errors
+    if stopped is not None:  # by one of our limits; raised here, without yt-dlp's stack frames and errors
         raise stopped
     fetched = work / FETCHED
     if not fetched.is_file():
@@ -197,7 +197,7 @@ def _try(
 
 
 def _direct(ref: ClipRef) -> dict[str, Any]:
-    """What an extractor would say of a plain link: it is fetched as it is, and no page or playlist is ever read."""
+    """What an extractor would return for a plain link, which is fetched as it is: no page or playlist is ever read."""
     return {
         "id": ref.video_key,
         "title": ref.video_key,
@@ -214,27 +214,27 @@ def _options(work: Path, settings: DownloadSettings, limits: Limits, sleep: Call
     def wait_for_fragment(n: int) -> float:
         wait = min(MAX_WAIT_S, random.uniform(0.5, 1.5) * 2.0**n)
         sleep(wait)
-        limits.pace.add(wait)  # or a server that fails every other time could keep us for as long as it likes
-        return 0.0  # what yt-dlp still has to wait
+        limits.pace.add(wait)  # otherwise a server that fails every second request could delay the download forever
+        return 0.0  # the wait left for yt-dlp itself
 
     plain = "[protocol~='^(https?|m3u8|m3u8_native|http_dash_segments)$']"
     h264 = "[vcodec~='^(avc|h264)']"
-    # The cap is on the short side, as platforms label quality: 1080x1920 is 1080p. Each kind of format is looked for
-    # among the upright ones by width, then among all by height; the formats of one video have one orientation.
+    # The limit is on the short side, as platforms label quality: 1080x1920 is 1080p. For each kind of format, portrait
+    # formats are tried by width, then all formats by height; the formats of one video have one orientation.
     cap = settings.max_height
     portrait, landscape = f"[aspect_ratio<=1][width<={cap}]", f"[height<={cap}]"
-    unknown = f"[height<=?{cap}]"  # some platforms do not say what they have
+    unknown = f"[height<=?{cap}]"  # some platforms do not report the height
     kinds = ((f"bv{h264}", landscape), (f"b{h264}", landscape), ("bv", landscape), ("bv*", unknown))
     choices = [kind + size for kind, otherwise in kinds for size in (portrait, otherwise)]
     return {
         "format": "/".join(choice + plain for choice in choices),
-        "outtmpl": {"default": FETCHED},  # a platform's idea of a suffix never becomes part of a name
+        "outtmpl": {"default": FETCHED},  # a suffix from the platform never becomes part of a file name
         "paths": {"home": str(work)},
         "match_filter": _not_live,
         "progress_hooks": [limits.hook],
         "socket_timeout": settings.timeout_s,
         "ratelimit": settings.bytes_per_s,
-        # one place decides about trying again, except for single segments of long videos
+        # only _fetch decides about retries, except for single segments of long videos
         "retries": 0,
         "extractor_retries": 0,
         "file_access_retries": 0,
@@ -243,7 +243,7 @@ def _options(work: Path, settings: DownloadSettings, limits: Limits, sleep: Call
         "skip_unavailable_fragments": False,  # a missing segment is a failure, not a shorter video
         "noplaylist": True,
         "playlist_items": "1",
-        "geo_bypass": False,  # no invented origin
+        "geo_bypass": False,  # no faked country
         "cachedir": False,
         "quiet": True,
         "noprogress": True,
@@ -251,7 +251,7 @@ def _options(work: Path, settings: DownloadSettings, limits: Limits, sleep: Call
         "updatetime": False,
         "check_formats": False,
         "fixup": "never",  # the container is rewritten anyway
-        # ffmpeg would open addresses on its own, past the guard
+        # ffmpeg would open URLs itself and bypass the guard
         "external_downloader": {"default": "native"},
         "ffmpeg_location": str(work / "none"),
     }

@@ -1,8 +1,8 @@
-"""yt-dlp with its connections under guard: every request, redirect and segment goes to an allowed host and address.
+"""yt-dlp with guarded connections: every request, redirect and segment goes to an allowed host and address.
 
-yt-dlp follows redirects and playlists wherever they point. Here one request handler replaces all of its own; it judges
-each hop's URL, and it resolves names itself, so that the address that was judged is the one that is connected to.
-Behind a proxy the proxy resolves names, and only the URL is judged. Nothing here prints or keeps what yt-dlp says.
+yt-dlp follows redirects and playlists wherever they point. Here one request handler replaces all of yt-dlp's own. It
+checks the URL of each hop and resolves names itself, so it connects to exactly the address that it has checked. A proxy
+resolves names itself, so only the URL is checked there. Nothing here prints or keeps yt-dlp's messages.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from curation.failures import ClipFailure, FailureCode
 # Plugins are code from the user's configuration folders; nobody reviewed them for this use.
 yt_dlp.globals.plugin_dirs.value = []
 
-PAGE_BYTES = 32 << 20  # of a page, a playlist or a key, each of which yt-dlp holds in memory; videos go to the disk
-TOO_LONG = f"An answer is longer than the {PAGE_BYTES >> 20} MB that a page or a playlist may have."
+PAGE_BYTES = 32 << 20  # of a page, a playlist or a key, which yt-dlp holds in memory; videos go to disk
+TOO_LONG = f"A response is larger than the {PAGE_BYTES >> 20} MB allowed for a page or a playlist."
 _BLOCK = 1 << 20
 
 
 class AddressRefused(RequestError):
-    """A request, or a redirect, leads to a host or address that is not allowed. yt-dlp lets this class pass."""
+    """A request or a redirect leads to a host or address that is not allowed. yt-dlp passes this class on unchanged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Guard:
     allow_loopback: bool
 
     def check_url(self, url: str) -> None:
-        """Raise AddressRefused unless the URL is http(s), its host is listed and no refused address literal."""
+        """Raise AddressRefused unless the URL is http(s) and its host is listed and not a refused IP address."""
         try:
             parts = urlsplit(url)
             host, port = parts.hostname or "", parts.port or {"http": 80, "https": 443}[parts.scheme]
@@ -59,13 +59,13 @@ class Guard:
             raise AddressRefused("host not listed")
         try:
             allowed = address_allowed(host, allow_loopback=self.allow_loopback)
-        except ValueError:  # a name; its addresses are judged when it is resolved
+        except ValueError:  # a name; its addresses are checked when it is resolved
             return
         if not allowed:
             raise AddressRefused("address refused")
 
     def connect(self, resolved: tuple[Any, ...], timeout: float, source_address: Any) -> socket.socket:
-        """Connect to one answer of getaddrinfo if its address is allowed; AddressRefused if not."""
+        """Connect to one result of getaddrinfo if its address is allowed; AddressRefused if not."""
         family, kind, protocol, _, address = resolved
         if not address_allowed(address[0], allow_loopback=self.allow_loopback):
             raise AddressRefused("address refused")
@@ -106,7 +106,7 @@ def _guarded_pools(guard: Guard) -> dict[str, type]:
 
 
 def _paced_pools(pools: dict[str, type], response: type[http.client.HTTPResponse]) -> dict[str, type]:
-    """The same pools with connections that make responses of this class."""
+    """The same pools, with connections that create responses of this class."""
 
     def paced(pool: Any) -> type:
         connection = type("PacedConnection", (pool.ConnectionCls,), {"response_class": response})
@@ -134,7 +134,7 @@ class _Adapter(RequestsHTTPAdapter):
     def send(self, request: Any, *args: Any, **options: Any) -> Any:
         self._guard.check_url(request.url)  # requests sends every hop of a redirect through here
         response = super().send(request, *args, **options)
-        if response.is_redirect:  # requests would read its body whole, to use the connection again
+        if response.is_redirect:  # requests would read the whole body to reuse the connection
             response._content, response._content_consumed = b"", True
             response.raw.close()
         return response
@@ -142,7 +142,7 @@ class _Adapter(RequestsHTTPAdapter):
 
 @functools.cache
 def _ssl_context(**options: Any) -> ssl.SSLContext:
-    """One for all downloads of a process: reading the certificates takes longer than a small file's transfer."""
+    """One context for all downloads of a process: loading the certificates takes longer than fetching a small file."""
     return make_ssl_context(**options)
 
 
@@ -171,7 +171,7 @@ class _GuardedRH(RequestsRH):
 
 
 class _Silence:
-    """yt-dlp's messages carry titles and names: none is shown or kept."""
+    """Drops yt-dlp's messages, because they contain titles and names."""
 
     def debug(self, message: str) -> None:
         pass
@@ -180,10 +180,10 @@ class _Silence:
 
 
 class GuardedYoutubeDL(YoutubeDL):
-    """YoutubeDL whose every connection passes a Guard, and which says nothing.
+    """A silent YoutubeDL that checks every connection with a Guard.
 
-    last_error: what the latest request failed with, None if it succeeded; yt-dlp reports some failures only as text.
-    pace: what all its answers together must keep.
+    last_error: the error of the latest request, None if it succeeded; yt-dlp reports some failures only as text.
+    pace: the minimum rate over all its responses together.
     """
 
     def __init__(self, guard: Guard, options: dict[str, Any], pace: Pace | None = None, *, extractors: bool) -> None:
@@ -214,7 +214,7 @@ class GuardedYoutubeDL(YoutubeDL):
 
 
 def _bound(response: Any) -> None:
-    """Let no more than PAGE_BYTES, unpacked, be read of an answer at once; more is ClipFailure(UNSUPPORTED)."""
+    """Limit a read of the whole response to PAGE_BYTES after decompression; more raises ClipFailure(UNSUPPORTED)."""
     some = response.read
 
     def read(amt: int | None = None) -> bytes:

@@ -1,4 +1,4 @@
-"""What a server's headers say, or None where that is nonsense: they may hold anything."""
+"""Parses a server's headers. Invalid values give None, because a server may send anything."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ def content_range(headers: Any) -> tuple[int | None, int | None]:
 
 
 def number(text: str | None) -> int | None:
-    """A header's count of bytes; None if it is none."""
+    """The number of bytes in a header; None if it is not a number."""
     return int(text) if text is not None and re.fullmatch(r"[0-9]{1,18}", text) else None
 
 
 def http_date(text: str | None) -> float | None:
-    """A header's date as Unix time; None if it is none."""
+    """The date in a header as Unix time; None if it is not a date."""
     date = email.utils.parsedate_tz(text or "")
     try:
         return None if date is None else float(email.utils.mktime_tz(date))
-    except (ValueError, OverflowError):  # year 99999, a zone of a million hours
+    except (ValueError, OverflowError):  # year 99999, a time zone of a million hours
         return None
 
 
 def tame(headers: Any) -> None:
-    """Take out what yt-dlp would trip over: it reads every Content-Length as a number."""
+    """Remove an invalid Content-Length, because yt-dlp reads every one as a number."""
     if "Content-Length" in headers and number(headers.get("Content-Length")) is None:
         del headers["Content-Length"]

@@ -1,7 +1,7 @@
-"""How large a video may be, how slowly it may come, and how much of the disk it leaves free.
+"""Limits the size of a video, the duration of its download, and the disk space it takes.
 
-Asked before the first byte, from what the server announces, and again while bytes arrive, since announcements are
-missing or wrong.
+Checked before the first byte against the size the server announces, and again while bytes arrive, because an announced
+size may be missing or wrong.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from curation.failures import ClipFailure, FailureCode
 from curation.settings import DownloadSettings
 
 TOO_LARGE = "The video is larger than the setting max_video_mb allows."
-NO_ROOM = "The disk has less free space than the setting min_free_mb asks to leave."
-SEGMENT_BYTES = 256 << 20  # yt-dlp holds each segment of a stream in memory, also after it was written to the disk
+NO_ROOM = "The disk has less free space than the setting min_free_mb requires."
+SEGMENT_BYTES = 256 << 20  # yt-dlp holds each segment of a stream in memory, even after writing it to disk
 LARGE_SEGMENT = f"A segment of the stream is larger than {SEGMENT_BYTES >> 20} MB."
-_LOOK_EVERY = 16 << 20  # bytes between two looks at the disk
+_LOOK_EVERY = 16 << 20  # bytes between two checks of the free space
 
 
 class Limits:
-    """The limits of one video. Sizes are bytes; what is exceeded is raised as ClipFailure.
+    """The limits of one video. Sizes are bytes; a method raises ClipFailure where a limit is exceeded.
 
     REFUSED for the video, TOO_LARGE for one of its segments, DISK_FULL for the disk.
 
-    pace: how slowly it may come, over all tries; exceeded, it is TIMEOUT.
+    pace: the minimum rate over all attempts; below it, the code is TIMEOUT.
     """
 
     def __init__(self, settings: DownloadSettings, folder: Path, progress: Callable[[int, int], None] | None) -> None:
@@ -41,18 +41,18 @@ class Limits:
         self.pace = Pace(settings.timeout_s, tries * (self._largest + SEGMENT_BYTES))
 
     def room(self, size: int = 0) -> None:
-        """The disk must hold `size` more bytes and still have what is to be left free."""
+        """Check that `size` more bytes fit on the disk and still leave min_free_mb free."""
         if shutil.disk_usage(self._folder).free < self._spare + size:
             raise ClipFailure(FailureCode.DISK_FULL, NO_ROOM)
 
     def announced(self, size: int, already: int = 0) -> None:
-        """A server says how large the video is; `already` of it are here. The clean copy made of it counts too."""
+        """Check the size that a server announces, of which `already` bytes are here. The clean copy needs room too."""
         if size > self._largest:
             raise ClipFailure(FailureCode.REFUSED, TOO_LARGE)
         self.room(2 * size - already)
 
     def hook(self, state: dict[str, Any]) -> None:
-        """yt-dlp's progress hook: checks what has arrived, then tells the caller's progress."""
+        """yt-dlp's progress hook: checks what has arrived, then calls the caller's progress."""
         done = int(state.get("downloaded_bytes") or 0)
         if done > self._largest:
             raise ClipFailure(FailureCode.REFUSED, TOO_LARGE)
@@ -60,7 +60,7 @@ class Limits:
             self._segment, self._before = state.get("fragment_index"), done
         if self._segment is not None and done - self._before > SEGMENT_BYTES:
             raise ClipFailure(FailureCode.TOO_LARGE, LARGE_SEGMENT)
-        if not self._looked_at <= done < self._looked_at + _LOOK_EVERY:  # smaller after a new beginning
+        if not self._looked_at <= done < self._looked_at + _LOOK_EVERY:  # smaller after a new start
             self._looked_at = done
             self.room()
         if self._progress is not None:

@@ -1,10 +1,10 @@
-"""A floor under the rate of an answer, and of all answers of a video together.
+"""A minimum rate for each response, and for all responses of a video together.
 
-A socket's timeout is about one read: a server that sends a byte a second never runs into it. Here every read from the
-connection, below TLS and whatever the client's own buffering, is timed, and an answer whose average stays below the
-floor ends as a timeout. One that keeps just above it, or comes in many small pieces that each are too short to be
-judged, still meets the least average over all: so every download has an end, also one whose size nobody knows.
-Only time spent waiting for the server counts, so a client that goes slowly on purpose passes.
+A socket timeout covers one read: a server that sends one byte a second never reaches it. Here every read from the
+connection is timed, below the client's own buffering, and a response whose average stays below the minimum ends as a
+timeout. A response just above it, or many responses that are too short to measure, must still reach the minimum average
+over the whole video. So every download ends, even one of unknown size.
+Only time spent waiting for the server counts, so a client that is slow on purpose passes.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from typing import Any
 
 from curation.failures import ClipFailure, FailureCode
 
-FLOOR_BYTES_PER_S = 1000  # of one answer, over a window of the request's timeout
-LEAST_BYTES_PER_S = 16_000  # of all answers for a video
-GRACE = 10  # request timeouts by which a video may fall behind that
-TOO_MUCH = "The server sends much more than a video of the size that the setting max_video_mb allows."
+FLOOR_BYTES_PER_S = 1000  # of one response, over a window as long as the request's timeout
+LEAST_BYTES_PER_S = 16_000  # of all responses for a video
+GRACE = 10  # how far a video may fall behind that, in request timeouts
+TOO_MUCH = "The server sends much more data than the setting max_video_mb allows for a video."
 TOO_SLOW = f"The server sends less than {LEAST_BYTES_PER_S // 1000} kB a second."
 
 
 class Pace:
-    """What all connections for one video keep together. `waited_s`: for its servers so far; `got`: bytes of their
-    bodies."""
+    """The minimum rate over all connections for one video. `waited_s`: time spent waiting for servers so far; `got`:
+    bytes of bodies received."""
 
     def __init__(self, timeout_s: float, most_bytes: int) -> None:
         self._grace_s, self._most = GRACE * timeout_s, most_bytes
         self.waited_s, self.got = 0.0, 0
-        self._asked: float | None = None  # when the request began whose answer has not begun
+        self._asked: float | None = None  # start of a request that still waits for its response
 
     def add(self, seconds: float, count: int = 0) -> None:
-        """Count a wait and what it brought. Raises ClipFailure: TIMEOUT where too little came for so long, REFUSED
-        where more came than `most_bytes`.
+        """Count a wait and the bytes it brought. Raises ClipFailure: TIMEOUT below the minimum rate, REFUSED above
+        `most_bytes`.
 
-        While asking, TimeoutError: the libraries below take no other for the end of a request, and `check` is for
-        after it. What comes then is no part of a body and counts for nothing: there may be headers for ever.
+        Inside `asking` it raises TimeoutError instead, because the libraries below accept no other error as the end of
+        a request; `check` follows later. Bytes received then are headers, which may never end, and do not count.
         """
         if self._asked is None:
             self.got += count
@@ -52,7 +52,7 @@ class Pace:
 
     @contextmanager
     def asking(self) -> Iterator[None]:
-        """Count the time of a whole request up to the body of its answer: connecting, redirects and headers too."""
+        """Count the time of a request up to the body of its response, including connecting, redirects and headers."""
         self._asked = began = time.monotonic()
         try:
             yield
@@ -61,7 +61,7 @@ class Pace:
             self.waited_s += time.monotonic() - began
 
     def check(self) -> None:
-        """Raise ClipFailure(TIMEOUT) where too little came for so long."""
+        """Raise ClipFailure(TIMEOUT) if the rate so far is below the minimum."""
         if self._late():
             raise ClipFailure(FailureCode.TIMEOUT, TOO_SLOW)
 
@@ -70,11 +70,11 @@ class Pace:
 
 
 class _Paced(io.RawIOBase):
-    """A connection's raw stream. Raises TimeoutError where a window of waiting brought less than the floor."""
+    """A connection's raw stream. Raises TimeoutError if a window of waiting brings less than the minimum."""
 
     def __init__(self, raw: io.RawIOBase, window_s: float, pace: Pace | None) -> None:
         self._raw, self._window_s, self._pace = raw, window_s, pace
-        self._began = False  # how long the first byte takes is the socket's timeout to judge
+        self._began = False  # the socket timeout covers the wait for the first byte
         self._waited_s, self._got = 0.0, 0
 
     def readable(self) -> bool:
@@ -102,9 +102,9 @@ class _Paced(io.RawIOBase):
 
 
 def paced_response(window_s: float, pace: Pace | None = None) -> type[http.client.HTTPResponse]:
-    """The response class of connections whose answers keep the floor over windows of `window_s` seconds.
+    """A response class that enforces the minimum rate over windows of `window_s` seconds.
 
-    pace: what they keep together with all others of a video.
+    pace: the minimum rate over all responses of a video.
     """
 
     class Response(http.client.HTTPResponse):

@@ -1,7 +1,7 @@
-"""How often a platform is asked, by all workers of a session together.
+"""Limits how often all workers of a session together ask a platform.
 
-The times themselves live in the catalog, which every worker shares; the gate only asks it for a turn and waits for it.
-It sends nothing, and it stores no host name: a plain link's host goes into the catalog as a short hash.
+The times are in the catalog, which all workers share; the gate only takes a turn there and waits for it. It sends
+nothing and stores no host name: the host of a plain link goes into the catalog as a short hash.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from curation.failures import ClipFailure, FailureCode, Trait
 from curation.records import ClipRef
 from curation.settings import DownloadSettings
 
-MAX_PATIENCE_S = 3660.0  # an hourly budget is always waited for; longer waits are not slept through
+MAX_PATIENCE_S = 3660.0  # enough for any hourly budget; the gate sleeps no longer than this
 
-NAP_S = 60.0  # a breaker that opens for less is waited for
+NAP_S = 60.0  # the gate waits for a breaker that closes within this time
 
 
 class Turns(Protocol):
-    """The catalog's side: atomic across processes and machines, by one clock."""
+    """The catalog's part: atomic across processes and machines, with one clock."""
 
     def take_turn(self, service: str, session: str, *, per_hour: int, pause_s: float, patience_s: float) -> Turn:
-        """Reserve the next time at least `pause_s` after the last one, at most `per_hour` (0: any) in an hour."""
+        """Reserve the next time at least `pause_s` after the last one, at most `per_hour` (0: no limit) in an hour."""
         ...
 
     def block(self, service: str, session: str, code: FailureCode, retry_after_s: float | None) -> float:
-        """Open the breaker, longer each time in a row and never shorter than asked; the unix time it ends."""
+        """Open the breaker, longer each time in a row, at least for `retry_after_s`; the Unix time when it closes."""
         ...
 
     def unblock(self, service: str, session: str) -> None:
@@ -42,14 +42,14 @@ class Turns(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Blocked:
-    """This service may not be asked before the unix time `until` of the catalog's clock."""
+    """This service must not be asked before the Unix time `until`, by the catalog's clock."""
 
     code: FailureCode
     until: float
 
 
 class Gate:
-    """Called around every fetch: wait, then failed or succeeded. One gate may serve many videos of many platforms."""
+    """Called around every fetch: wait, then failed or succeeded. One gate serves many videos of many platforms."""
 
     def __init__(
         self,
@@ -62,7 +62,9 @@ class Gate:
         self._sleep = sleep
 
     def wait(self, ref: ClipRef) -> Blocked | None:
-        """Sleep until this video's platform may be asked; Blocked at once if that is over MAX_PATIENCE_S away."""
+        """Sleep until this video's platform may be asked; Blocked at once if its breaker stays open for over NAP_S, or
+        its hourly budget for over MAX_PATIENCE_S.
+        """
         service = service_of(ref)
         if service is None:
             return None
@@ -84,20 +86,20 @@ class Gate:
             self._sleep(max(1.0, turn.wait_s))
 
     def failed(self, ref: ClipRef, error: ClipFailure) -> None:
-        """A service that takes this machine for a robot, or asks for fewer requests, is left alone by all workers."""
+        """Open the breaker of a service that asks for proof of a human or limits requests."""
         service = service_of(ref)
         if service is not None and Trait.BLOCKS in error.code.traits:
             self._catalog.block(service, self._settings.session, error.code, error.retry_after_s)
 
     def succeeded(self, ref: ClipRef) -> None:
-        """A service that gave a video has nothing against this machine."""
+        """Close the breaker: a service that delivers a video does not block this machine."""
         service = service_of(ref)
         if service is not None:
             self._catalog.unblock(service, self._settings.session)
 
 
 def service_of(ref: ClipRef) -> str | None:
-    """What turns are taken for: a platform; "http-" and 12 hex digits for a host and port; None for a local file."""
+    """The service that turns belong to: a platform; "http-" and 12 hex digits for a host and port; None if local."""
     if ref.platform == "local":
         return None
     if ref.platform != "http":

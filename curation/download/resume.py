@@ -1,9 +1,8 @@
-"""What is kept of a broken download, who may go on with it, and when it is thrown away.
+"""Keeps the part of a broken download, decides whether it may be resumed, and removes it.
 
-Everything that belongs to an unfinished video lies in <folder>/.parts/<video_key>/<work folder>/. A work folder is used
-by the process that holds the lock on it; the lock ends with its process, however that ends, and whoever asks next for
-the same video finds the folder free. What it finds there is believed only as far as a validator goes that the server
-gave before the first byte.
+All files of an unfinished video are in <folder>/.parts/<video_key>/<work folder>/. Only the process that holds its lock
+uses a work folder. The lock ends with the process, however that ends, and the next download of the same video can then
+use the folder. A part is resumed only if the server still reports the ETag or Last-Modified that it sent at first.
 """
 
 from __future__ import annotations
@@ -34,14 +33,14 @@ _LOCK = "lock"
 _GONE = "gone-"
 _PATIENCE = 1000
 _SWEEP_EVERY_S = 3600.0
-_SETTLED_S = 60.0  # RFC 9110, 8.8.2.2: a younger Last-Modified does not tell two versions apart
+_SETTLED_S = 60.0  # RFC 9110, 8.8.2.2: a more recent Last-Modified does not distinguish two versions
 
 _swept: dict[Path, float] = {}
 
 
 @dataclass(frozen=True, slots=True)
 class Validator:
-    """How a server named the content that a part is the beginning of. `total` in bytes; etag is a strong one."""
+    """How the server identified the content that a part belongs to. `total` in bytes; `etag` is a strong ETag."""
 
     format_id: str
     total: int
@@ -50,7 +49,7 @@ class Validator:
 
     @classmethod
     def of(cls, format_id: str, response: Any) -> Validator | None:
-        """The validator in an answer's headers; None where they do not pin the content down."""
+        """The validator in a response's headers; None if they do not identify the content."""
         headers = response.headers
         total = content_range(headers)[1] if response.status == 206 else number(headers.get("Content-Length"))
         etag = headers.get("ETag")
@@ -67,7 +66,7 @@ class Validator:
         return self.etag or self.modified or ""
 
     def continued_by(self, response: Any, start: int) -> bool:
-        """Whether an answer is the rest of the same content from byte `start` on."""
+        """Whether a response is the rest of the same content from byte `start` on."""
         headers = response.headers
         if response.status != 206 or content_range(headers) != (start, self.total) or headers.get("Content-Encoding"):
             return False
@@ -76,13 +75,13 @@ class Validator:
         return same and modified in (None, self.modified)
 
     def write(self, work: Path) -> None:
-        """Put it beside the part that is about to begin."""
+        """Write it next to the part, before the part's first byte."""
         with atomic_path(work / VALIDATOR) as path:
             path.write_text(json.dumps(asdict(self)), encoding="utf-8")
 
     @classmethod
     def read(cls, work: Path) -> Validator | None:
-        """The validator of the part in a work folder; None where there is no part that may be continued."""
+        """The validator of the part in a work folder; None if there is no part that may be resumed."""
         try:
             validator = cls(**json.loads((work / VALIDATOR).read_text(encoding="utf-8")))
             age = time.time() - (work / VALIDATOR).stat().st_mtime
@@ -99,13 +98,13 @@ def _settled(modified: str | None, date: str | None) -> bool:
 
 
 def drop(work: Path) -> None:
-    """Forget the part of a work folder. The part goes first: bytes without a validator are never continued."""
+    """Remove the part in a work folder, then its validator: bytes without a validator are never resumed."""
     (work / PART).unlink(missing_ok=True)
     (work / VALIDATOR).unlink(missing_ok=True)
 
 
 def tidy(work: Path) -> None:
-    """Leave nothing in a work folder but a part that may be continued."""
+    """Remove everything from a work folder except a part that may be resumed."""
     kept = {_LOCK} if Validator.read(work) is None else {_LOCK, PART, VALIDATOR}
     for path in work.iterdir():
         if path.name in kept:
@@ -118,9 +117,9 @@ def tidy(work: Path) -> None:
 
 @contextlib.contextmanager
 def workspace(folder: Path, video_key: str) -> Iterator[Path]:
-    """A folder for this process alone to fetch a video in: a free one with a part to go on with, or a new one.
+    """A folder in which only this process fetches a video: an unused one, perhaps with a part to resume, or a new one.
 
-    folder: the run's videos folder. After a failure that may pass the part stays; else nothing does.
+    folder: the run's videos folder. After a failure that may pass, the part stays; otherwise everything is removed.
     """
     home = folder / PARTS / video_key
     handle, work = _claim(home)
@@ -143,7 +142,7 @@ def workspace(folder: Path, video_key: str) -> Iterator[Path]:
 
 
 def discard(folder: Path, video_key: str) -> None:
-    """Remove the parts of a video, as when it is to be forgotten; one in use just now is its user's to remove."""
+    """Remove the parts of a video, such as one to be forgotten. The process that uses a part removes it itself."""
     home = folder / PARTS / video_key
     for work in _listed(home):
         if (handle := _lock(work)) is not None:
@@ -153,9 +152,9 @@ def discard(folder: Path, video_key: str) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed processes left below a videos folder and nobody may go on with.
+    """Remove what killed processes left in a videos folder, except parts that may be resumed.
 
-    Safe beside running downloads. Where the file system has no locks, only what was untouched for a day is removed.
+    Safe during downloads. On a file system without locks, only folders unchanged for a day are removed.
     """
     for home in _listed(folder / PARTS):
         for work in _listed(home):
@@ -168,7 +167,7 @@ def sweep(folder: Path) -> None:
 
 
 def sweep_now_and_then(folder: Path) -> None:
-    """sweep(), once in a process for a folder, and again after an hour."""
+    """sweep(), at most once an hour for each folder in a process."""
     now, key = time.monotonic(), folder.absolute()
     if now - _swept.get(key, -_SWEEP_EVERY_S) >= _SWEEP_EVERY_S:
         _swept[key] = now
@@ -185,11 +184,11 @@ def _claim(home: Path) -> tuple[int, Path]:
             work = Path(tempfile.mkdtemp(dir=home))
             if (handle := _lock(work, new=True)) is not None:
                 return handle, work
-    raise OSError(errno.EAGAIN, "no work folder can be made")
+    raise OSError(errno.EAGAIN, "cannot create a work folder")
 
 
 def _lock(work: Path, *, new: bool = False) -> int | None:
-    """Lock a work folder; None if another holds it, or it is gone. A new one may be used where locks are missing."""
+    """Lock a work folder; None if another process holds it, or it is gone. `new`: usable even without locks."""
     try:
         handle = os.open(work / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
     except (FileNotFoundError, NotADirectoryError, PermissionError):  # gone, or another user's
@@ -204,14 +203,14 @@ def _lock(work: Path, *, new: bool = False) -> int | None:
     try:
         if held and os.fstat(handle).st_ino == (work / _LOCK).stat().st_ino:
             return handle
-    except FileNotFoundError:  # it was removed before the lock was got
+    except FileNotFoundError:  # it was removed before it was locked
         pass
     os.close(handle)
     return None
 
 
 def _remove(work: Path) -> None:
-    """Remove a work folder; renamed first, so that nobody finds and locks it anew while it is being emptied."""
+    """Remove a work folder; renamed first, so that no process locks it while it is being emptied."""
     gone = work if work.name.startswith(_GONE) else work.with_name(_GONE + work.name)
     with contextlib.suppress(OSError):
         work.rename(gone)
@@ -228,7 +227,7 @@ def _listed(folder: Path) -> list[Path]:
 def _untouched(work: Path) -> bool:
     try:
         latest = max(path.stat().st_mtime for path in (work, *work.rglob("*")))
-    except FileNotFoundError:  # somebody is at it
+    except FileNotFoundError:  # another process is changing it
         return False
     return time.time() - latest > MAX_AGE_S
 

@@ -1,7 +1,7 @@
-"""One file from its server into a work folder: continued where it broke, within limits.
+"""Fetches one file into a work folder, within limits, and resumes it where a connection broke.
 
-yt-dlp continues any part that it finds. Here a part goes on only under If-Range, and only by an answer that is the rest
-of the same content; every other answer begins anew. Streams in fragments always begin anew.
+yt-dlp resumes any part that it finds. Here a part is resumed only with If-Range, and only if the response is the rest
+of the same content; after any other response the file starts again. Streams in fragments always start again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Ask = Callable[[Request], Any]
 
 
 class _Transfer:
-    """The requests for one file. `resumed`: whether what an earlier connection had brought was continued."""
+    """The requests for one file. `resumed`: whether a part from an earlier connection was resumed."""
 
     def __init__(self, work: Path, format_id: str, limits: Limits) -> None:
         self._work, self._format_id, self._limits = work, format_id, limits
@@ -35,7 +35,7 @@ class _Transfer:
         self.resumed = False
 
     def open(self, request: Request, ask: Ask) -> Any:
-        """Answer a request of yt-dlp's downloader, which asks from the end of the part on if there is one."""
+        """Send a request of yt-dlp's downloader, which asks only for the rest if there is a part."""
         start = parse_http_range(request.headers.get("Range"))[0] or 0
         if start and self._known is not None:
             if self._broken:  # a later piece of an unbroken transfer needs no condition
@@ -61,7 +61,7 @@ class _Transfer:
         return response
 
     def _begin(self, response: Any) -> None:
-        """The content begins anew with this answer."""
+        """Start the file again from this response."""
         drop(self._work)
         self.resumed = self._broken = False
         size = content_range(response.headers)[1] or number(response.headers.get("Content-Length"))
@@ -72,7 +72,7 @@ class _Transfer:
 
 
 def _rest(request: Request, ask: Ask) -> Any:
-    """The answer to a request for the rest; None where the server has no such rest."""
+    """The response to a request for the rest; None if the server has no such range."""
     try:
         return ask(request)
     except HTTPError as error:
@@ -83,7 +83,7 @@ def _rest(request: Request, ask: Ask) -> Any:
 
 
 class FetchingYoutubeDL(GuardedYoutubeDL):
-    """GuardedYoutubeDL that fetches into a work folder. `resumed`: whether the file is one that was continued."""
+    """GuardedYoutubeDL that fetches into a work folder. `resumed`: whether the file was resumed."""
 
     def __init__(
         self, guard: Guard, options: dict[str, Any], work: Path, limits: Limits, retries: int, *, extractors: bool
@@ -104,7 +104,7 @@ class FetchingYoutubeDL(GuardedYoutubeDL):
             self._transfer = _Transfer(self._work, str(info.get("format_id")), self._limits)
         else:
             drop(self._work)
-            self.params["retries"] = self._retries  # of one fragment: a long video is not begun anew for it
+            self.params["retries"] = self._retries  # of one fragment: a long video does not start again for it
         try:
             return super().dl(name, info, subtitle, test)
         finally:
