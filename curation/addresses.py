@@ -1,12 +1,12 @@
-"""Which network addresses a download may reach. Pure arithmetic on literals: nothing here resolves or connects."""
+"""Which network addresses a download may reach. Pure arithmetic: nothing here resolves names or connects."""
 
 from __future__ import annotations
 
 import ipaddress
 
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
-# Not the public internet, whatever the Python at hand says: protocol assignments, 6to4 relays, the host that virtual
-# machines of one cloud ask for their metadata, site-local and documentation addresses.
+# Not public, whatever this version of Python says: protocol assignments, 6to4 relays, the metadata host of one cloud,
+# site-local and documentation addresses.
 _REFUSED = tuple(
     map(
         ipaddress.ip_network,
@@ -18,8 +18,8 @@ _REFUSED = tuple(
 def address_allowed(address: str, *, allow_loopback: bool = False) -> bool:
     """True for a public unicast IP address: not private, link-local, metadata, shared, multicast or reserved.
 
-    IPv6 forms that carry an IPv4 address (mapped, 6to4, NAT64) are judged by what they carry. Loopback is allowed only
-    with `allow_loopback`. `address` is a literal, with or without a zone; ValueError if it is not one.
+    An IPv6 address that contains an IPv4 address (mapped, 6to4, NAT64) is judged by that one. Loopback is allowed only
+    with `allow_loopback`. `address` is an IP address, with or without a zone; ValueError if it is not one.
     """
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
@@ -38,6 +38,6 @@ def address_allowed(address: str, *, allow_loopback: bool = False) -> bool:
 
 
 def host_listed(host: str, port: int, allowed: tuple[str, ...]) -> bool:
-    """True if `allowed` names the host: "example.org" means every port of it, "example.org:8080" that one."""
+    """True if `allowed` names the host: "example.org" allows all its ports, "example.org:8080" only that one."""
     names = {name.lower() for name in allowed}
     return host.lower() in names or f"{host.lower()}:{port}" in names

@@ -1,7 +1,7 @@
 """Manifests: lists of clips by platform, video id and time span. Nothing else about a video is ever kept.
 
 A manifest has the columns platform, video_id and, optionally, start_s, end_s and split; any other column is refused, so
-that no title or uploader travels by accident. This module never touches the network or a video.
+no title or uploader is kept by accident. This module never uses the network and never opens a video.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from curation.records import ClipRef
 COLUMNS = ("platform", "video_id", "start_s", "end_s", "split")
 MAX_ROWS = 10_000_000  # of one manifest, duplicates included
 MAX_LINE = 65_536  # bytes of a line of text, and of a text in a Parquet table
-MAX_PROBLEMS = 10_000  # a list of more helps nobody
-MAX_SECONDS = 10_000_000  # microseconds of longer times would no longer survive a float64 column
+MAX_PROBLEMS = 10_000  # a longer list helps nobody
+MAX_SECONDS = 10_000_000  # a float64 column does not keep the microseconds of longer times
 
-_TOO_MANY = f"a manifest holds at most {MAX_ROWS} rows; divide it"
+_TOO_MANY = f"a manifest has at most {MAX_ROWS} rows; split it"
 _PIECE = 1 << 20
-_OPEN_LINES = 100  # that quotes may hold together; no value has a line break at all
+_OPEN_LINES = 100  # that one quoted field may span; no valid value has a line break
 _FOOTER, _PAGE = 8 << 20, 16 << 20  # bytes of a Parquet file's footer, and of a page when it is decompressed
-_PREFIXED = 7  # the encoding in which a text may say that it begins as the one before: bytes that become gigabytes
+_PREFIXED = 7  # DELTA_BYTE_ARRAY: a text may repeat the start of the one before, so bytes become gigabytes
 _BATCH = 8192
 
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?").fullmatch
@@ -66,8 +66,8 @@ class ManifestError(UsageError):
 def read_manifest(path: Path, *, http_hosts: Iterable[str] | None = (), allow_loopback: bool = False) -> list[ClipRef]:
     """Read a .csv, .jsonl or .parquet manifest, in file order, exact duplicates merged.
 
-    Spans are half-open, so touching ones are fine; overlapping ones of the same video are refused. Platform `http`
-    needs its host in `http_hosts` ("example.org" or "example.org:8080"); None leaves that to the download. Raises
+    Spans are half-open, so adjacent spans are fine; overlapping spans of the same video are refused. Platform `http`
+    needs its host in `http_hosts` ("example.org" or "example.org:8080"); None leaves that check to the download. Raises
     ManifestError with every bad row, UsageError if there is no such file, it cannot be read, or its suffix is unknown.
     """
     path = Path(path)
@@ -152,12 +152,12 @@ def _decimal(microseconds: int | None) -> str:
 def _suffix(path: Path) -> str:
     suffix = path.suffix.lower()
     if suffix not in (".csv", ".jsonl", ".parquet"):
-        raise UsageError(f"{path.name} is no manifest name; end it in .csv, .jsonl or .parquet.")
+        raise UsageError(f"{path.name} is not a manifest name; end it in .csv, .jsonl or .parquet.")
     return suffix
 
 
 def _rows(path: Path, problems: list[Problem]) -> Iterator[tuple[int, _Row]]:
-    # Unlike Path's own methods, these take a name that is too long for one of nothing.
+    # Unlike Path's methods, these return False for a name that is too long.
     if os.path.isdir(path):  # noqa: PTH112
         raise UsageError(f"{path} is a folder; give the path of a manifest.")
     suffix = _suffix(path)
@@ -172,11 +172,11 @@ def _rows(path: Path, problems: list[Problem]) -> Iterator[tuple[int, _Row]]:
             with path.open(encoding="utf-8-sig", newline=newline) as stream:
                 yield from (_csv_rows if suffix == ".csv" else _jsonl_rows)(stream, problems)
     except OSError as error:
-        raise UsageError(f"{path.name} cannot be read: {error.strerror}; check the rights of the file.") from error
+        raise UsageError(f"{path.name} cannot be read: {error.strerror}; check the permissions of the file.") from error
 
 
 def _text_will_do(path: Path, problems: list[Problem]) -> bool:
-    """Whether a file is UTF-8 in lines of a bearable length and number; read in pieces, before anything else is."""
+    """Whether a file is UTF-8, within the limits on lines and their length; it is read in pieces before all else."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     row, length = 1, 0
     with path.open("rb") as stream:
@@ -210,14 +210,14 @@ def _text_will_do(path: Path, problems: list[Problem]) -> bool:
 
 
 def _columns(names: Sequence[str], row: int, problems: list[Problem]) -> list[int | None] | None:
-    """Where each of COLUMNS stands in `names`; None, with the problems noted, if the names will not do."""
+    """The position of each of COLUMNS in `names`; None, with the problems noted, if the names are not valid."""
     before = len(problems)
     for name in dict.fromkeys(names):
         if name not in COLUMNS:
-            message = f"remove this column; a manifest holds only {', '.join(COLUMNS)}"
+            message = f"remove this column; a manifest has only {', '.join(COLUMNS)}"
             problems.append(Problem(row, ascii(name)[:42], message))
         elif names.count(name) > 1:
-            problems.append(Problem(row, name, "this column is there twice; keep one"))
+            problems.append(Problem(row, name, "this column is repeated; keep one"))
     problems += [Problem(row, name, "this column is missing; add it") for name in COLUMNS[:2] if name not in names]
     return None if len(problems) > before else [names.index(name) if name in names else None for name in COLUMNS]
 
@@ -230,7 +230,7 @@ def _csv_rows(stream: Iterable[str], problems: list[Problem]) -> Iterator[tuple[
         for line in stream:
             open_lines += 1
             if open_lines > _OPEN_LINES:
-                raise csv.Error("quotes hold too many lines together")
+                raise csv.Error("a quoted field spans too many lines")
             yield line
 
     reader = csv.reader(lines(), strict=True)
@@ -266,11 +266,11 @@ def _csv_rows(stream: Iterable[str], problems: list[Problem]) -> Iterator[tuple[
 
 
 class _Pairs(list[tuple[str, Any]]):
-    """A JSON object as it was written, so that a key given twice is seen."""
+    """A JSON object as written, so that a repeated key is noticed."""
 
 
 def _jsonl_rows(stream: Iterable[str], problems: list[Problem]) -> Iterator[tuple[int, _Row]]:
-    good: set[tuple[str, ...]] = set()  # names found right before; looking at them again would double the time
+    good: set[tuple[str, ...]] = set()  # names known to be valid; checking them again would double the time
     for row, line in enumerate(stream, start=1):
         if len(problems) > MAX_PROBLEMS:
             return
@@ -301,7 +301,7 @@ def _parquet_rows(path: Path, problems: list[Problem]) -> Iterator[tuple[int, _R
 
     try:
         if footer_size(path) > _FOOTER:
-            return refuse("file", f"its footer has more than {_FOOTER >> 20} MB; write it again")
+            return refuse("file", f"its footer is larger than {_FOOTER >> 20} MB; write the file again")
         bounds = {"thrift_string_size_limit": _FOOTER, "thrift_container_size_limit": _FOOTER}
         with pq.ParquetFile(path, **bounds) as file:
             footer, schema = file.metadata, file.schema_arrow
@@ -310,12 +310,12 @@ def _parquet_rows(path: Path, problems: list[Problem]) -> Iterator[tuple[int, _R
             return None
         for name in (name for name in COLUMNS if name in schema.names):
             if not _plain(kind := schema.field(name).type):
-                refuse(name, f"this column holds {str(kind)[:40]}; write text, or numbers for times")
+                refuse(name, f"this column contains {str(kind)[:40]}; write text, or numbers for times")
         if problems:
             return None
         if message := _unbearable(path, footer):
             return refuse("file", message)
-        # Texts stay in the dictionary of their page, if they are in one, until their length is known.
+        # Dictionary-encoded texts stay in their dictionary until their length is known.
         with pq.ParquetFile(
             path, metadata=footer, read_dictionary=schema.names, pre_buffer=False, buffer_size=_PIECE, **bounds
         ) as file:
@@ -325,19 +325,19 @@ def _parquet_rows(path: Path, problems: list[Problem]) -> Iterator[tuple[int, _R
                 for name, place in zip(COLUMNS, places, strict=True):
                     column = None if place is None else batch.column(name)
                     if column is not None and _longest(column) > MAX_LINE:
-                        return refuse(name, f"this column holds a text of more than {MAX_LINE} bytes; correct it")
+                        return refuse(name, f"this column has a text of more than {MAX_LINE} bytes; correct it")
                     try:
                         columns.append([None] * len(batch) if column is None else _values_of(column))
-                    except ValueError:  # text that is no UTF-8
-                        return refuse(name, "this column holds text that is not UTF-8; write it again")
+                    except ValueError:  # text that is not UTF-8
+                        return refuse(name, "this column has text that is not UTF-8; write it again")
                 yield from enumerate(zip(*columns, strict=True), start=first)
                 first += len(batch)
     except (pa.ArrowException, OSError, ValueError):
-        refuse("file", "this is no readable Parquet file; write it again")
+        refuse("file", "this is not a readable Parquet file; write it again")
 
 
 def _unbearable(path: Path, footer: Any) -> str | None:
-    """Why a Parquet table takes too much to be read, told by its footer and by the heads of its pages alone."""
+    """Why a Parquet table is too large to read, from its footer and page headers alone; None if it is not."""
     rows = 0
     with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
         for group in range(footer.num_row_groups):
@@ -347,9 +347,9 @@ def _unbearable(path: Path, footer: Any) -> str | None:
                 for page in pages(data, footer.row_group(group).column(number)):
                     values += page.values
                     if page.size > _PAGE:
-                        return f"a page of it becomes larger than {_PAGE >> 20} MB; write it again with smaller pages"
+                        return f"when decompressed, a page is larger than {_PAGE >> 20} MB; write smaller ones"
                     if page.encoding == _PREFIXED:
-                        return "its text is in the encoding DELTA_BYTE_ARRAY; write it again in another"
+                        return "its text has the encoding DELTA_BYTE_ARRAY; write it with another one"
                 most = max(most, values)
             rows += most
             if max(rows, footer.num_rows) > MAX_ROWS:
@@ -372,7 +372,7 @@ def _longest(column: Any) -> int:
 
 
 def _values_of(column: Any) -> list[Any]:
-    """Python values of an Arrow column. 83.7 in single precision is 83.7, as in text, and not 83.69999694824219."""
+    """Python values of an Arrow column. 83.7 in single precision becomes 83.7, as in text, not 83.69999694824219."""
     import pyarrow as pa
 
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
@@ -386,7 +386,7 @@ def _values_of(column: Any) -> list[Any]:
 
 
 def _plain(kind: Any) -> bool:
-    """Whether a column of this Arrow type holds text or numbers, which alone are ever turned into Python values."""
+    """Whether a column of this Arrow type has text or numbers; only these are converted to Python values."""
     import pyarrow as pa
 
     if pa.types.is_dictionary(kind):
@@ -451,7 +451,7 @@ def _microseconds(value: Any) -> int | None:
 
 
 def _merge(refs: list[tuple[int, ClipRef]], problems: list[Problem]) -> list[ClipRef]:
-    """Drop exact duplicates, note overlapping spans of one video and one clip in two splits."""
+    """Drop exact duplicates; note overlapping spans of a video, and clips that are in two splits."""
     by_video: dict[tuple[str, str], list[tuple[int, ClipRef]]] = {}
     for numbered in refs:
         by_video.setdefault((numbered[1].platform, numbered[1].video_id), []).append(numbered)
@@ -481,23 +481,23 @@ def _merge(refs: list[tuple[int, ClipRef]], problems: list[Problem]) -> list[Cli
     return [ref for row, ref in refs if row not in repeated]
 
 
-# What programs leave of a long number that they keep in 53 bits: zeros behind the digits they print (15 in a
-# spreadsheet, 16 in JavaScript), or a multiple of 512 where all digits are printed.
+# A program that keeps a long number in 53 bits rounds it: zeros follow the digits that it prints (15 in a
+# spreadsheet, 16 in JavaScript), or the number is a multiple of 512 if all digits are printed.
 _ROUNDED = (
     (1000, "end in 000: a spreadsheet or JavaScript rounded them"),
     (512, "are multiples of 512: a column of floating-point numbers rounded them"),
 )
-_BY_CHANCE = 1e-6  # ids that nobody rounded must look like this less often to be refused
+_BY_CHANCE = 1e-6  # ids are refused only if unrounded ids look like this less often
 
 
 def _find_rounded(refs: list[tuple[int, ClipRef]], problems: list[Problem]) -> None:
-    """Note rounded ids of TikTok, which only all of them together show: each is a good id, mostly of no video."""
+    """Note rounded TikTok ids. Only all ids together show it: each one is valid, but mostly of no video."""
     rows: dict[int, int] = {}
     for row, ref in refs:
         if ref.platform == "tiktok" and int(ref.video_id) > 2**53:
             rows.setdefault(int(ref.video_id), row)
     for divisor, what in _ROUNDED:
         if rows and divisor ** -len(rows) <= _BY_CHANCE and not any(number % divisor for number in rows):
-            said = f"all {len(rows)} long ids of tiktok {what}; export this column as text from where the ids came from"
+            said = f"all {len(rows)} long ids of tiktok {what}; export this column as text from its source"
             problems.append(Problem(min(rows.values()), "video_id", said))
             return

@@ -1,6 +1,6 @@
-"""How large the pages of a Parquet file become, from their headers alone: before one is decompressed.
+"""Reads the decompressed sizes of a Parquet file's pages from their headers, before any page is decompressed.
 
-The footer of a file says this too, but a reader believes the pages. Nothing here knows what a column means.
+The footer states sizes too, but a reader relies on the page headers. Nothing here knows what a column means.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 _STOP, _TRUE, _FALSE, _BYTE, _DOUBLE, _BINARY, _LIST, _SET, _MAP, _STRUCT = 0, 1, 2, 3, 7, 8, 9, 10, 11, 12
 _TYPE, _SIZE, _PACKED, _DATA, _DICTIONARY, _DATA_2 = 1, 2, 3, 5, 7, 8  # fields of a PageHeader
 _ENCODING = {_DATA: 2, _DICTIONARY: 2, _DATA_2: 4}
-_DEEPEST = 8  # structures in one another; a header has three
+_DEEPEST = 8  # nested structures; a header has three
 
 
 class Page(NamedTuple):
@@ -28,7 +28,7 @@ class Page(NamedTuple):
 
 
 def footer_size(path: Path) -> int:
-    """Bytes that the footer of a file takes by the file's last word; 0 where that is none of a Parquet file."""
+    """The size of the footer in bytes, as stated at the end of the file; 0 if this is not a Parquet file."""
     with path.open("rb") as stream:
         stream.seek(max(0, path.stat().st_size - 8))
         end = stream.read(8)
@@ -38,7 +38,7 @@ def footer_size(path: Path) -> int:
 def pages(data: mmap.mmap, chunk: Any) -> Iterator[Page]:
     """The pages of a column chunk (a pyarrow.parquet.ColumnChunkMetaData) in the order of the file.
 
-    Raises ValueError where the headers do not lead from its begin to its end.
+    Raises ValueError if the headers do not lead from its start to its end.
     """
     if chunk.num_values <= 0:  # Arrow then reads none
         return
@@ -52,11 +52,11 @@ def pages(data: mmap.mmap, chunk: Any) -> Iterator[Page]:
         kind = next((kind for kind in _ENCODING if kind in header), None)
         inner = None if kind is None else header[kind]
         if kind is None or not isinstance(inner, dict):
-            raise ValueError("a page has no header that can be read")
+            raise ValueError("the header of a page cannot be read")
         size, packed = header.get(_SIZE, -1), header.get(_PACKED, -1)
         values, encoding = inner.get(1, 0), inner.get(_ENCODING[kind], -1)
         if not all(isinstance(number, int) for number in (size, packed, values, encoding)):
-            raise ValueError("a page has a header of another kind")
+            raise ValueError("a field in the header of a page has the wrong type")
         if size < 0 or packed < 0 or place + packed > end:
             raise ValueError("a page is outside its column")
         place += packed
@@ -64,7 +64,7 @@ def pages(data: mmap.mmap, chunk: Any) -> Iterator[Page]:
 
 
 def _structure(data: mmap.mmap, place: int, end: int, depth: int) -> tuple[dict[int, Any], int]:
-    """Numbers and structures by field, of a structure in Thrift's compact protocol, and where it ends."""
+    """The numbers and structures by field of a structure in Thrift's compact protocol, and where it ends."""
     fields: dict[int, Any] = {}
     field = 0
     while True:
@@ -92,7 +92,7 @@ def _value(data: mmap.mmap, place: int, end: int, kind: int, depth: int) -> tupl
         return None, place + length
     if kind == _STRUCT and depth:
         return _structure(data, place, end, depth - 1)
-    raise ValueError("no header of a page has such a field")  # lists, sets and maps among them
+    raise ValueError("the header of a page has no field of this type")  # lists, sets and maps among them
 
 
 def _integer(data: mmap.mmap, place: int, end: int) -> tuple[int, int]:

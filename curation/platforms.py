@@ -1,4 +1,4 @@
-"""What each platform's video ids look like, and where its videos are found."""
+"""The format of each platform's video ids, and the URLs of its videos."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from urllib.parse import urlsplit
 
 from curation.addresses import address_allowed, host_listed
 
-# A segment of a local path: no leading dot, dash or space, no trailing dot or space, so neither "..", nor an option.
+# A segment of a local path: no leading dot, dash or space, no trailing dot or space: never ".." and never an option.
 _SEGMENT = r"[A-Za-z0-9_][A-Za-z0-9_.,+=@ -]{0,254}(?<![. ])"
-# Per platform: what an id looks like, and what to write instead of a wrong one.
+# Per platform: the pattern of an id, and what to write instead of a wrong one.
 _IDS = {
     "youtube": (r"[A-Za-z0-9_-]{11}", "write the 11 characters (A-Z a-z 0-9 - _) that follow watch?v="),
     "bilibili": (r"BV1[0-9A-Za-z]{9}", "write BV1 and the 9 letters or digits after it"),
@@ -34,7 +34,7 @@ _UNRESERVED_OR_SEPARATOR = re.compile(r"%(?:2[DEF]|3[0-9]|[46][1-9A-F]|[57][0-9A
 
 
 def validate_video_id(platform: str, video_id: str, *, allow_loopback: bool = False) -> None:
-    """Accept an id that is safe to make a URL or a path from; ValueError with a sentence that says what to write.
+    """Check that an id is safe to use in a URL or a path; raises ValueError with a text that says what to write.
 
     youtube, bilibili, tiktok, vimeo: the platform's own id. local: a POSIX path relative to a root given at run time.
     http: a link to a file in its one canonical spelling; private, link-local and metadata addresses are refused, and
@@ -72,7 +72,7 @@ def _validate_link(link: str, match: re.Match[str], allow_loopback: bool) -> Non
 
 
 def link_listed(link: str, hosts: tuple[str, ...]) -> bool:
-    """True if `hosts` names the host of a valid http link, with its port or without."""
+    """True if `hosts` names the host of a valid http link, with or without its port."""
     parts = urlsplit(link)
     return host_listed(parts.hostname or "", parts.port or {"http": 80, "https": 443}[parts.scheme], hosts)
 
