@@ -1,7 +1,7 @@
-"""What a fetched file really is, and the same pictures in a clean container of our own.
+"""Finds out what a fetched file really is, and refuses one that is not a video, too large or incomplete.
 
-Only files are read, and only as one of a few video containers: a playlist that calls itself .mp4 could make ffmpeg open
-other files and addresses. No picture is re-encoded here.
+Only files are read, and only as one of a few video containers, because a playlist named .mp4 could make ffmpeg open
+other files and URLs. Nothing is decoded here.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 _PICTURES = {
     b"GIF8": "GIF",
-    b"\x89PNG": "PNG picture",
-    b"\xff\xd8\xff": "JPEG picture",
-    b"BM": "BMP picture",
-    b"II*\0": "TIFF picture",
-    b"MM\0*": "TIFF picture",
-    b"\0\0\0\x0cJXL ": "JPEG XL picture",
+    b"\x89PNG": "PNG image",
+    b"\xff\xd8\xff": "JPEG image",
+    b"BM": "BMP image",
+    b"II*\0": "TIFF image",
+    b"MM\0*": "TIFF image",
+    b"\0\0\0\x0cJXL ": "JPEG XL image",
 }
 _PICTURE_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 _SEGMENT, _CLUSTER = b"\x18\x53\x80\x67", b"\x1f\x43\xb6\x75"
@@ -37,31 +37,31 @@ _RIFF_UNKNOWN = 0xFFFFF000
 
 
 def refuse_kind(path: Path) -> None:
-    """Raise ClipFailure(WRONG_KIND) for a picture, still or animated: whole, but no video container."""
+    """Raise ClipFailure(WRONG_KIND) for an image, still or animated: intact, but not a video container."""
     with path.open("rb") as stream:
         head = stream.read(32)
     found = next((kind for begin, kind in _PICTURES.items() if head.startswith(begin)), None)
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
-        found = "WebP picture"
+        found = "WebP image"
     if head[4:8] == b"ftyp" and head[8:12] in _PICTURE_BRANDS:
-        found = "HEIF or AVIF picture"
+        found = "HEIF or AVIF image"
     if found:
         raise ClipFailure(FailureCode.WRONG_KIND, f"The file is a {found}; convert it to MP4.")
 
 
-# Not where they belong, but wherever FFmpeg goes on reading boxes.
+# Boxes inside which FFmpeg reads further boxes, wherever they appear.
 _HOLDERS = frozenset(
     b"moov trak mdia minf stbl edts moof traf udta dinf sinf tref mvex wave hoov".split(),
 )
-MOST_BOXES = 4_000_000  # about ten seconds of reading; one fragment for each frame of five hours
-_ENTRY_BOXES = (78, 28, 44, 64)  # where boxes begin in a description of pictures, or of sound by its version
-_DEEPEST = 10  # boxes in one another, as in FFmpeg; the tables of a track lie in the fifth
-_ONE_PER_SAMPLE = 0xF00  # flags of a `trun` box that has something to say about every sample, in four bytes each
+MOST_BOXES = 4_000_000  # read in about ten seconds; enough for five hours with one fragment per frame
+_ENTRY_BOXES = (78, 28, 44, 64)  # where boxes begin in a sample entry of video, or of sound by its version
+_DEEPEST = 10  # levels of nested boxes, as in FFmpeg; the tables of a track are on the fifth
+_ONE_PER_SAMPLE = 0xF00  # flags of a `trun` box for fields of every sample, four bytes each
 
 
 @dataclass(slots=True)
 class _Tables:
-    """What the tables of one track of an MP4 count. ticks: each sample lasts one."""
+    """The counts in the tables of one MP4 track. ticks: each sample lasts one tick."""
 
     samples: int = 0
     edits: int = 0
@@ -70,11 +70,11 @@ class _Tables:
 
 
 def refuse_tables(path: Path, limits: VideoLimits = VideoLimits()) -> None:
-    """Raise ClipFailure(TOO_LARGE) where an MP4 counts more samples or tracks than it may, or has more than MOST_BOXES.
+    """Raise ClipFailure(TOO_LARGE) if an MP4 states more samples or tracks than it may, or has more than MOST_BOXES.
 
-    Opening such a file takes 24 bytes for each sample that its tables count, also where the count is all there is of
-    them, and for each time that an edit shows it. A header that is itself compressed is refused unread (WRONG_KIND), as
-    are fragments that count more than they list, and boxes nested too deep (CORRUPT). Anything else passes.
+    Opening such a file takes 24 bytes for each sample that its tables state, even if they do not list it, and for each
+    time that an edit shows it. A compressed header is refused unread (WRONG_KIND); so are fragments that state more
+    samples than they list, and boxes nested too deeply (CORRUPT). Anything else passes.
     """
     if not path.stat().st_size:
         return
@@ -103,7 +103,7 @@ def refuse_tables(path: Path, limits: VideoLimits = VideoLimits()) -> None:
                 samples, each = _run(data, begin, end)
                 fragments[owner] += samples
                 unlisted += 0 if each else samples
-    listed = [track for track in tracks if not (track.sound and track.ticks)]  # of plain sound no list is made
+    listed = [track for track in tracks if not (track.sound and track.ticks)]  # FFmpeg makes no list for plain sound
     if max([unlisted, *fragments.values(), *(track.samples for track in listed)]) > limits.max_frames or any(
         track.edits * track.samples > 10 * limits.max_frames for track in listed
     ):
@@ -111,12 +111,12 @@ def refuse_tables(path: Path, limits: VideoLimits = VideoLimits()) -> None:
 
 
 def _run(data: mmap.mmap, begin: int, end: int) -> tuple[int, bool]:
-    """How many samples a `trun` box counts, and whether it says something about each."""
+    """How many samples a `trun` box states, and whether it has fields for each."""
     flags, samples = _number(data, begin, end), _number(data, begin + 4, end)
     fields = (flags & _ONE_PER_SAMPLE).bit_count()
     first = begin + 8 + 4 * (flags & 0x5).bit_count()
     if fields and first + 4 * fields * samples > end:
-        raise ClipFailure(FailureCode.CORRUPT, f"a fragment of {end - begin} bytes counts {samples} samples")
+        raise ClipFailure(FailureCode.CORRUPT, f"a fragment of {end - begin} bytes claims {samples} samples")
     return samples, bool(fields)
 
 
@@ -136,13 +136,13 @@ def _nested(data: mmap.mmap, place: int, end: int, depth: int = _DEEPEST) -> Ite
 
 
 def _inside(data: mmap.mmap, kind: bytes, begin: int, stop: int) -> Iterator[int]:
-    """Where FFmpeg goes on reading boxes inside one."""
+    """Where FFmpeg reads further boxes inside a box."""
     if kind in _HOLDERS:
         yield begin
     elif kind == b"stsd":
         yield begin + 8
     elif kind == b"free" and data[begin + 4 : begin + 8] in (b"mvhd", b"cmov"):
-        yield begin  # somebody meant to take this header away
+        yield begin  # a header that was marked as deleted
     elif kind == b"meta":  # with or without four bytes before its boxes
         place = data.find(b"hdlr", begin + 4, stop)
         while place >= 0 and (place - begin) % 4:
@@ -156,31 +156,31 @@ def _number(data: mmap.mmap, place: int, end: int) -> int:
 
 
 def refuse_cut(path: Path, container: Any, stream: Any, samples: int) -> None:
-    """Raise ClipFailure(CORRUPT) where the container's own structure goes on after the end of the file.
+    """Raise ClipFailure(CORRUPT) if the container's own structure continues after the end of the file.
 
-    samples: how many with data the demuxer delivered of the stream. What a header merely declares, a count or a
-    duration, is no evidence; where a frame's data lies, and how long an element is, is. Streams without structure may
-    end anywhere.
+    samples: how many with data the demuxer delivered for the stream. A count or duration that a header declares is no
+    evidence; the position of a frame's data and the length of an element are. Streams without structure may end
+    anywhere.
     """
     name = container.format.name
     if name.startswith("mov"):
         listed = sum(entry.size > 0 for entry in stream.index_entries)
         if samples < listed:
-            raise ClipFailure(FailureCode.CORRUPT, f"the data of {samples} of {listed} frames is in the file")
+            raise ClipFailure(FailureCode.CORRUPT, f"the file has the data of only {samples} of {listed} frames")
     size = path.stat().st_size
     if name == "avi" and (end := _riff_end(path)) > size:
-        raise ClipFailure(FailureCode.CORRUPT, f"{size} of {end} bytes are in the file")
+        raise ClipFailure(FailureCode.CORRUPT, f"the file has only {size} of {end} bytes")
     walk = {"matroska,webm": _matroska_break, "avi": _avi_break, "flv": _flv_break}.get(name)
     walk = _fragments_break if name.startswith("mov") else walk
     if walk is not None:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             place = walk(data)
         if place is not None:
-            raise ClipFailure(FailureCode.CORRUPT, f"the file breaks off or is damaged at byte {place} of {size}")
+            raise ClipFailure(FailureCode.CORRUPT, f"the file is cut off or damaged at byte {place} of {size}")
 
 
 def _riff_end(path: Path) -> int:
-    """Where an AVI file ends by its own account; 0 where it has none, as what a recorder could not finish."""
+    """Where an AVI file states that it ends; 0 if it does not, as in an unfinished recording."""
     with path.open("rb") as stream:
         head = stream.read(12)
     size = int.from_bytes(head[4:8], "little")
@@ -188,13 +188,13 @@ def _riff_end(path: Path) -> int:
 
 
 def _matroska_break(data: mmap.mmap) -> int | None:
-    """Where the elements of a file no longer follow one upon the other up to its end; None where all do.
+    """Where the sequence of elements breaks before the end of the file; None if it does not.
 
-    A demuxer passes over what it cannot read and says nothing. An element is an id, a size, and its data (RFC 8794);
-    of those inside others, only the ones of clusters are looked at.
+    A demuxer silently skips what it cannot read. An element is an id, a size, and its data (RFC 8794); nested elements
+    are checked only in segments and clusters.
     """
     place, end = 0, len(data)
-    live = False  # written without knowing its size: it may end anywhere
+    live = False  # written with an unknown size: it may end anywhere
     while place < end:
         name_length = 9 - data[place].bit_length()
         head = data[place : place + name_length + 8]
@@ -214,13 +214,13 @@ def _matroska_break(data: mmap.mmap) -> int | None:
         if known and begin + size > end:
             return None if live else place
         if name == _SEGMENT and known:
-            end = begin + size  # what follows is no part of the film
+            end = begin + size  # the bytes that follow are not part of the video
         place = begin if name in (_SEGMENT, _CLUSTER) else begin + size
     return None
 
 
 def _fragments_break(data: mmap.mmap) -> int | None:
-    """The same for the outermost boxes of a fragmented MP4; one with a sample table needs no other evidence."""
+    """The same for the top-level boxes of a fragmented MP4; an MP4 with a sample table needs no other evidence."""
     place, fragmented = 0, False
     while place + 8 <= len(data):
         size, kind = int.from_bytes(data[place : place + 4], "big"), data[place + 4 : place + 8]
@@ -236,11 +236,11 @@ def _fragments_break(data: mmap.mmap) -> int | None:
 
 
 def _avi_break(data: mmap.mmap) -> int | None:
-    """The same for the chunks with the data of an AVI file that says how long it is."""
+    """The same for the data chunks of an AVI file that states its length."""
     end = int.from_bytes(data[4:8], "little") + 8
     if end - 8 >= _RIFF_UNKNOWN or end == 8:
         return None
-    place, inside = 12, 0  # up to where the list of data chunks goes
+    place, inside = 12, 0  # the end of the list of data chunks
     while place + 8 <= min(end, len(data)):
         kind, size = data[place : place + 4], int.from_bytes(data[place + 4 : place + 8], "little")
         if b"\0" in kind or place + 8 + size > len(data):
@@ -265,9 +265,9 @@ def _flv_break(data: mmap.mmap) -> int | None:
 
 
 def stated_end(container: Any, stream: Any) -> float | None:
-    """When the film ends by the container's own word, seconds on its clock: the last frame may be held.
+    """When the video ends as the container states, in seconds on its clock: the last frame may be held.
 
-    Only for containers that give the last frame no duration of its own.
+    Only for containers that store no duration for the last frame.
     """
     name = container.format.name
     if name == "avi" and stream.duration is not None:
@@ -281,10 +281,10 @@ def stated_end(container: Any, stream: Any) -> float | None:
 
 
 def container_format(path: Path, limits: VideoLimits = VideoLimits()) -> str:
-    """ffmpeg's name for a file's container.
+    """FFmpeg's name for a file's container.
 
-    Raises ClipFailure: WRONG_KIND for a picture, TOO_LARGE as refuse_tables, CORRUPT for what is no container: a page,
-    a playlist.
+    Raises ClipFailure: WRONG_KIND for an image, TOO_LARGE as refuse_tables, CORRUPT for a file that is not a container,
+    such as a page or a playlist.
     """
     import av
     from av.error import FFmpegError
@@ -296,4 +296,4 @@ def container_format(path: Path, limits: VideoLimits = VideoLimits()) -> str:
             return container.format.name
     except FFmpegError:
         pass
-    raise ClipFailure(FailureCode.CORRUPT, "The file is no video container that can be read.")
+    raise ClipFailure(FailureCode.CORRUPT, "The file is not a readable video container.")

@@ -1,11 +1,11 @@
-"""Frames of a video by presentation time, upright and with square pixels, whatever the container says.
+"""Decodes frames of a video by presentation time, upright and with square pixels, whatever the container says.
 
-A file is whole if its container ends where the data ends and every packet with data decodes; the timeline is what
-ffmpeg shows, in seconds relative to the first shown frame. Declared counts and durations are hints. A frame is known by
-its packet and its order, never by a time: two frames may have the same one.
+A file is complete if its container ends where the data ends and every packet with data decodes. The timeline is the one
+that ffmpeg shows, in seconds after the first shown frame. Declared counts and durations are hints. A frame is
+identified by its packet and its order, never by its time, because two frames may have the same time.
 
-Two decoders are hidden here: PyAV for the sequential pass and for whatever decord misreads, decord for random access;
-both give the same frame, and the same pixels, for the same number. This module never judges a video.
+Two decoders are hidden here: PyAV for the sequential pass and for files that decord misreads, decord for random access.
+Both give the same frame, with the same pixels, for the same number. This module never judges a video.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def decode(index: VideoIndex, first: int, last: int, *, only: Iterable[int] | No
     """Decode frames [first, last) in one sequential pass; yields (frame number, av.VideoFrame) of each, in order.
 
     `only`: yield just these (a sorted sequence of numbers), still in one pass. Raises ClipFailure(CORRUPT) for a frame
-    that does not decode, TOO_LARGE for one with too many pixels, and IndexDiffers where the decoder shows other frames
-    than the packets promised.
+    that does not decode, TOO_LARGE for one with too many pixels, and IndexDiffers if the decoder shows other frames
+    than the packets announce.
     """
     wanted = None if only is None else set(only)
     last = min(last, len(index.times_s))
@@ -47,11 +47,11 @@ def decode(index: VideoIndex, first: int, last: int, *, only: Iterable[int] | No
 
 
 def _frames_from(index: VideoIndex, first: int, last: int) -> Iterator[tuple[int, Any]]:
-    """Frames [first, last), decoded from the nearest place before them that gives clean pictures."""
+    """Frames [first, last), decoded from the nearest position before them that gives clean frames."""
     keys = np.flatnonzero(index.key[: first + 1]).tolist()
     entries = keys[:-3:-1] if len(index.places) and len(keys) > 1 else []
     expected = first
-    # A seek may find a later key frame, or lose frames: what is then still missing is sought from further before.
+    # A seek may find a later key frame or lose frames; the missing frames are then read from an earlier key frame.
     for entry in (*entries, None):
         with open_video(index.path, index.limits) as container:
             for number, frame in _numbered(container, index, entry, expected, last):
@@ -61,7 +61,7 @@ def _frames_from(index: VideoIndex, first: int, last: int) -> Iterator[tuple[int
                 expected += 1
                 if expected == last < len(index.times_s):
                     return
-            if expected == last:  # and no frame came after the last one of all
+            if expected == last:  # and no frame followed the last one of the video
                 return
     raise _missing(index, expected)
 
@@ -96,7 +96,7 @@ def _numbered(container: Any, index: VideoIndex, entry: int | None, first: int, 
                 if number >= first:
                     raise damaged(number)
             elif number < 0:
-                if entry is None:  # after a seek, a decoder may make up a frame that it misses
+                if entry is None:  # after a seek, a decoder may invent a frame that it lacks
                     raise IndexDiffers
             else:
                 reached = number
@@ -105,9 +105,9 @@ def _numbered(container: Any, index: VideoIndex, entry: int | None, first: int, 
 
 
 def decode_key_frames(index: VideoIndex, keys: NDArray[np.intp], *, limit: int) -> Iterator[tuple[int, Any]]:
-    """Decode these key frames only (all of them: about a thirteenth of a full decode); at most `limit`, evenly spread.
+    """Decode only these key frames, at most `limit`, evenly spread; all of them take about 1/13 of a full decode.
 
-    keys: (k,) numbers of frames, each of which `index.key` calls a key frame.
+    keys: (k,) numbers of frames that are key frames by `index.key`.
     """
     if len(keys) > limit:
         keys = keys[np.linspace(0, len(keys) - 1, limit).round().astype(int)]
@@ -124,22 +124,22 @@ def decode_key_frames(index: VideoIndex, keys: NDArray[np.intp], *, limit: int) 
 
 
 def to_rgb(frame: Any) -> RGB:
-    """The stored picture as (coded height, coded width, 3) RGB, not yet upright; HDR as SDR."""
+    """The stored frame as (coded height, coded width, 3) RGB, not yet upright; HDR is converted to SDR."""
     if transfer_of(frame) != "sdr":
         return to_sdr(frame)
     return frame.to_ndarray(format="rgb24", threads=1)
 
 
 def upright(stored: NDArray[np.uint8], index: VideoIndex) -> NDArray[np.uint8]:
-    """Turn and mirror a stored (or scaled stored) picture as the display matrix asks."""
+    """Rotate and mirror a stored frame, scaled or not, as the display matrix says."""
     turned = np.rot90(stored, index.rotation // 90)
     return np.ascontiguousarray(turned[:, ::-1] if index.mirrored else turned)
 
 
 def halved(stored: RGB, index: VideoIndex, width: int, height: int) -> RGB:
-    """A stored picture, halved as often as it stays at least as large as an upright (height, width) one.
+    """A stored frame, halved as often as it stays at least as large as an upright (height, width) frame.
 
-    `resize` does this itself; done before, several sizes share the work and come out no different.
+    `resize` does this itself; if it is done before, several sizes share the work, with the same result.
     """
     size = (height, width) if index.rotation % 180 else (width, height)
     while stored.shape[1] // 2 >= size[0] and stored.shape[0] // 2 >= size[1]:
@@ -149,10 +149,10 @@ def halved(stored: RGB, index: VideoIndex, width: int, height: int) -> RGB:
 
 
 def resize(stored: RGB, index: VideoIndex, width: int, height: int, part: Part = WHOLE) -> RGB:
-    """Upright (height, width, 3) picture from a stored one; applies pixel aspect and display matrix with the scaling.
+    """An upright (height, width, 3) frame from a stored one; applies pixel aspect and display matrix with the scaling.
 
-    Halved and then interpolated: a third of the time of an area filter, which OpenCV does slowly for odd factors. Of a
-    part only its own pixels are read, the nearest whole ones as stored.
+    Halving and then interpolating takes a third of the time of OpenCV's area filter, which is slow for odd factors. For
+    a part, only its own pixels are read, rounded to whole stored pixels.
     """
     if part != WHOLE:
         turned = upright(stored, index)
@@ -164,7 +164,7 @@ def resize(stored: RGB, index: VideoIndex, width: int, height: int, part: Part =
 
 
 def thumbnail(frame: Any, index: VideoIndex, width: int, height: int) -> RGB:
-    """Small upright (height, width, 3) BGR picture scaled inside the decoder's own scaler; for per-frame measures."""
+    """A small upright (height, width, 3) BGR frame, scaled by the decoder's own scaler; for per-frame measures."""
     if index.rotation % 180:
         width, height = height, width
     if transfer_of(frame) != "sdr":
@@ -175,15 +175,15 @@ def thumbnail(frame: Any, index: VideoIndex, width: int, height: int) -> RGB:
 
 
 def frames_at(index: VideoIndex, times_s: Sequence[float], width: int, height: int) -> list[RGB]:
-    """The frames on screen at these times, as upright (height, width, 3) RGB; random access, as `pictures`."""
+    """The frames on screen at these times, as upright (height, width, 3) RGB; random access, as in `pictures`."""
     return pictures(index, index.on_screen(np.asarray(times_s, np.float64)).tolist(), width, height)
 
 
 def pictures(index: VideoIndex, numbers: Sequence[int], width: int, height: int, part: Part = WHOLE) -> list[RGB]:
     """The frames of these numbers, or a part of each, as upright (height, width, 3) RGB; random access.
 
-    Uses decord where it reads the file as PyAV does, PyAV otherwise. Holds one frame of full size at a time. Raises
-    ClipFailure(CORRUPT), and IndexDiffers as `decode`.
+    Uses decord if it reads the file as PyAV does, PyAV otherwise. Holds one full-size frame at a time. Raises
+    ClipFailure(CORRUPT), and IndexDiffers as `decode` does.
     """
     wanted = sorted(set(numbers))
     found = _by_decord(index, wanted, width, height, part)
@@ -204,10 +204,10 @@ def _by_pyav(index: VideoIndex, wanted: list[int], width: int, height: int, part
 def _by_decord(
     index: VideoIndex, wanted: list[int], width: int, height: int, part: Part = WHOLE
 ) -> dict[int, RGB] | None:
-    """None where decord's idea of the file differs from PyAV's.
+    """None if decord reads the file differently from PyAV.
 
-    decord ignores edit lists, rotates by itself, cannot open AV1, converts 10 bits differently, and loses count after
-    a seek into open groups of pictures. For all else its own frame times, and its pixels at both ends, must agree.
+    decord ignores edit lists, rotates frames itself, cannot open AV1, converts 10 bits differently, and loses count
+    after a seek into open groups of pictures. For other files, its frame times and its pixels at both ends must agree.
     """
     if not index.plain:
         return None

@@ -1,12 +1,12 @@
-"""HDR pictures as the SDR pictures that everything after decoding expects; fixed tables, the same for every frame.
+"""Converts HDR frames to the SDR frames that everything after decoding expects, with the same tables for every frame.
 
-PQ and HLG codes become light on the screen (BT.2100; HLG on its nominal display of 1000 cd/m2), light becomes BT.709
-primaries, and 203 cd/m2, the reference white of BT.2408, becomes white. What is brighter is clipped.
+PQ and HLG codes are converted to display light (BT.2100; HLG on its nominal display of 1000 cd/m2), display light is
+converted to BT.709 primaries, and 203 cd/m2, the reference white of BT.2408, becomes white. Brighter light is clipped.
 
-The codes that come out are those of BT.1886: light L of white is L^(1/2.4). SDR video is read here by its BT.709 codes
-as they are, and BT.1886 is what these codes mean on a screen; so SDR video that was put into an HDR file with its white
-at 203 cd/m2 comes back with the codes it had. The grey card of BT.2408 (26 cd/m2) becomes 108 of 255, and 104 in SDR
-video from a camera. BT.709's own curve is one from scene to code: on the light of a screen it would make this card 86.
+The resulting codes are those of BT.1886: display light L, relative to white, becomes L^(1/2.4). The BT.709 codes of SDR
+video are used unchanged, and BT.1886 defines what they mean on a display. So SDR video that was put into an HDR file
+with its white at 203 cd/m2 gets its original codes back. The grey card of BT.2408 (26 cd/m2) becomes 108 of 255; it is
+104 in SDR video from a camera. BT.709's own curve maps scene light to codes: for display light it would give 86.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 
 from curation.records import Transfer
 
-# Recorded with everything measured; another number wherever another pixel may come out.
+# Recorded with every measurement; it changes whenever a pixel of the result may change.
 OPERATOR = "bt2408-clip-1"
 
-# Numbers of ITU-T H.273, by which streams, containers and FFmpeg name transfers, primaries and matrices.
+# Numbers of ITU-T H.273, which streams, containers and FFmpeg use for transfers, primaries and matrices.
 _TRANSFERS: dict[int, Transfer] = {16: "pq", 18: "hlg"}
 _UNSPECIFIED, _BT709, _BT2020, _DISPLAY_P3 = 2, 1, 9, 12
 _FULL_RANGE = 2  # FFmpeg's own
@@ -35,14 +35,14 @@ _PRIMARIES = {
     _DISPLAY_P3: ((0.680, 0.320), (0.265, 0.690), (0.150, 0.060)),
 }
 _CODES = 1 << 16
-_ROWS = 64  # at once: what they need stays in the processor's cache, and a 4K frame needs no more memory than they do
+_ROWS = 64  # at once: their data stays in the CPU cache, and a 4K frame needs no more memory than these rows
 
 
 def transfer_of(frame: Any) -> Transfer:
-    """How the codes of a decoded av.VideoFrame become light; everything that is neither PQ nor HLG is SDR.
+    """The transfer function of a decoded av.VideoFrame; everything that is neither PQ nor HLG is SDR.
 
-    The frame knows what its stream says and, where the codec has no word for it (VP9), what the container says. HEVC
-    without a colour description is the exception: FFmpeg's decoder drops what the container says.
+    The frame has the value of its stream or, if the codec stores none (VP9), of its container. HEVC without a colour
+    description is the exception: FFmpeg's decoder drops the container's value.
     """
     return _TRANSFERS.get(frame.color_trc, "sdr")
 
@@ -50,15 +50,15 @@ def transfer_of(frame: Any) -> Transfer:
 def to_sdr(frame: Any, **scaling: Any) -> NDArray[np.uint8]:
     """A decoded HDR av.VideoFrame as (height, width, 3) RGB, as stored, not yet upright.
 
-    scaling: width, height and interpolation of `av.VideoFrame.to_ndarray`; without them the coded size. It is done on
-    HDR codes. A converted frame made smaller differs from that by 0.2 grey levels in the mean, and by more only where
-    one pixel joins darkness with what is clipped. Colours that BT.709 lacks are clipped channel by channel.
-    Primaries and a matrix that the stream leaves open are those of BT.2020.
+    scaling: width, height and interpolation of `av.VideoFrame.to_ndarray`; without them the coded size. The HDR
+    codes are scaled. Scaling after the conversion differs by 0.2 grey levels in the mean, and by more only where one
+    pixel combines dark and clipped areas. Colours outside BT.709 are clipped channel by channel.
+    Primaries and a matrix that the stream does not specify are taken as BT.2020.
     """
     primaries = _BT2020 if frame.color_primaries == _UNSPECIFIED else frame.color_primaries
     if frame.colorspace == _UNSPECIFIED:
         scaling["src_colorspace"] = _BT2020 if primaries == _BT2020 else _BT709
-    # Planar: packed 16-bit RGB comes out of swscale with columns of chroma doubled, or spoiled where it interpolates.
+    # Planar, because swscale's packed 16-bit RGB has doubled chroma columns, or wrong ones where it interpolates.
     codes = frame.to_ndarray(format="gbrp16le", threads=1, **scaling)
     hlg = transfer_of(frame) == "hlg"
     light = _light(hlg, _white_code(frame))
@@ -74,7 +74,7 @@ def to_sdr(frame: Any, **scaling: Any) -> NDArray[np.uint8]:
 
 
 def _white_code(frame: Any) -> int:
-    """The code that full signal has in swscale's 16 bits: zeros follow its 8 bits, or those of a full-range stream."""
+    """swscale's 16-bit code for the full signal: 8 bits, or the bits of a full-range stream, followed by zeros."""
     if frame.format.is_rgb or frame.color_range == _FULL_RANGE:
         bits = min(frame.format.components[0].bits, 16)
         return ((1 << bits) - 1) << (16 - bits)
@@ -83,7 +83,7 @@ def _white_code(frame: Any) -> int:
 
 @functools.lru_cache(maxsize=16)
 def _light(hlg: bool, white_code: int) -> NDArray[np.float32]:
-    """(1, 65536) table from codes: PQ to light on the screen, 1 is white; HLG to light in the scene, 1 is its peak."""
+    """(1, 65536) table from codes: PQ to display light, where 1 is white; HLG to scene light, where 1 is its peak."""
     signal = np.minimum(np.arange(_CODES) / white_code, 1)
     if hlg:
         a, b, c = 0.17883277, 0.28466892, 0.55991073
@@ -97,9 +97,9 @@ def _light(hlg: bool, white_code: int) -> NDArray[np.float32]:
 
 @functools.cache
 def _gamut(primaries: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """(1, 3) luminance of linear RGB with these primaries, (3, 3) from it to BT.709; unknown ones are taken for 709's.
+    """(1, 3) luminance of linear RGB with these primaries, (3, 3) matrix to BT.709; unknown ones count as BT.709.
 
-    Those lie so near to BT.709's that nobody converts them in SDR video either.
+    Those are so close to BT.709 that they are not converted in SDR video either.
     """
     to_xyz = _to_xyz(primaries if primaries in _PRIMARIES else _BT709)
     to_709 = np.linalg.solve(_to_xyz(_BT709), to_xyz)
@@ -113,7 +113,7 @@ def _to_xyz(primaries: int) -> NDArray[np.float64]:
 
 @functools.cache
 def _ootf() -> NDArray[np.float32]:
-    """From HLG's luminance in the scene to what turns its RGB into light on a screen of 1000 cd/m2, with gamma 1.2."""
+    """From HLG scene luminance to the factor from scene to display light at 1000 cd/m2, with gamma 1.2."""
     return (1000 / _WHITE * _looked_up() ** 0.2).astype(np.float32)[None]
 
 
@@ -128,7 +128,7 @@ def _looked_up() -> NDArray[np.float64]:
 
 
 def _look_up(values: NDArray[np.float32], table: NDArray[Any]) -> NDArray[Any]:
-    """A function of values from 0 to 1, from a table in even steps of their square root: fine where it is dark."""
+    """Apply a table to values from 0 to 1; its steps are even in their square root, so they are fine in the dark."""
     steps = np.empty(values.shape, np.uint16)
     np.multiply(cv2.sqrt(values), _CODES - 1, out=steps, casting="unsafe")
     return cv2.LUT(steps, table)

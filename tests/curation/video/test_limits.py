@@ -160,7 +160,7 @@ def test_too_many_frames_tracks_or_frames_a_second_are_refused(tmp_path):
         many = tmp_path / f"many{suffix}"
         ffmpeg("-i", film, *4 * ["-map", "0"], "-c", "copy", many)
         assert "more than 3 tracks" in refused(lambda many=many: index_video(many, VideoLimits(max_tracks=3)))
-        assert "2 with pictures" in refused(lambda many=many: index_video(many, VideoLimits(max_pictures=2)))
+        assert "2 video tracks" in refused(lambda many=many: index_video(many, VideoLimits(max_pictures=2)))
     fast = encode(tmp_path / "fast.mp4", 130 * PICTURES, *H264, rate=1000)
     assert len(index_video(fast).times_s) == 1040
     assert "900 frames" in refused(lambda: index_video(fast, VideoLimits(max_fps=900)))
