@@ -1,1 +1,1 @@
-"""People in pictures: detector, tracker and their weights. An instrument; nothing in here judges."""
+"""Finds people in frames: detector, tracker and their weights. Nothing in here judges."""

@@ -1,4 +1,4 @@
-"""Boxes of people and things, by ultralytics, and tracks of the people.
+"""Detects boxes of people and things with ultralytics.
 
 On CUDA the model runs in half precision on batches; on a CPU the same weights run through OpenVINO, exported once per
 weights file into the user's cache. Input is rectangular: no work on padding. This module never judges a box.
@@ -28,7 +28,7 @@ _PAD = 114  # the grey that ultralytics trains and predicts with
 _NMS_IOU = 0.7  # ultralytics' own default for prediction
 
 
-# (n, H, W, 3) uint8 RGB -> what the network says of it, as a tensor that ultralytics' suppression understands.
+# (n, H, W, 3) uint8 RGB -> the network's output, as a tensor for ultralytics' non-maximum suppression.
 Forward = Callable[[NDArray[np.uint8]], Any]
 
 
@@ -43,8 +43,8 @@ class Detections(NamedTuple):
 class Detector:
     """An ultralytics detector behind one call.
 
-    detector(images) takes upright (H, W, 3) uint8 RGB pictures of one size and gives one Detections for each.
-    `names` maps class ids to names; `provenance` says which weights ran on what, for the record.
+    detector(images) takes upright (H, W, 3) uint8 RGB images of one size and returns one Detections for each.
+    `names` maps class ids to names; `provenance` records the weights and the backend.
     """
 
     def __init__(self, weights: Path, *, device: str, long_side: int, confidence: float) -> None:
@@ -60,9 +60,7 @@ class Detector:
             if torch.cuda.is_available():
                 self._cuda = self._cuda or "cuda"
             elif self._cuda:
-                raise UsageError(
-                    f"There is no CUDA device here, and {device} was asked for; take --device auto or cpu."
-                )
+                raise UsageError(f"There is no CUDA device here for --device {device}; use --device auto or cpu.")
         if self._cuda:
             self._forward, self.names = _torch_backend(weights, self._cuda)
         else:
@@ -89,11 +87,11 @@ class Detector:
 
     @property
     def batch(self) -> int:
-        """Images that are worth collecting for one call: batches help a GPU, not a CPU."""
+        """How many images to collect for one call: batches help a GPU, not a CPU."""
         return 32 if self._cuda else 1
 
     def __call__(self, images: Sequence[NDArray[np.uint8]]) -> list[Detections]:
-        """Detect on pictures of one size; coordinates come back as fractions of that size."""
+        """Detect on images of one size; coordinates are fractions of that size."""
         from ultralytics.utils.nms import non_max_suppression
 
         height, width = images[0].shape[:2]
@@ -107,7 +105,7 @@ class Detector:
                 image, inner, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
             )
         raw = self._forward(canvas)
-        # No time limit: a loaded machine must not change what is found.
+        # No time limit: the load of the machine must not change the result.
         found = non_max_suppression(
             raw, conf_thres=self._confidence, iou_thres=_NMS_IOU, max_time_img=3600.0, nc=len(self.names),
             end2end=raw.shape[-1] == 6,
@@ -129,7 +127,7 @@ class Detector:
 
 @lru_cache(maxsize=2)
 def load_detector(weights: str, *, device: str, long_side: int, confidence: float) -> Detector:
-    """One detector per process and configuration. Raises UsageError where the weights are not to be had."""
+    """One detector per process and configuration. Raises UsageError if the weights are not available."""
     return Detector(find_weights(weights), device=device, long_side=long_side, confidence=confidence)
 
 
@@ -163,7 +161,7 @@ def _openvino_backend(weights: Path, sha256: str, confidence: float) -> tuple[Fo
     steps.input().model().set_layout(openvino.Layout("NCHW"))
     network = steps.build()
 
-    @lru_cache(maxsize=4)  # each holds the weights anew; videos come in few shapes
+    @lru_cache(maxsize=4)  # each holds its own copy of the weights; videos come in few shapes
     def compiled(shape: tuple[int, ...]) -> Any:
         # A fixed shape lets OpenVINO plan its memory and kernels; a dynamic graph is slower on every call.
         network.reshape(shape)
@@ -175,7 +173,7 @@ def _openvino_backend(weights: Path, sha256: str, confidence: float) -> tuple[Fo
         raw = np.asarray(compiled(batch.shape).infer({0: batch})[0])
         if raw.shape[-1] != 6:  # torch is slow at finding the few boxes that are not background
             seen = (raw[:, 4:].max(1) > confidence).any(0)
-            seen[:7] = True  # six columns would be taken for the finished boxes of an end-to-end network
+            seen[:7] = True  # six columns would look like the finished boxes of an end-to-end network
             raw = raw[:, :, seen]
         return torch.from_numpy(raw)
 
@@ -183,7 +181,7 @@ def _openvino_backend(weights: Path, sha256: str, confidence: float) -> tuple[Fo
 
 
 def _exported(weights: Path, sha256: str) -> Path:
-    """The OpenVINO form of these weights, made once: exported beside its final name and renamed."""
+    """The OpenVINO form of these weights, exported once: into a temporary folder, then renamed."""
     import openvino
 
     final = cache_folder() / "openvino" / f"{weights.stem}-{sha256[:16]}-{openvino.__version__.split('-')[0]}"
@@ -191,14 +189,14 @@ def _exported(weights: Path, sha256: str) -> Path:
         return final
     final.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=final.parent) as work:
-        copy = Path(work) / f"{weights.stem}.pt"  # ultralytics exports beside its input, which may be read-only
+        copy = Path(work) / f"{weights.stem}.pt"  # ultralytics exports next to its input, which may be read-only
         shutil.copyfile(weights, copy)
-        # the size is only that of the trial run, and a checkpoint's own may be unusable
+        # the size is only used for a trial run; a checkpoint's own size may be unusable
         exported = load_model(copy).export(format="openvino", dynamic=True, imgsz=640, verbose=False)
         try:
             Path(exported).rename(final)
         except OSError:
-            if not final.is_dir():  # another process was first: its export is as good
+            if not final.is_dir():  # another process was first; its export is just as good
                 raise
     return final
 
@@ -211,7 +209,7 @@ def detector_for(settings: ObserveSettings, weights: str) -> Detector:
 
 
 def detector_ready(weights: str, settings: ObserveSettings) -> None:
-    """Export the detector once, before workers that would all wait for it; a bad file fails here, at once."""
+    """Export the detector once, before workers start and all wait for it; a bad file fails here, at once."""
     from curation.people.detector import detector_for
 
     detector_for(settings, weights)

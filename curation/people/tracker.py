@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from curation.people.detector import Detections
 
-# What ultralytics calls track_buffer counts updates; at 6 samples a second this is 2 s.
+# track_buffer counts updates of the tracker; at 6 samples a second, 12 updates take 2 s.
 _TRACKER = SimpleNamespace(
     track_high_thresh=0.25, track_low_thresh=0.1, new_track_thresh=0.25, track_buffer=12, match_thresh=0.8,
     fuse_score=True,
@@ -26,7 +26,7 @@ class PeopleTracker:
         self._person = person
 
     def __call__(self, found: Detections, width: int, height: int) -> NDArray[np.int32]:
-        """Track id (k,) of every detection of the next sample; 0 for what is no person or not tracked."""
+        """Track id (k,) of every detection of the next sample; 0 if it is not a person or not tracked."""
         from ultralytics.engine.results import Boxes
 
         tracks = np.zeros(len(found.confidence), np.int32)

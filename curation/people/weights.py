@@ -1,4 +1,4 @@
-"""A detector's weights: found on this disk or downloaded once, and loaded without output of their library."""
+"""Finds a detector's weights on this disk or downloads them once, and loads them without output of their library."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from curation.failures import UsageError
 def find_weights(weights: str) -> Path:
     """A weights file by path, or a published ultralytics file by name (kept in the cache, fetched once).
 
-    Raises UsageError that names both ways where it is neither here nor to be had.
+    Raises UsageError that names both ways if it is neither here nor available for download.
     """
     path = Path(weights).expanduser()
     if path.is_file():
@@ -28,7 +28,7 @@ def find_weights(weights: str) -> Path:
         _fetch(weights, cached)
         return cached
     raise UsageError(
-        f"The detector weights {weights} are not here, and ultralytics publishes none of that name: pass --detector "
+        f"There is no weights file {weights}, and ultralytics publishes no file of that name: pass --detector "
         "with the path of a file, or with a published name such as yolo11x.pt."
     )
 
@@ -51,7 +51,7 @@ def _fetch(name: str, target: Path) -> None:
             file.replace(target)
         except (OSError, RuntimeError, AssertionError, ValueError) as error:
             raise UsageError(
-                f"The detector weights {name} are not here and could not be downloaded ({type(error).__name__}): "
+                f"The detector weights {name} could not be downloaded ({type(error).__name__}): "
                 "check the network, or copy the file to this machine and pass --detector PATH."
             ) from error
 
@@ -63,10 +63,10 @@ def cache_folder() -> Path:
 
 
 def keep_quiet() -> None:
-    """ultralytics and OpenVINO must neither install packages, nor phone home, nor print over our progress bars."""
+    """Keep ultralytics and OpenVINO from installing packages, sending usage data, and printing over progress bars."""
     os.environ.setdefault("YOLO_AUTOINSTALL", "false")
     os.environ.setdefault("YOLO_OFFLINE", "true")  # no usage reports, no look-ups at import; downloads still work
-    # OpenVINO reports every import and conversion, unless this package cannot be imported: then it takes a stub.
+    # OpenVINO reports every import and conversion, unless it cannot import this package: then it uses a stub.
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     os.environ.setdefault("YOLO_VERBOSE", "false")
     os.environ.setdefault("YOLO_CONFIG_DIR", str(cache_folder() / "ultralytics"))
@@ -81,14 +81,14 @@ def load_model(weights: Path) -> Any:
         model: Any = YOLO(str(weights), task="detect")
         if model.task != "detect":
             raise UsageError(f"{weights.name} is a {model.task} model; give weights of a detector.")
-        model.model.names  # noqa: B018 - a file that is no checkpoint fails here
+        model.model.names  # noqa: B018 - a file that is not a checkpoint fails here
     except UsageError:
         raise
-    except Exception as error:  # torch, pickle and ultralytics raise a dozen types for a file that is no checkpoint
+    except Exception as error:  # torch, pickle and ultralytics raise a dozen types for a file that is not a checkpoint
         raise UsageError(
             f"{weights.name} cannot be read as ultralytics weights ({type(error).__name__}); fetch the file again."
         ) from error
-    # Summary and export make a path of the layout's file name, which a checkpoint may lack or hold as None.
+    # Summary and export build a path from the layout's file name, which may be missing or None in a checkpoint.
     described = getattr(model.model, "yaml", None) or {}
     if not isinstance(described.get("yaml_file"), str):
         model.model.yaml = {**described, "yaml_file": f"{weights.stem}.yaml"}

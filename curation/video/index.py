@@ -1,4 +1,4 @@
-"""The frames of a video by presentation time, known before any of them is decoded."""
+"""Lists the frames of a video by presentation time, before any of them is decoded."""
 
 from __future__ import annotations
 
@@ -33,26 +33,26 @@ from curation.video.container import refuse_cut, refuse_kind, refuse_tables, sta
 from curation.video.hdr import transfer_of
 from curation.video.packets import NONE, Demuxer, Packets, film_candidates, film_stream, packet_of, steady_rate
 
-# Asked times may be rounded to milliseconds, as some containers round theirs.
+# Requested times may be rounded to milliseconds, as some containers round theirs.
 TIME_TOLERANCE_S = 1e-3
-# Where every packet that shows a frame can be told from its head, and has its presentation time. Anything else is
-# decoded once, to learn which packets show a frame and in which order.
+# Here the head of a packet tells whether it shows a frame, and each such packet has a presentation time. Anything else
+# is decoded once, to learn which packets show a frame and in which order.
 _TOLD_BY_PACKETS = frozenset({"h264", "hevc", "av1", "vp8", "vp9", "mjpeg", "prores"})
 _TIMED = frozenset({"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "mpegts", "flv"})
-_SOUGHT = frozenset({"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"})  # where a seek finds the key frame that is asked for
-# What decord 0.6.0 opens, indexes and converts as PyAV does, and where the packets tell that the size of the picture
-# never changes: decord knows no limit. Everything else goes through PyAV.
+_SOUGHT = frozenset({"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"})  # where a seek finds the requested key frame
+# What decord 0.6.0 opens, indexes and converts as PyAV does, and where the packets tell that the frame size never
+# changes, because decord has no limit on it. Everything else goes through PyAV.
 _DECORD_CODECS = frozenset({"h264", "hevc"})
-_DECORD_MIN_WIDTH = 64  # it takes the padding of a narrower picture's rows for a fourth channel
-_KEPT_INDICES = 4  # of up to 80 MB each; the clips of one video mostly follow one upon the other
-_LOST_CLOCK = "its clock starts anew, and where it goes on cannot be told; convert the file to MP4"
-_TILT = 0.0175  # tangent of one degree: less is upright, as for ffmpeg
+_DECORD_MIN_WIDTH = 64  # in a narrower frame it reads the padding of rows as a fourth channel
+_KEPT_INDICES = 4  # of up to 80 MB each; the clips of one video mostly come one after the other
+_LOST_CLOCK = "its clock restarts and some frames have no times; convert the file to MP4"
+_TILT = 0.0175  # tangent of one degree: a smaller tilt is upright, as in ffmpeg
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class VideoIndex:
-    """Which frames a file shows, and when; made from its packets where they tell, by decoding where they do not.
+    """Which frames a file shows, and when; made from its packets, or by decoding where they do not tell.
 
     times_s: (n,) float64, sorted presentation times of the shown frames, the first is 0.
     key: (n,) bool, frames that decode on their own.
@@ -61,13 +61,13 @@ class VideoIndex:
     end_s: when the last frame ends.
     width, height: as displayed, with display matrix and pixel aspect applied.
     coded_width, coded_height: as stored.
-    rotation: degrees counter-clockwise that bring a stored frame upright; a multiple of 90. mirrored: it is then to be
+    rotation: degrees counter-clockwise that make a stored frame upright; a multiple of 90. mirrored: it must then be
     mirrored left to right.
     origin: presentation time of the first shown frame in units of time_base.
     edited: an edit list hides some frames.
     decoded: the frames were counted by decoding.
-    plain: nothing about the file is of a kind that decord 0.6.0 reads differently from PyAV.
-    limits: what the file was checked against, and its frames are when they are decoded.
+    plain: the file has no property that decord 0.6.0 reads differently from PyAV.
+    limits: the file was checked against them, and its frames are when they are decoded.
     """
 
     path: Path
@@ -99,7 +99,7 @@ class VideoIndex:
     def span(self, start_s: float, end_s: float | None) -> tuple[int, int]:
         """Indices [first, last) of the frames presented in [start_s, end_s).
 
-        Raises ClipFailure(SPAN_OUT_OF_RANGE) where the span holds no frame or reaches beyond the video by over 0.1 s.
+        Raises ClipFailure(SPAN_OUT_OF_RANGE) if the span has no frame or ends over 0.1 s after the video.
         """
         stop = self.end_s if end_s is None else end_s
         if stop > self.end_s + 0.1 or start_s >= self.end_s:
@@ -111,7 +111,7 @@ class VideoIndex:
         if first >= last:
             raise ClipFailure(
                 FailureCode.SPAN_OUT_OF_RANGE,
-                f"no frame begins between {start_s:.3f} s and {stop:.3f} s: one picture stands still for longer",
+                f"no frame begins between {start_s:.3f} s and {stop:.3f} s: a single frame is shown for longer",
             )
         return first, last
 
@@ -122,20 +122,20 @@ class VideoIndex:
 
 
 class IndexDiffers(Exception):
-    """The decoder shows other frames than the packets promised; an index made by decoding is right. See with_index."""
+    """The decoder shows other frames than the packets announce; an index made by decoding is right. See with_index."""
 
 
 def index_video(path: Path, limits: VideoLimits = VideoLimits()) -> VideoIndex:
     """Read a file's packets and its first frame; a file whose packets do not tell its frames is decoded once.
 
-    Raises ClipFailure NO_VIDEO (audio, or cover art only), WRONG_KIND (an animated picture, a picture turned by an odd
+    Raises ClipFailure NO_VIDEO (audio, or cover art only), WRONG_KIND (an animated image, a video rotated by an odd
     angle), TOO_LARGE (beyond `limits`) or CORRUPT (unreadable, or without the end of its data).
     """
     return _kept(path, limits).index
 
 
 def with_index(path: Path, work: Callable[[VideoIndex], T], limits: VideoLimits = VideoLimits()) -> T:
-    """work(index of the file), once more with an index made by decoding if the decoder contradicts the packets."""
+    """work(index of the file); again with an index made by decoding if the decoder contradicts the packets."""
     kept = _kept(path, limits)
     try:
         return work(kept.index)
@@ -175,15 +175,15 @@ def _read_index(path: Path, limits: VideoLimits, *, by_decoding: bool) -> VideoI
 
 
 def _refuse_pictures(path: Path, limits: VideoLimits) -> None:
-    """Raise ClipFailure(TOO_LARGE) for tracks and pictures that must not even be opened as `open_video` does.
+    """Raise ClipFailure(TOO_LARGE) for tracks and frames that even `open_video` must not open.
 
-    Opening decodes a frame of every track; without a limit where the container does not begin with a list of its tracks
-    (FLV, MPEG). Here only tracks whose size nothing but a decoder knows are decoded, within the limit, and no cover.
+    Opening decodes a frame of every track, without a limit if the container does not begin with a list of its tracks
+    (FLV, MPEG). Here only tracks whose size only a decoder knows are decoded, within the limit, and no cover art.
     """
     options = UNDECODED | {"max_streams": str(limits.max_tracks + 1)}
     try:
         container = av.open(str(path), mode="r", options=options, metadata_errors="ignore")
-    except MemoryError as error:  # what libavformat says of one track more
+    except MemoryError as error:  # libavformat's error for one track too many
         raise too_many_tracks(limits) from error
     with container:
         streams = container.streams
@@ -196,7 +196,7 @@ def _refuse_pictures(path: Path, limits: VideoLimits) -> None:
 
 
 def _decode_one(container: Any, streams: list[Any], limits: VideoLimits) -> None:
-    """Decode one packet of each stream, for its size alone."""
+    """Decode one packet of each stream, only to learn its size."""
     left = {single_threaded(stream, limits).index for stream in streams}
     for packet in container.demux(streams) if streams else ():
         if packet.size and packet.stream_index in left:
@@ -207,7 +207,7 @@ def _decode_one(container: Any, streams: list[Any], limits: VideoLimits) -> None
 
 
 class _Seen(NamedTuple):
-    """What one reading of a stream brought.
+    """The result of one pass over a stream.
 
     first: the first frame. shown, stamps: packet and time, or NONE, of every decoded frame, in order. second: the
     packet of the second key frame.
@@ -228,7 +228,7 @@ def _read(demuxer: Demuxer, codec: str, header: bytes | None, limits: VideoLimit
     keys = 0
     for number, packet in demuxer:
         if number >= 0:
-            # In a stream that may be joined, the mark means that packets may be missing before; the decoder knows.
+            # In a stream that may be joined from pieces, the flag only means that earlier packets may be missing.
             if packet.is_corrupt and not demuxer.may_restart:
                 raise ClipFailure(FailureCode.CORRUPT, "the data of a frame is cut off")
             packets.add(packet)
@@ -240,7 +240,7 @@ def _read(demuxer: Demuxer, codec: str, header: bytes | None, limits: VideoLimit
         if first is not None and not decoding:
             continue
         frames = decode_packet(packet, limits)
-        # Before its first picture a stream may hold parts of others: it was cut anywhere.
+        # A stream may be cut anywhere, so parts of other frames may precede its first frame.
         if first is not None and (frames is None or any(frame.is_corrupt for frame in frames)):
             raise damaged(len(shown))
         for frame in frames or ():
@@ -273,7 +273,7 @@ def _index(path: Path, container: Any, limits: VideoLimits, by_decoding: bool) -
     numbers = np.full(len(packets.stamps), -1, np.int64)
     numbers[shown[shown >= 0]] = np.flatnonzero(shown >= 0)
     keys = _flags(packets.key)[shown] & (shown >= 0)
-    # With intra refresh the picture is renewed bit by bit: what is marked as a key frame is none.
+    # With intra refresh the picture is renewed in parts: a frame marked as a key frame is not one.
     second = seen.second
     refreshed = second is not None and not second.is_discard and not decode_alone(stream.codec_context, second, limits)
     if refreshed:
@@ -287,7 +287,7 @@ def _index(path: Path, container: Any, limits: VideoLimits, by_decoding: bool) -
     try:
         first.reformat(width=16, height=16, format="rgb24")
     except (FFmpegError, OSError, ValueError) as error:
-        raise ClipFailure(FailureCode.WRONG_KIND, "its colours are of a kind that cannot be converted") from error
+        raise ClipFailure(FailureCode.WRONG_KIND, "its colour format cannot be converted") from error
     rotation, mirrored = _orientation(first)
     width, height = _displayed(stream, rotation)
     return VideoIndex(
@@ -335,7 +335,7 @@ def _flags(flags: bytearray) -> NDArray[np.bool_]:
 
 
 def _displayed(stream: Any, rotation: int) -> tuple[int, int]:
-    """Width and height with square pixels, upright; never less than is stored."""
+    """Width and height with square pixels, upright; never smaller than stored."""
     square = float(stream.sample_aspect_ratio or 1)
     width, height = round(stream.width * square), stream.height
     if square < 1.0:
@@ -347,8 +347,8 @@ def _shown_packets(packets: Packets, container_name: str) -> tuple[NDArray[np.in
     """Packets that show a frame, in the order of their times, and these times."""
     stamps, key = np.asarray(packets.stamps, np.int64), _flags(packets.key)
     shows = _flags(packets.shows) & ~_flags(packets.discard)
-    if not container_name.startswith("mov"):  # where an edit list says what is shown
-        entry = int(np.argmax(key))  # what a stream cut anywhere has before its first key frame is never shown
+    if not container_name.startswith("mov"):  # in MOV and MP4, an edit list says what is shown
+        entry = int(np.argmax(key))  # nothing before the first key frame of a cut stream is shown
         shows &= stamps >= stamps[entry]
         shows[:entry] = False
     shown = np.flatnonzero(shows)
@@ -357,17 +357,17 @@ def _shown_packets(packets: Packets, container_name: str) -> tuple[NDArray[np.in
 
 
 def _decoded(seen: _Seen, demuxer: Demuxer, stream: Any) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Packets whose frames were decoded, in the order in which they were, and their times.
+    """Packets whose frames were decoded, in the order of decoding, and their times.
 
-    Where a container has no presentation times, as AVI, a frame is shown when it leaves the decoder. Raises
-    ClipFailure(CORRUPT) where the clock starts anew and frames have no times.
+    In a container without presentation times, such as AVI, a frame is shown when it leaves the decoder. Raises
+    ClipFailure(CORRUPT) if the clock restarts and frames have no times.
     """
     stamps = np.asarray(seen.stamps, np.int64)
     timed = np.flatnonzero(stamps != NONE)
     if demuxer.restarted and len(timed) < len(stamps):
         raise ClipFailure(FailureCode.CORRUPT, _LOST_CLOCK)
     step = round(1 / ((stream.average_rate or 25) * stream.time_base))
-    # A frame without a time is shown a step after the one before it, or, before any time, before the one after it.
+    # A frame without a time is shown one step after the frame before it, or, before any time, before the next one.
     if not len(timed):
         stamps, timed = np.zeros_like(stamps), np.zeros(1, np.int64)
     places = np.arange(len(stamps))
@@ -376,7 +376,7 @@ def _decoded(seen: _Seen, demuxer: Demuxer, stream: Any) -> tuple[NDArray[np.int
 
 
 def _open_groups(packets: Packets) -> bool:
-    """Some frame is shown before a key frame, but decoded after it and with the help of frames before it."""
+    """Whether some frame is shown before a key frame but decoded after it, with references to frames before it."""
     stamps, key = np.asarray(packets.stamps, np.int64), _flags(packets.key)
     entry = np.maximum.accumulate(np.where(key, np.arange(len(key)), 0))
     return bool((stamps < stamps[entry])[int(np.argmax(key)) :].any())
@@ -391,7 +391,7 @@ def _end(
     last = int(stamps[-1] - stamps[0])
     step = Fraction(float(np.median(np.diff(stamps)))) if last else 1 / (base * (stream.average_rate or 25))
     if container.format.name.startswith("mov") and stream.duration:
-        own = (stream.start_time or 0) + stream.duration - int(stamps[-1])  # libavformat sums the sample table up
+        own = (stream.start_time or 0) + stream.duration - int(stamps[-1])  # libavformat's sum of the sample table
     else:
         own = packets.durations[shown[-1]] + demuxer.held
     end = (last + (own if own > 0 else step)) * base
@@ -402,9 +402,9 @@ def _end(
 
 
 def _orientation(frame: Any) -> tuple[int, bool]:
-    """Degrees counter-clockwise, then whether to mirror left to right: what the display matrix asks for.
+    """Degrees counter-clockwise, then whether to mirror left to right, as the display matrix says.
 
-    Raises ClipFailure(WRONG_KIND) for a matrix that turns by anything but quarters.
+    Raises ClipFailure(WRONG_KIND) for a matrix that rotates by anything but a multiple of 90 degrees.
     """
     matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
     if matrix is None:
@@ -416,7 +416,7 @@ def _orientation(frame: Any) -> tuple[int, bool]:
         return 0, False
     if min(straight, swapped) > _TILT * max(straight, swapped):
         raise ClipFailure(
-            FailureCode.WRONG_KIND, "the picture is to be shown at an angle; convert the file to an upright MP4"
+            FailureCode.WRONG_KIND, "the video is rotated by an odd angle; convert the file to an upright MP4"
         )
     if straight > swapped:
         return (0 if d > 0 else 180), (a < 0) != (d < 0)

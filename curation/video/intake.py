@@ -1,4 +1,4 @@
-"""A downloaded file is checked, and its pictures are copied into a clean container without anything else it says."""
+"""Checks a downloaded file and copies its video stream, and nothing else, into a clean container."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from curation.video.decode import decode_key_frames
 from curation.video.ffmpeg import ffmpeg_exe
 from curation.video.index import VideoIndex, index_video
 
-# By kind of source, the containers to try: the first that can hold the stream without touching its times.
+# The containers to try for each kind of source: the first that holds the stream without a change of its times is used.
 _TARGETS = {
     "mov,mp4,m4a,3gp,3g2,mj2": (".mp4", ".mov"),
     "matroska,webm": (".webm", ".mp4", ".mkv"),
@@ -30,23 +30,23 @@ _TARGETS = {
 }
 _OTHER_TARGETS = (".mp4", ".mkv")
 _TIME_TOLERANCE_S = 1.1e-3  # Matroska keeps milliseconds
-_HELD_TOLERANCE_S = 0.1  # containers round the duration of a last frame, or take a usual one for it
+_HELD_TOLERANCE_S = 0.1  # containers round the duration of a last frame, or use a default
 _TIMEOUT_S = 900
 _DISK_FULL_EXITS = frozenset({256 - errno.ENOSPC, 256 - errno.EDQUOT, 256 - errno.EFBIG, -signal.SIGXFSZ})
 
 
 def strip(index: VideoIndex, source_format: str, target: Path) -> Path:
-    """Copy the video stream of `index` alone into a container without tags, chapters or other streams.
+    """Copy only the video stream of `index` into a container without tags, chapters or other streams.
 
     Codec, presentation times, display matrix, pixel aspect and edit list stay; title, artist, location, cover art and
-    sound go. An MP4 that cannot be written anew so that it shows the same is blanked in place instead. `target` is a
-    path without suffix; returns the fsynced file. Raises ClipFailure CORRUPT or DISK_FULL.
+    sound are removed. If no rewritten MP4 shows the same frames, a copy of the file is blanked in place (see scrub).
+    `target` is a path without suffix; returns the fsynced file. Raises ClipFailure CORRUPT or DISK_FULL.
     """
     makers: list[tuple[str, Callable[[VideoIndex, Path], bool]]]
     makers = [(suffix, _copy) for suffix in _TARGETS.get(source_format, _OTHER_TARGETS)]
     if source_format.startswith("mov"):
         makers.append((".mp4", _scrub))
-    for held in (True, False):  # a copy that shows the last frame for as long, or else one that shows the same frames
+    for held in (True, False):  # prefer a copy that shows the last frame for as long; else the same frames are enough
         for suffix, make in makers:
             written = target.with_name(target.name + suffix)
             if make(index, written) and _same_frames(index, source_format, written, held=held):
@@ -64,7 +64,7 @@ def _scrub(index: VideoIndex, written: Path) -> bool:
     source, stream = index.path, index.stream
     try:
         with av.open(str(source), options=UNDECODED, metadata_errors="ignore") as container:
-            for _ in all_packets(container, container.streams[stream]):  # fragments are known only when they are read
+            for _ in all_packets(container, container.streams[stream]):  # fragments are known only after they are read
                 pass
             track = container.streams[stream].id
             samples = [(entry.pos, entry.size) for entry in container.streams[stream].index_entries]
@@ -102,10 +102,10 @@ def _copy(index: VideoIndex, written: Path) -> bool:
 
 
 def _same_frames(index: VideoIndex, source_format: str, written: Path, *, held: bool) -> bool:
-    """Whether a copy shows as many frames at the same times, and if `held`, the last one for as long.
+    """Whether a copy shows as many frames at the same times and, if `held`, the last one for as long.
 
-    Where only decoding told what the source shows, the copy is decoded too. A copy from AVI whose packets say something
-    else than its decoder got its times in the wrong order.
+    If the index of the source was made by decoding, the copy is decoded too. If the packets of a copy from AVI
+    contradict its decoder, its times are in the wrong order.
     """
     import numpy as np
 
@@ -136,10 +136,10 @@ _VERIFY_KEY_FRAMES = 24
 
 
 def verify(path: Path, limits: VideoLimits = VideoLimits()) -> VideoFile:
-    """Check that a file is a whole, decodable video: every packet is there and a spread of key frames decodes.
+    """Check that a file is a complete, decodable video: no packet is missing, and a spread of key frames decodes.
 
     The full decode happens once, when the clip is observed; that pass checks every frame.
-    Raises ClipFailure as index_video.
+    Raises ClipFailure as index_video does.
     """
     index = index_video(path, limits)
     if not any(True for _ in decode_key_frames(index, np.flatnonzero(index.key), limit=_VERIFY_KEY_FRAMES)):

@@ -1,8 +1,8 @@
-"""The packets of a film, before anything is decoded: which stream it is, and what each packet says of time.
+"""Reads a video's packets before anything is decoded: selects its stream, and collects the times of its packets.
 
 Packets with data are numbered in the order of the file; a decoded frame carries the number of its packet (packet_of).
 Counts and durations that a container declares are hints: they only help to choose between streams.
-Nothing here knows pixels.
+Nothing here reads pixels.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from curation.failures import ClipFailure, FailureCode
 
 NONE = np.iinfo(np.int64).min  # a time that is not stated
-# A clock that may restart did so where it goes back by more than a tenth of a second, or forward by more than ten: the
+# A clock that may restart has restarted if it jumps back by over a tenth of a second, or ahead by over ten seconds: the
 # limits of ffmpeg, whose timeline this is.
 _BACK_S, _AHEAD_S = Fraction(1, 10), 10
-_H264_SIZE, _HEVC_SIZE = 7, 33  # units that are sequence parameter sets
-_FILM = 0.5  # of the frames and of the time of the longest stream; a cover or a preview has less
+_H264_SIZE, _HEVC_SIZE = 7, 33  # unit types of sequence parameter sets
+_FILM = 0.5  # of the frames and the duration of the longest stream; cover art or a preview has less
 _FINE = Fraction(1, 4)
 _USUAL_RATES = tuple(Fraction(rate) for rate in (12, 15, 20, 24, 25, 30, 48, 50, 60, 100, 120)) + tuple(
     Fraction(rate * 1000, 1001) for rate in (12, 15, 24, 30, 48, 60, 120)
@@ -32,14 +32,14 @@ _USUAL_RATES = tuple(Fraction(rate) for rate in (12, 15, 20, 24, 25, 30, 48, 50,
 
 
 class Demuxer:
-    """A stream's packets, numbered, on one clock that runs on where the file's restarts.
+    """A stream's packets, numbered, on one clock that continues where the clock of the file restarts.
 
-    A packet without data repeats the picture before it: `held` is the time that those take which came since the last
-    packet with data. restarted: the file's clock did.
+    A packet without data repeats the frame before it: `held` is the duration of such packets since the last packet with
+    data. restarted: whether the clock of the file restarted.
     """
 
     def __init__(self, container: Any, stream: Any) -> None:
-        """To be iterated once. The stream's decoder is prepared to hand packet numbers on to its frames."""
+        """Iterate it only once. It sets the stream's decoder to pass packet numbers on to frames."""
         self.held = 0
         self.restarted = False
         self.may_restart = bool(container.format.flags & av.format.Flags.ts_discont.value)
@@ -50,11 +50,11 @@ class Demuxer:
         stream.codec_context.copy_opaque = True
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
-        """(number, packet) of every packet with data; at the end (-1, the empty packet that makes a decoder finish)."""
+        """(number, packet) of every packet with data; at the end (-1, the empty packet that flushes the decoder)."""
         return self.since(None)
 
     def since(self, places: NDArray[np.int64] | None) -> Iterator[tuple[int, Any]]:
-        """The same after a seek: `places` are the positions of all packets, by which the first one is known."""
+        """The same after a seek: `places` are the positions of all packets, which identify the first one."""
         number = None if places is not None else 0
         for packet in all_packets(self._container, self._stream):
             if not packet.size and packet.dts is None and packet.pts is None:
@@ -71,7 +71,7 @@ class Demuxer:
                 number = int(found[0])
             if self.may_restart:
                 self._run_on(packet)
-            packet.opaque = [number]  # PyAV knows what it hands on by its address: small integers share theirs
+            packet.opaque = [number]  # PyAV identifies this object by its address, and small integers share theirs
             yield number, packet
             number += 1
 
@@ -91,9 +91,9 @@ class Demuxer:
 
 
 def all_packets(container: Any, *streams: Any) -> Iterator[Any]:
-    """The packets of these streams, or of all; at the end an empty one of each, which makes its decoder finish.
+    """The packets of these streams, or of all; at the end an empty packet of each, which flushes its decoder.
 
-    A stream that shows up only later in the file makes PyAV fail at the end: the empty packets are then made here.
+    If a stream appears only later in the file, PyAV fails at the end: the empty packets are then made here.
     """
     left = {stream.index: stream for stream in streams}
     try:
@@ -109,19 +109,19 @@ def all_packets(container: Any, *streams: Any) -> Iterator[Any]:
 
 
 def packet_of(frame: Any) -> int:
-    """Number of the packet that a decoded frame came from; -1 for a frame that a decoder made up."""
+    """Number of the packet that a decoded frame came from; -1 for a frame that a decoder invented."""
     return -1 if frame.opaque is None else frame.opaque[0]
 
 
 @dataclass(slots=True)
 class Packets:
-    """What all packets with data of one stream say, p of them in the order of the file; times in ticks. 27 bytes each.
+    """The properties of all p packets with data of one stream, in file order; times in ticks. 27 bytes a packet.
 
     stamps: presentation times, decoding times where a packet has no other, NONE where it has neither. durations: as
-    stated, or 0. key: decodes on its own. shows: becomes a frame, and is not only there for others. discard: hidden by
+    stated, or 0. key: decodes on its own. shows: becomes a frame, and does not only serve others. discard: hidden by
     an edit list (each 0 or 1). places: position in the file, -1 if unknown. untimed: some packet has no presentation
-    time. resized: the size of the picture may change on the way; known of H.264 and HEVC in MP4 and Matroska alone.
-    codec, header: of the stream, its extradata.
+    time. resized: the frame size may change; known only for H.264 and HEVC in MP4 and Matroska.
+    codec, header: the stream's codec and its extradata.
     """
 
     codec: str
@@ -144,7 +144,7 @@ class Packets:
         return len(self.stamps)
 
     def add(self, packet: Any) -> None:
-        """Note the next packet. It keeps no reference to it."""
+        """Add the next packet, without keeping a reference to it."""
         stamp = packet.pts if packet.pts is not None else packet.dts
         self.untimed = self.untimed or packet.pts is None
         self.stamps.append(NONE if stamp is None else stamp)
@@ -157,17 +157,17 @@ class Packets:
 
 
 def film_candidates(container: Any) -> list[Any]:
-    """The video streams that have a decoder and are no cover."""
+    """The video streams that have a decoder and are not cover art."""
     pictures = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
     return [stream for stream in pictures if stream.codec_context is not None]
 
 
 def film_stream(container: Any, reopen: Callable[[], Any]) -> Any:
-    """The video stream that is the film: not a cover, a preview or a track that is switched off.
+    """The main video stream: not cover art, a preview or a track that is switched off.
 
-    A film has at least half of the frames and of the time of the longest stream; among films the default one comes
-    first, then the one with more frames, then the larger. reopen: opens the file once more, to count packets; called
-    only where there is a choice. Raises ClipFailure(NO_VIDEO).
+    It has at least half of the frames and of the duration of the longest stream; among several, the default one comes
+    first, then the one with more frames, then the larger. reopen: opens the file again to count packets; called only if
+    there is a choice. Raises ClipFailure(NO_VIDEO).
     """
     streams = film_candidates(container)
     if not streams:
@@ -180,7 +180,7 @@ def film_stream(container: Any, reopen: Callable[[], Any]) -> Any:
     frames, seconds = _lengths(reopen, {stream.index for stream in streams})
     most, longest = _FILM * max(frames.values()), _FILM * max(seconds.values())
     films = [s for s in streams if frames[s.index] >= most and seconds[s.index] >= longest]
-    if not films:  # a slide show that outlasts the film
+    if not films:  # a slide show that is longer than the video
         films = [s for s in streams if frames[s.index] >= most]
     default = av.stream.Disposition.default
     return max(films, key=lambda s: (bool(s.disposition & default), frames[s.index], s.width * s.height))
@@ -202,26 +202,26 @@ def _lengths(reopen: Callable[[], Any], streams: set[int]) -> tuple[dict[int, in
 
 
 def steady_rate(stamps: NDArray[np.int64], base: Fraction, declared: Iterable[Fraction | None]) -> Fraction | None:
-    """The constant rate of which these sorted stamps are the rounded times; None where there is none.
+    """The constant rate whose rounded times are these sorted stamps; None if there is none.
 
-    Containers round times, Matroska to milliseconds. A declared rate, or a usual one, is believed only if every stamp
-    lies where it puts it, within the rounding.
+    Containers round times, Matroska to milliseconds. A declared or usual rate is accepted only if every stamp agrees
+    with it within the rounding.
     """
     if len(stamps) < 3 or stamps[-1] == stamps[0]:
         return None
     ticks = (stamps - stamps[0]).astype(np.float64)
     steps = np.arange(len(ticks))
     for rate in (*(rate for rate in declared if rate), *_USUAL_RATES):
-        # A tick that is no small part of a frame would make any stamps fit.
+        # If a tick were a large part of a frame, any stamps would fit.
         if rate * base <= _FINE and abs(ticks[-1] - steps[-1] / (rate * base)) <= 1:
             away = ticks - steps / float(rate * base)
-            if np.ptp(away) <= 1.0 + 1e-6:  # a tick, wherever the first stamp lies within its own
+            if np.ptp(away) <= 1.0 + 1e-6:  # one tick, wherever the first stamp lies within its tick
                 return rate
     return None
 
 
 def _unit_length(codec: str, header: bytes) -> int:
-    """Bytes of the length before each unit of a packet; 0 unless the header states it, and one size of the picture.
+    """Bytes of the length field before each unit of a packet; 0 unless the header states it and a single frame size.
 
     ISO/IEC 14496-15, sections 5.3.3 and 8.3.3.
     """
@@ -242,7 +242,7 @@ def _unit_length(codec: str, header: bytes) -> int:
 
 
 def _brings_size(codec: str, packet: Any, length: int) -> bool:
-    """A unit of this packet may state another size: a sequence parameter set, or what is no row of units."""
+    """Whether this packet may change the size: it has a sequence parameter set, or is not a sequence of units."""
     if packet.has_sidedata("new_extradata"):
         return True
     data, place = memoryview(packet), 0
@@ -277,9 +277,9 @@ def _vp9_frames(data: memoryview) -> list[int]:
 
 
 def _vp9_shows(head: int) -> bool:
-    """From the first byte of a frame: it shows a frame that exists already, or itself."""
-    if head >> 6 != 0b10:  # no frame at all; a decoder will say so
+    """Whether a frame, by its first byte, shows itself or an existing frame."""
+    if head >> 6 != 0b10:  # not a frame at all; a decoder will report it
         return True
-    if head >> 4 & 3 == 3:  # profile 3 has one more bit before
+    if head >> 4 & 3 == 3:  # profile 3 has one more bit here
         head <<= 1
     return bool(head & 0x08) or bool(head & 0x02)

@@ -1,7 +1,7 @@
-"""A copy of an MP4 or MOV file in which all but one track is blanked, byte by byte, and nothing moves.
+"""Copies an MP4 or MOV file and blanks everything except one track, byte by byte; nothing moves.
 
-For files whose edit list no muxer writes again: several edits, or one that ends among frames that others need. Boxes
-that hold no picture become empty `free` boxes; names, dates and all media data of other tracks become zeros.
+For files whose edit list no muxer can rewrite: several edits, or one that ends among frames that others need. Boxes
+without video become empty `free` boxes; names, dates and all media data of other tracks become zeros.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-# What stays, by the box that holds it; everything else is blanked (ISO/IEC 14496-12 and -15).
+# The boxes that stay, by parent box; everything else is blanked (ISO/IEC 14496-12 and -15).
 _KEPT: dict[bytes, frozenset[bytes]] = {
     holder: frozenset(kinds.split())
     for holder, kinds in {
@@ -33,22 +33,22 @@ _OF_A_SAMPLE_ENTRY = frozenset(
 )
 _DATED = (b"mvhd", b"tkhd", b"mdhd")
 _TRACKS = {b"trak": b"tkhd", b"traf": b"tfhd"}
-_ENTRY_NAME, _ENTRY_BOXES = slice(42, 74), 78  # of the compressor, and what follows, within the content of an entry
+_ENTRY_NAME, _ENTRY_BOXES = slice(42, 74), 78  # the compressor's name, and the boxes after it, in an entry
 Box = tuple[bytes, int, int]
 _UNDETERMINED = (0x55C4).to_bytes(2, "big")  # language `und`
 
 
 def scrub(source: Path, track: int, samples: Iterable[tuple[int, int]], written: Path) -> None:
-    """Copy `source` to `written`, keeping of it the track with this id and its samples (position, bytes).
+    """Copy `source` to `written`, keeping only the track with this id and its samples (position, bytes).
 
-    Raises ValueError for a file whose boxes do not nest, or are shorter than what they must hold.
+    Raises ValueError for a file whose boxes do not nest, or are shorter than their required content.
     """
     shutil.copyfile(source, written)
     kept = sorted(samples)
     with written.open("r+b") as stream, mmap.mmap(stream.fileno(), 0) as data:
         outer = list(boxes(data, 0, len(data), strict=False))
         _blank(data, 0, outer[-1][2] if outer else 0, b"", track)
-        _zero(data, outer[-1][2] if outer else 0, len(data))  # what follows the last box is none
+        _zero(data, outer[-1][2] if outer else 0, len(data))  # the data after the last box is not a box
         number = 0
         for kind, place, end in sorted(outer, key=lambda box: box[1]):
             if kind != b"mdat":
@@ -63,9 +63,9 @@ def scrub(source: Path, track: int, samples: Iterable[tuple[int, int]], written:
 
 
 def boxes(data: mmap.mmap, place: int, end: int, *, strict: bool = True, cut: bool = False) -> Iterator[Box]:
-    """(kind, begin of the content, end) of the boxes between two places; up to a bad one if not `strict`.
+    """(kind, start of the content, end) of the boxes between two places; up to a bad one if not `strict`.
 
-    cut: a box that goes on after the end is no bad one but ends there, as FFmpeg reads it.
+    cut: a box that continues after the end is not bad but ends there, as FFmpeg reads it.
     """
     while place + 8 <= end:
         size, kind = int.from_bytes(data[place : place + 4], "big"), data[place + 4 : place + 8]
@@ -126,7 +126,7 @@ def _bytes(data: mmap.mmap, place: int, count: int, end: int) -> bytes:
 
 def _within(place: int, end: int) -> int:
     if place > end:
-        raise ValueError(f"a box ends at {end}, before what it must hold")
+        raise ValueError(f"a box ends at {end}, before its required content")
     return place
 
 

@@ -203,7 +203,7 @@ def test_weights_are_found_by_path_and_in_the_cache(tmp_path, monkeypatch):
 def test_weights_that_nobody_has_are_named(tmp_path, monkeypatch, name):
     monkeypatch.setenv("UNISH_CACHE", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match=r"publishes none of that name: pass --detector"):
+    with pytest.raises(UsageError, match=r"publishes no file of that name: pass --detector"):
         find_weights(name)
 
 
@@ -212,7 +212,7 @@ def test_without_a_network_the_user_is_told_to_copy_the_file(tmp_path, monkeypat
     for variable in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.setenv(variable, "http://127.0.0.1:9")  # nobody listens there
     monkeypatch.setenv("YOLO_OFFLINE", "true")
-    with pytest.raises(UsageError, match=r"yolov8x\.pt are not here and could not be downloaded .* copy the file"):
+    with pytest.raises(UsageError, match=r"yolov8x\.pt could not be downloaded .* copy the file"):
         find_weights("yolov8x.pt")
     assert list((tmp_path / "weights").iterdir()) == []
 

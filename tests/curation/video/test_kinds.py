@@ -93,7 +93,7 @@ def test_a_picture_that_is_to_be_shown_at_an_angle_is_refused(film, tmp_path):
 def test_colours_that_nothing_here_converts_are_refused(tmp_path):
     path = tmp_path / "ictcp.mp4"
     encode(path, frames(3), "-c:v", "libx264", "-pix_fmt", "yuv420p", "-bsf:v", "h264_metadata=matrix_coefficients=14")
-    with pytest.raises(ClipFailure, match="colours") as caught:
+    with pytest.raises(ClipFailure, match="colour format") as caught:
         index_video(path)
     assert caught.value.code is FailureCode.WRONG_KIND
 
