@@ -1,8 +1,8 @@
 """Downloads one video from its platform and leaves a verified, clean file on this machine.
 
-The whole file is fetched into its own folder, because a section cut from a stream has hidden frames that decoders treat
-differently. The file is checked, stripped of tags and sound, and renamed into place. Titles, descriptions, thumbnails
-and yt-dlp's messages are neither written nor logged.
+The whole file is fetched, because a section cut from a stream has hidden frames that decoders treat differently. It is
+fetched into its own folder, checked, stripped of tags and sound, and renamed into place. Titles, descriptions,
+thumbnails and yt-dlp's messages are neither written nor logged.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def _local(ref: ClipRef, settings: DownloadSettings) -> Path:
     if settings.local_root is None:
         raise ClipFailure(FailureCode.REFUSED, "No root folder is set for local files.")
     root = settings.local_root.resolve()
-    if not root.is_dir():  # a disk that is not mounted does not mean that its files are removed
+    if not root.is_dir():  # the disk may be unmounted, which does not mean that its files are gone
         raise ClipFailure(FailureCode.REFUSED, "The root folder for local files does not exist.")
     path = Path(os.path.realpath(root / ref.video_id))  # where links really lead
     if not path.is_relative_to(root):

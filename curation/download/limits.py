@@ -1,4 +1,4 @@
-"""Limits the size of a video, the duration of its download, and the disk space it takes.
+"""Limits the size of a video, how slow its download may be, and the disk space it takes.
 
 Checked before the first byte against the size the server announces, and again while bytes arrive, because an announced
 size may be missing or wrong.

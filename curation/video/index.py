@@ -67,7 +67,7 @@ class VideoIndex:
     edited: an edit list hides some frames.
     decoded: the frames were counted by decoding.
     plain: the file has no property that decord 0.6.0 reads differently from PyAV.
-    limits: the file was checked against them, and its frames are when they are decoded.
+    limits: checked for the file already, and for its frames when they are decoded.
     """
 
     path: Path
@@ -228,7 +228,8 @@ def _read(demuxer: Demuxer, codec: str, header: bytes | None, limits: VideoLimit
     keys = 0
     for number, packet in demuxer:
         if number >= 0:
-            # In a stream that may be joined from pieces, the flag only means that earlier packets may be missing.
+            # In a stream that may be joined from pieces, the flag means that packets before may be missing; the decoder
+            # finds out.
             if packet.is_corrupt and not demuxer.may_restart:
                 raise ClipFailure(FailureCode.CORRUPT, "the data of a frame is cut off")
             packets.add(packet)
