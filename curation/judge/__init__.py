@@ -1,1 +1,1 @@
-"""Judging: a policy applied to measurements gives a verdict with every reason. Nothing in here sees a pixel."""
+"""Judging: applying a policy to measurements gives a verdict with every reason. No code here reads a pixel."""

@@ -1,6 +1,6 @@
-"""Observe and judge a folder of clips with known decisions, and say where the policy disagrees.
+"""Observe and judge a folder of labelled clips, and report where the policy disagrees with the labels.
 
-For tuning a policy on one's own labelled clips. Changes nothing but the cache of detectors.
+For tuning a policy on your own labelled clips. Writes nothing except the cache of exported detectors.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _COLUMNS = ("file", "expected", "first_reason")
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One labelled clip: what is expected, and how each criterion stands where the labels say so."""
+    """One labelled clip: the expected verdict, and the expected outcome of each criterion that has a label."""
 
     file: str
     expected: str
@@ -40,7 +40,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class CaseResult:
-    """What the policy said of one clip; verdict is accept, reject, unknown or error."""
+    """What the policy decided for one clip; verdict is accept, reject, unknown or error."""
 
     case: Case
     verdict: str
@@ -50,7 +50,7 @@ class CaseResult:
 
     @property
     def agrees(self) -> bool | None:
-        """Whether the decision is the expected one; None where the label itself is ambiguous."""
+        """Whether the verdict is the expected one; None if the label is ambiguous."""
         return None if self.case.expected == "ambiguous" else self.verdict == self.case.expected
 
     def as_json(self) -> dict[str, Any]:
@@ -66,9 +66,9 @@ class CaseResult:
 
 
 def read_cases(path: Path) -> list[Case]:
-    """Read labels: columns file, expected, first_reason and, optionally, one per criterion.
+    """Read labels: the columns file, expected, first_reason and, optionally, one per criterion.
 
-    Raises UsageError that names the file and, where a row is at fault, the row and the field.
+    Raises UsageError, which names the file and, if a row is wrong, the row and the field.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as stream:
@@ -78,15 +78,15 @@ def read_cases(path: Path) -> list[Case]:
     except UnicodeDecodeError as error:
         raise UsageError(f"The cases {path} cannot be read: save the file as UTF-8 text.") from error
     except csv.Error as error:
-        raise UsageError(f"The cases {path} cannot be read: {error}; correct the quotes.") from error
+        raise UsageError(f"The cases {path} cannot be read: {error}; check the quotes.") from error
     if not rows or any(name not in rows[0] for name in _COLUMNS):
         raise UsageError(f"{path.name} needs the columns {', '.join(_COLUMNS)} and at least one row.")
     named: set[str] = set()
     for number, row in enumerate(rows, 2):
         if None in row or None in row.values():
-            raise UsageError(f"{path.name} is wrong at row {number}: give it as many fields as the header has.")
+            raise UsageError(f"{path.name} is wrong at row {number}: it must have as many fields as the header.")
         if not row["file"] or not row["file"].isprintable() or row["file"] in named:
-            raise UsageError(f"{path.name} is wrong at row {number}, file: name one file, which no other row names.")
+            raise UsageError(f"{path.name} is wrong at row {number}, file: give a file name that no other row has.")
         named.add(row["file"])
     return [
         Case(
@@ -108,9 +108,9 @@ def evaluate(
     progress: Callable[[int, int], None] | None = None,
     debug_file: Path | None = None,
 ) -> list[CaseResult]:
-    """Observe and judge every case's file in `folder`, on all cores; results in the order of the cases.
+    """Observe and judge every case's file in `folder`, on all cores; results are in the order of the cases.
 
-    A clip that is not done after LIMIT_S is an error like any other. debug_file: what unexpected errors say.
+    A clip that takes longer than LIMIT_S is an error like any other. debug_file: gets the text of unexpected errors.
     """
     if debug_file is not None:
         check_debug_file(debug_file)
@@ -158,7 +158,7 @@ def _error(case: Case, code: str, message: str) -> CaseResult:
 
 
 def write_results(results: Sequence[CaseResult], path: Path) -> None:
-    """Write the results as a JSON list; UsageError where that cannot be."""
+    """Write the results as a JSON list. Raises UsageError if the file cannot be written."""
     text = json.dumps([result.as_json() for result in results], indent=1) + "\n"
     try:
         with atomic_path(path) as temporary:
@@ -168,7 +168,7 @@ def write_results(results: Sequence[CaseResult], path: Path) -> None:
 
 
 def summary(results: Sequence[CaseResult]) -> str:
-    """Accuracy, the confusion of every criterion and every disagreement, as text."""
+    """Accuracy, the confusion counts of every criterion, and every disagreement, as text."""
     lines = []
     for expected in ("accept", "reject", "error"):
         mine = [result for result in results if result.case.expected == expected]

@@ -1,6 +1,6 @@
-"""From a clip's observations to a verdict with every reason: one function for each criterion of a policy.
+"""From a clip's observations to a verdict with every reason: one function per criterion.
 
-Pure: touches no pixel, file or network. A criterion passes, fails or is unknown; unknown is not rejected.
+Pure: reads no pixel, file or network. A criterion passes, fails or is unknown; unknown does not reject.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from curation.observe.observations import Observations
 from curation.observe.sampling import TIE_S
 from curation.records import WHOLE, CriterionResult, Outcome, Part, Verdict
 
-# The order in which a first reason is named.
+# A verdict's first reason is the first of these that failed or is unknown.
 CRITERIA = ("too_short", "hdr", "shot", "single", "height", "border", "overlap")
-# Whoever comes within this share of the whole picture's border does so inside any bars: those of two opposite sides
-# are thick at a ratio of 0.8 at least.
+# A box within this share of the whole picture's border is also within it inside any bars: of two opposite bars, the
+# thinner is at least 0.8 times as thick as the other.
 _MARGIN_IN_BARS = 0.4
 
 
 def judge(observations: Observations, policy: Policy) -> Verdict:
-    """What the policy says of these measurements: accept if all pass, reject if any fails, unknown otherwise."""
+    """The policy's verdict on these measurements: accept if all pass, reject if any fails, unknown otherwise."""
     observations = taken(observations, policy)
     people = Subjects(observations, policy)
     if observations.kind == "keyframes":
@@ -61,7 +61,7 @@ def _us(seconds: NDArray[np.float64]) -> NDArray[np.int64]: ...
 
 
 def _us(seconds: float | NDArray[np.float64]) -> int | NDArray[np.int64]:
-    """Whole microseconds, in which times are compared: sums of binary fractions miss a limit by their last bit."""
+    """Times are compared in whole microseconds: sums of binary fractions miss a limit by their last bit."""
     rounded = np.rint(np.multiply(seconds, 1e6)).astype(np.int64)
     return rounded if rounded.ndim else int(rounded)
 
@@ -70,9 +70,9 @@ def _too_short(observations: Observations, policy: Policy) -> CriterionResult:
     rule, duration, samples = policy.length, observations.duration_s, len(observations.sample_times_s)
     reasons = []
     if _us(duration) < _us(rule.min_duration_s):
-        reasons.append(f"lasts {duration:.6g} s, {rule.min_duration_s:g} s are needed")
+        reasons.append(f"lasts {duration:.6g} s; the minimum is {rule.min_duration_s:g} s")
     if samples < rule.min_samples:
-        reasons.append(f"has {samples} samples, {rule.min_samples} are needed")
+        reasons.append(f"has {samples} samples; the minimum is {rule.min_samples}")
     return _result("too_short", reasons, duration_s=duration, samples=float(samples))
 
 
@@ -85,7 +85,7 @@ def _shot(observations: Observations, policy: Policy, people: Subjects) -> Crite
     rule = policy.shot
     times = observations.times_s
     if len(times) < 2:
-        # One frame cannot hold an edit; whether it is long enough is the business of another criterion.
+        # One frame cannot contain an edit; `too_short` decides whether the clip is long enough.
         return _result("shot", [])
     gap_ratio = _stands_out(times, observations.gap, rule.ratio_window_s, floor=0.01)
     person_ratio = _stands_out(times, observations.person_gap, rule.ratio_window_s, floor=0.03)
@@ -114,9 +114,9 @@ def _shot(observations: Observations, policy: Policy, people: Subjects) -> Crite
 def _stands_out(
     times: NDArray[np.float64], change: NDArray[np.float32], window_s: float, floor: float
 ) -> NDArray[np.float64]:
-    """Each change over the second largest within the window; a change over a longer pause counts less.
+    """Each change divided by the second largest in the window around it; a change over a longer pause counts less.
 
-    The second largest, so that two cuts within the window do not hide each other.
+    The second largest, because two cuts within the window must not hide each other.
     """
     steps = np.diff(times, prepend=times[0])
     usual = max(float(np.median(steps[1:])), 1e-6)
@@ -141,7 +141,7 @@ def _crosses(change: NDArray[np.float32], ratio: NDArray[np.float64], lines: tup
 
 
 def _flashes(observations: Observations, rule: ShotRule) -> NDArray[np.bool_]:
-    """Moments where the light changes and explains what is seen: small changes anywhere, all changes at the ends."""
+    """Moments where a change of light explains the difference: small ones anywhere, any at the clip's ends."""
     count = len(observations.luma)
     near = np.zeros(count, bool)
     if rule.edge_frames:
@@ -152,7 +152,7 @@ def _flashes(observations: Observations, rule: ShotRule) -> NDArray[np.bool_]:
 
 
 def _fades(observations: Observations, rule: ShotRule) -> list[tuple[int, int]]:
-    """First and last frame of every stretch that is blank for long enough."""
+    """First and last frame of every blank period that is long enough."""
     blank = observations.contrast < rule.fade_contrast * np.median(observations.contrast)
     edges = np.flatnonzero(np.diff(np.concatenate([[False], blank, [False]]).astype(np.int8)))
     stretches = zip(edges[::2], edges[1::2] - 1, strict=True)
@@ -168,7 +168,7 @@ def _teleports(observations: Observations, rule: ShotRule, people: Subjects) -> 
     before: tuple[float, NDArray[np.float32]] | None = None
     aspect = observations.width / observations.height
     for sample, box in enumerate(people.subject):
-        # With others about, the subject may simply be another person than before: that is for another criterion.
+        # Where others are seen, the subject may be another person than before; `single` judges that.
         if box is None or people.others[sample] or people.faint[sample]:
             before = None
             continue
@@ -178,7 +178,7 @@ def _teleports(observations: Observations, rule: ShotRule, people: Subjects) -> 
             height = max(float(xyxy[3] - xyxy[1]), float(before[1][3] - before[1][1]), 1e-6)
             speed = math.hypot(float(centre[0]) * aspect, float(centre[1])) / height / max(time - before[0], 1e-6)
             if speed > rule.max_heights_per_s:
-                reasons.append(f"the box jumps by {speed:.1f} heights a second at {time:.2f} s")
+                reasons.append(f"the person moves {speed:.1f} box heights a second at {time:.2f} s")
         before = time, xyxy
     return reasons
 
@@ -208,7 +208,7 @@ def _height(policy: Policy, people: Subjects) -> CriterionResult:
     mean = float(people.heights.mean())
     low = mean <= policy.height.min_mean
     reasons = (
-        [f"the mean height is {mean:.2f} of the image, over {policy.height.min_mean:.2f} is needed"] if low else []
+        [f"the mean height is {mean:.2f} of the image; it must exceed {policy.height.min_mean:.2f}"] if low else []
     )
     return _result("height", reasons, mean_height=mean)
 
@@ -275,7 +275,7 @@ def _overlaps(observations: Observations, box: int, subject: int, others: list[i
     if observations.box_confidence[box] < rule.confidence or name in rule.ignore_classes:
         return False
     if name == PERSON and box not in others:
-        return False  # the subject, seen twice
+        return False  # the subject, detected twice
     xyxy = observations.box_xyxy
     shared = intersection(xyxy[subject], xyxy[box])
     if shared <= 0:
@@ -287,24 +287,24 @@ def _overlaps(observations: Observations, box: int, subject: int, others: list[i
 
 
 def _judge_prescreen(observations: Observations, policy: Policy, people: Subjects) -> tuple[CriterionResult, ...]:
-    """Key frames can only reject, and only what the full pass must reject whatever the samples between them show.
+    """Key frames can only reject a clip, and only one that the full pass rejects whatever its other samples show.
 
-    The key frames are samples of the full pass (see `prescreen`), so what fails on them fails there too. They are no
-    fair selection: encoders put them where the picture changes. So the shares are of all samples that the clip can
-    have, and every sample that was not seen counts as a good one. Everything else is unknown.
+    The key frames are samples of the full pass (see `prescreen`), so a key frame that fails here fails there too. They
+    are not a fair selection: encoders put them where the picture changes. So shares are of the most samples that the
+    clip can have, and every sample that was not seen counts as good. Everything else is unknown.
     """
     reasons: dict[str, list[str]] = {name: [] for name in CRITERIA}
     reasons["hdr"] += _hdr(observations, policy).reasons
     fps = observations.provenance.get("sample_fps")
     if fps is not None:
         samples = math.floor((observations.duration_s + TIE_S) * fps) + 2  # no sampling of the clip has more
-        # Two key frames nearest to one tick are not both samples; measurements of earlier versions have such.
+        # Of two key frames nearest to one tick only one is a sample; measurements of earlier versions have both.
         ticks = np.rint((observations.sample_times_s - observations.start_s) * fps)
 
         def count(which: Iterable[int]) -> int:
             return len(np.unique(ticks[list(which)]))
 
-        certain = policy.border.copies != "crop"  # otherwise whoever is seen may be seen in a blurred copy
+        certain = policy.border.copies != "crop"  # under crop, a person may be seen only in the blurred copy
         wrong = count(n for n, box in enumerate(people.subject) if box is None or (certain and people.others[n]))
         if wrong / samples > policy.single.tolerance:
             reasons["single"].append(f"not exactly one person in {wrong} of at most {samples} samples")

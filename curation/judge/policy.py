@@ -14,24 +14,24 @@ from curation.files import sha256_json
 
 _Share = Field(ge=0, le=1)
 _MAX_COUNT = 1_000_000  # of samples or frames: more than any clip has
-_MOST = 1e9  # of any figure: it must fit into the single precision of the measurements
-_MAX_BYTES = 1 << 16  # of a policy file: many times what ours have, and read within seconds
+_MOST = 1e9  # for any figure: it must fit the single precision of the measurements
+_MAX_BYTES = 1 << 16  # of a policy file: many times the built-in ones, and still parsed within seconds
 
 
 class _Part(BaseModel):
-    # strict: neither yes nor "0.4" is a number
+    # strict: yes and "0.4" are not numbers
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class LengthRule(_Part):
-    """How much of a clip there must be."""
+    """The least duration and number of samples of a clip."""
 
     min_duration_s: float = Field(ge=0, le=_MOST)
     min_samples: int = Field(ge=1, le=_MAX_COUNT)
 
 
 class EditLine(_Part):
-    """A change of at least `gap` that exceeds the changes around it `ratio` times is an edit."""
+    """A change of at least `gap` that is at least `ratio` times the changes around it is an edit."""
 
     gap: float = Field(ge=0, le=_MOST)
     ratio: float = Field(ge=0, le=_MOST)
@@ -56,7 +56,7 @@ class ShotRule(_Part):
 
 
 class SingleRule(_Part):
-    """Who counts as a person, which boxes are one person, and in how many samples the count may be wrong."""
+    """Which boxes count as people, which of them are one person, and how often the count may be wrong."""
 
     person_confidence: float = _Share
     other_confidence: float = _Share
@@ -69,13 +69,13 @@ class SingleRule(_Part):
 
 
 class HeightRule(_Part):
-    """Mean height of the subject's box over the height of the image must exceed this."""
+    """The mean height of the subject's box, as a share of the image height, must exceed this."""
 
     min_mean: float = _Share
 
 
 class BorderRule(_Part):
-    """How near to the border counts as truncated, and in how many samples it may."""
+    """How near the border a box counts as truncated, and the share of samples where it may be."""
 
     margin: float = Field(ge=0, lt=0.5)
     inside_bars: bool
@@ -84,7 +84,7 @@ class BorderRule(_Part):
 
 
 class OverlapRule(_Part):
-    """Which other boxes count as overlapping the subject, and in how many samples they may."""
+    """Which other boxes count as overlapping the subject, and the share of samples where they may."""
 
     confidence: float = _Share
     min_of_subject: float = _Share
@@ -95,7 +95,7 @@ class OverlapRule(_Part):
 
 
 class Policy(_Part):
-    """All thresholds of one policy; see policies/default.yaml for what each is for and its evidence."""
+    """All thresholds of one policy; policies/default.yaml explains each and gives its evidence."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")
     detector: str = Field(pattern=r"^[^\x00-\x1f\x7f]{1,1024}$")
@@ -109,25 +109,25 @@ class Policy(_Part):
 
     @property
     def prescreen_share(self) -> float:
-        """A prescreen that sees no larger share of a clip's samples than this decides nothing under this policy."""
+        """A prescreen that sees at most this share of a clip's samples cannot decide anything under this policy."""
         return 0.0 if self.hdr == "refuse" else min(self.single.tolerance, self.border.tolerance)
 
     @property
     def hash(self) -> str:
-        """16 hex digits over every threshold; the detector counts where it measured, not where it is judged."""
+        """16 hex digits over every threshold. The detector is not in it: it affects measurements, not verdicts."""
         return sha256_json(self.model_dump(mode="json", exclude={"detector", "name"}))[:16]
 
 
 def find_policy(policy: Path) -> Path:
-    """A policy file's absolute path; a bare name such as `default` that is no file here means a built-in policy."""
+    """A policy file's absolute path; a bare name such as `default`, if no such file exists, is a built-in policy."""
     return policy.absolute() if _is_file(policy) else _BUILT_IN.get(str(policy), policy.absolute())
 
 
 def load_policy(policy: Path) -> Policy:
-    """Read a policy by path or built-in name; `extends: default` in it takes what it does not say from there.
+    """Read a policy by path or built-in name; with `extends: default`, it inherits the fields it does not set.
 
-    What is extended is a built-in policy or a file beside this one, and extends nothing itself: whoever reads a policy
-    reads two files at most. Raises UsageError with the file, the field and what is wrong with it.
+    The base is a built-in policy or a file in the same folder, and extends nothing itself: a policy is in two files at
+    most. Raises UsageError with the file, the field and what is wrong with it.
     """
     path = find_policy(policy)
     values = _read(path)
@@ -135,11 +135,11 @@ def load_policy(policy: Path) -> Policy:
         beside = path.parent / base if isinstance(base, str) else path.parent
         found = beside if _is_file(beside) else _BUILT_IN.get(str(base))
         if found is None:
-            what = f"there is no policy {_shown(base)}" if isinstance(base, str) else "this is no text"
-            raise _wrong(path, "extends", f"{what}; write one of {', '.join(_BUILT_IN)}, or a file beside this one")
+            what = f"there is no policy {_shown(base)}" if isinstance(base, str) else "this is not text"
+            raise _wrong(path, "extends", f"{what}; name one of {', '.join(_BUILT_IN)}, or a file in the same folder")
         parent = _read(found)
         if "extends" in parent:
-            raise _wrong(path, "extends", f"{_shown(base)} extends another policy itself; extend that one")
+            raise _wrong(path, "extends", f"{_shown(base)} itself extends another policy; extend that one")
         values = _merged(parent, values)
     try:
         return Policy.model_validate(values)
@@ -163,24 +163,24 @@ def _wrong(path: Path, where: str, what: str) -> UsageError:
 
 
 def _shown(part: str | int) -> str:
-    """A name from a file, short and without anything that a terminal would obey."""
+    """A name from a file, shortened and without control characters for a terminal."""
     name = str(part)
     return name if name.isprintable() and len(name) <= 42 else ascii(name)[:42]
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain YAML: a field given twice is a mistake; so is a merge key, whose nesting can grow beyond any memory."""
+    """Plain YAML that rejects duplicate fields, and merge keys, which can nest beyond any memory."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[tuple[str, str]] = set()
         for key, _ in node.value:
             if key.tag == "tag:yaml.org,2002:merge":
                 raise yaml.constructor.ConstructorError(
-                    None, None, "merge keys are not taken; use extends", key.start_mark
+                    None, None, "merge keys are not supported; use extends", key.start_mark
                 )
             if isinstance(key, yaml.ScalarNode):
                 if (key.tag, key.value) in seen:
-                    what = f"the field {_shown(key.value)} is there twice"
+                    what = f"the field {_shown(key.value)} appears twice"
                     raise yaml.constructor.ConstructorError(None, None, what, key.start_mark)
                 seen.add((key.tag, key.value))
         return super().construct_mapping(node, deep)
@@ -193,27 +193,27 @@ class _Loader(yaml.SafeLoader):
             LookupError,
             AttributeError,
             TypeError,
-        ):  # what PyYAML raises for a date or number that is none
-            what = f"{_shown(node.value)} is no {node.tag.rpartition(':')[2]}"
+        ):  # what PyYAML raises for an invalid date or number
+            what = f"{_shown(node.value)} is not a valid {node.tag.rpartition(':')[2]}"
             raise yaml.constructor.ConstructorError(None, None, what, node.start_mark) from None
 
 
 def _is_file(path: Path) -> bool:
-    # Unlike Path.is_file, this takes a name that is too long for one of no file.
+    # Unlike Path.is_file, this returns False for a name that is too long.
     return os.path.isfile(path)  # noqa: PTH113
 
 
 def _read(path: Path) -> dict[str, Any]:
     if not _is_file(path):
         what = "it is a folder" if os.path.isdir(path) else "there is no such file"  # noqa: PTH112
-        raise UsageError(f"The policy {path} cannot be read: {what}; built in are {', '.join(_BUILT_IN)}.")
+        raise UsageError(f"The policy {path} cannot be read: {what}; the built-in ones are {', '.join(_BUILT_IN)}.")
     try:
         with path.open("rb") as stream:
             data = stream.read(_MAX_BYTES + 1)
     except OSError as error:
         raise UsageError(f"The policy {path} cannot be read: {error.strerror}.") from error
     if len(data) > _MAX_BYTES:
-        raise UsageError(f"The policy {path.name} is over {_MAX_BYTES >> 10} KiB: that is no policy file.")
+        raise UsageError(f"The policy {path.name} is over {_MAX_BYTES >> 10} KiB: that is not a policy file.")
     try:
         values = yaml.load(data.decode("utf-8-sig"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
@@ -227,7 +227,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Changes over a base, one level down: a part that is changed keeps its other fields."""
+    """The base with the changes applied, one level deep: a part that is changed keeps its other fields."""
     both = {name: (base[name], value) for name, value in changes.items() if name in base}
     parts = {n: old | new if isinstance(old, dict) and isinstance(new, dict) else new for n, (old, new) in both.items()}
     return base | changes | parts

@@ -1,4 +1,4 @@
-"""Who the clip is about: the part of the picture that a policy takes, the subject in every sample, and the others."""
+"""The person a clip is about: the part of the picture that a policy uses, and the subject and others in each sample."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ PERSON = "person"
 
 
 def subject_boxes(observations: Observations, policy: Policy) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """The subject's box in every sample: (s, 4) xyxy and (s,) confidence; NaN where unseen.
+    """The subject's box in every sample: (s, 4) xyxy and (s,) confidence; NaN where it is not seen.
 
-    The boxes are fractions of the part of the picture that the policy takes.
+    The boxes are fractions of the part of the picture that the policy uses.
     """
     observations = taken(observations, policy)
     people = Subjects(observations, policy)
@@ -51,7 +51,7 @@ class Subjects:
                 self.others.append([])
                 self.faint.append(False)
                 continue
-            # Large and certain: a small confident face in the background is not the subject.
+            # Size and confidence: a small person in the background is not the subject, however confident the detector.
             weight = area(xyxy[clear]) * confidence[clear]
             subject = int(clear[np.argmax(weight)])
             rest = [box for box in boxes.tolist() if box != subject]
@@ -62,12 +62,12 @@ class Subjects:
 
     @property
     def seen(self) -> list[int]:
-        """Box numbers of the subject where it is seen."""
+        """Indices of the subject's boxes, where it is seen."""
         return [box for box in self.subject if box is not None]
 
     @property
     def heights(self) -> NDArray[np.float32]:
-        """Heights of the subject's boxes over the height of the image, where it is seen."""
+        """Heights of the subject's boxes as shares of the image height, where it is seen."""
         boxes = self._xyxy[self.seen]
         return boxes[:, 3] - boxes[:, 1]
 
@@ -88,20 +88,20 @@ def area(xyxy: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def intersection(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
-    """The area that two (4,) boxes share, as a fraction of the picture."""
+    """The area common to two (4,) boxes, as a fraction of the picture."""
     width = min(a[2], b[2]) - max(a[0], b[0])
     height = min(a[3], b[3]) - max(a[1], b[1])
     return float(max(width, 0.0) * max(height, 0.0))
 
 
-# How far off the edge of a picture over its copy may be, over the longer side: half a pixel of what it is measured in.
+# Error of the measured edge of a picture over its copy, as a share of the longer side: half a pixel of the thumbnail.
 _EDGE_ERROR = 0.5 / 256
 
 
 def part_taken(observations: Observations, policy: Policy) -> Part:
-    """The part of the picture that the policy takes: the whole, or what lies over a blurred copy of itself.
+    """The part of the picture that the policy uses: the whole, or the inner picture over a blurred copy of itself.
 
-    In whole pixels, and inside the measured edge by what it may be off, which is at least a pixel.
+    In whole pixels, and inside the measured edge by its possible error, at least one pixel.
     """
     if policy.border.copies != "crop" or observations.surround != "copy":
         return WHOLE
@@ -109,20 +109,20 @@ def part_taken(observations: Observations, policy: Policy) -> Part:
     width, height = observations.width, observations.height
     margin = max(1.0, _EDGE_ERROR * max(width, height))
     (left, right), (top, bottom) = _inwards(x1, x2, width, margin), _inwards(y1, y2, height, margin)
-    return (left, top, right, bottom) if left < right and top < bottom else WHOLE  # too small a picture is refused
+    return (left, top, right, bottom) if left < right and top < bottom else WHOLE  # `border` then rejects the copy
 
 
 def _inwards(low: float, high: float, pixels: int, margin: float) -> tuple[float, float]:
-    """Both ends of a side, fractions; where it ends with the whole picture it stays."""
+    """Both ends of a side moved inwards, as fractions; an end at the whole picture's border stays."""
     first = math.ceil(low * pixels + margin) if low > 0 else 0
     last = math.floor(high * pixels - margin) if high < 1 else pixels
     return first / pixels, last / pixels
 
 
 def taken(observations: Observations, policy: Policy) -> Observations:
-    """The measurements as they are of the part that the policy takes; boxes with no more than half in it are left out.
+    """The measurements relative to the part that the policy uses, without boxes that have half or less in it.
 
-    Nobody in the inner picture reaches out of it, so these are seen in its blurred copy.
+    People in the inner picture do not reach outside it, so those boxes show people in the blurred copy.
     """
     if (part := part_taken(observations, policy)) == WHOLE:
         return observations

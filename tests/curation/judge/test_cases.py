@@ -65,10 +65,10 @@ def test_labels_without_columns_or_rows_are_refused(tmp_path: Path, text: str):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (b"a.mp4,accept\n", "row 2: give it as many fields"),
-        (b"a.mp4,accept,,,\n", "row 2: give it as many fields"),
+        (b"a.mp4,accept\n", "row 2: it must have as many fields"),
+        (b"a.mp4,accept,,,\n", "row 2: it must have as many fields"),
         (b"a.mp4,accept,\n,reject,\n", "row 3, file"),
-        (b"a.mp4,accept,\na.mp4,reject,\n", "row 3, file: name one file, which no other row names"),
+        (b"a.mp4,accept,\na.mp4,reject,\n", "row 3, file: give a file name that no other row has"),
         (b"a\0.mp4,accept,\n", "row 2, file"),
         (b'"a"b.mp4,accept,\n', "quotes"),
         (b"\xff,accept,\n", "UTF-8"),

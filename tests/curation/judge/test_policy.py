@@ -503,12 +503,12 @@ def test_the_policies_name_their_detectors():
         ("extends: default\nlength: 3", "wrong at length: this must be a mapping"),
         ("extends: default\nbreadth: 3", "wrong at breadth: there is no such field"),
         ('extends: default\n"\\e[31m": 3', r"wrong at '\\x1b\[31m'"),
-        ("extends: default\nname: a\nname: b", "the field name is there twice, in line 3"),
-        ("extends: default\nname: 2020-13-45", "2020-13-45 is no timestamp, in line 2"),
-        ("a: &a {b: 1}\nc: {<<: *a}", "merge keys are not taken"),
-        ("extends: p.yaml", "p.yaml is wrong at extends: p.yaml extends another policy itself"),
+        ("extends: default\nname: a\nname: b", "the field name appears twice, in line 3"),
+        ("extends: default\nname: 2020-13-45", "2020-13-45 is not a valid timestamp, in line 2"),
+        ("a: &a {b: 1}\nc: {<<: *a}", "merge keys are not supported"),
+        ("extends: p.yaml", "p.yaml is wrong at extends: p.yaml itself extends another policy"),
         ("extends: nobody", "p.yaml is wrong at extends: there is no policy nobody"),
-        ("extends: [default]", "p.yaml is wrong at extends: this is no text"),
+        ("extends: [default]", "p.yaml is wrong at extends: this is not text"),
         ("[" * 500, "nested too deeply"),
         ("#" * (2**16 + 1), "over 64 KiB"),
     ],
@@ -537,7 +537,7 @@ def test_a_policy_may_extend_another_and_change_a_part_of_a_part(tmp_path: Path)
 def test_a_missing_policy_is_one_sentence(tmp_path: Path):
     with pytest.raises(UsageError, match="cannot be read"):
         load_policy(tmp_path / "none.yaml")
-    with pytest.raises(UsageError, match="it is a folder; built in are default, paper"):
+    with pytest.raises(UsageError, match="it is a folder; the built-in ones are default, paper"):
         load_policy(tmp_path)
     with pytest.raises(UsageError, match="no such file"):
         load_policy(tmp_path / ("a" * 300))
