@@ -1,1 +1,1 @@
-"""Measuring clips: one decode feeds shots, people and training frames. Nothing in here judges."""
+"""Measuring clips: one decode feeds shot measures, people and training frames. No code here judges."""

@@ -11,9 +11,9 @@ _BAR_NOISE = 12  # grey levels that compression adds to a uniform bar
 
 
 class BarFinder:
-    """Finds letterbox and pillarbox bars: lines of one colour that never change, against a picture that fills a line.
+    """Finds letterbox and pillarbox bars: lines of one colour that never change, next to a line that a picture fills.
 
-    The second condition tells a bar from a plain backdrop, where the first different line is only a head or a hand.
+    The second condition tells a bar from a plain backdrop, where the first different line shows only a head or a hand.
     """
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class BarFinder:
             np.maximum(self._high, bgr, out=self._high)
 
     def active(self) -> Part:
-        """x1, y1, x2, y2 of the picture inside the bars, fractions of the whole."""
+        """x1, y1, x2, y2 of the picture inside the bars, as fractions of the whole."""
         if self._low is None or self._high is None:
             return WHOLE
         low, high = self._low.astype(np.int16), self._high.astype(np.int16)
@@ -39,9 +39,9 @@ class BarFinder:
 
 
 def _bars(low: NDArray[np.int16], high: NDArray[np.int16]) -> tuple[int, int]:
-    """Number of bar rows at the top and at the bottom; both or none, as a letterbox has them.
+    """Number of bar rows at the top and at the bottom; as in a letterbox, both or neither.
 
-    One hard edge is enough: before a black backdrop the other bar has none, but it is as thick.
+    One hard edge is enough: next to a black backdrop a bar has no edge, but it is as thick as the other one.
     """
     (top, top_edge), (bottom, bottom_edge) = _plain_rows(low, high), _plain_rows(low[::-1], high[::-1])
     thick = max(top if top_edge else 0, bottom if bottom_edge else 0)
@@ -51,7 +51,7 @@ def _bars(low: NDArray[np.int16], high: NDArray[np.int16]) -> tuple[int, int]:
 
 
 def _plain_rows(low: NDArray[np.int16], high: NDArray[np.int16]) -> tuple[int, bool]:
-    """Rows of one colour that never change, from the first on; and whether a picture fills the row after them."""
+    """Number of first rows of one colour that never change, and whether a picture fills the row after them."""
     colour = np.median(low[0], axis=0)
     different = ((high - colour) > _BAR_NOISE).any(2) | ((colour - low) > _BAR_NOISE).any(2)
     share = different.mean(1)

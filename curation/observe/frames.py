@@ -1,6 +1,6 @@
-"""Training frames of one clip: their grid, taking them again from the video, and keeping them until a shard is written.
+"""Training frames of one clip: their grid, sampling them again from the video, and the file that keeps them.
 
-They are kept between observing and writing so that nothing is decoded twice.
+The file keeps them from observing until a shard is written, so that nothing is decoded twice.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from curation.video.index import VideoIndex, with_index
 
 
 def write_frames(frames: Frames, path: Path) -> None:
-    """Write beside `path` and rename."""
+    """Write to a temporary file next to `path`, then rename."""
     table = pa.table({"time_s": frames.times_s, "jpeg": pa.array(frames.jpeg, pa.binary())})
     grid = {"width": str(frames.width), "height": str(frames.height), "stretch": str(frames.stretch)}
     with atomic_path(path) as temporary:
@@ -31,7 +31,7 @@ def write_frames(frames: Frames, path: Path) -> None:
 
 
 def read_frames(path: Path) -> Frames | None:
-    """The frames kept at `path`, or None where there are none, or not whole ones."""
+    """The frames kept at `path`, or None if the file is missing or damaged."""
     try:
         table = pq.read_table(path)
         grid = {key.decode(): value for key, value in table.schema.metadata.items()}
@@ -47,7 +47,7 @@ def read_frames(path: Path) -> Frames | None:
 
 
 def sample_frames(ref: ClipRef, path: Path, settings: ObserveSettings, part: Part = WHOLE) -> Frames:
-    """The clip's training frames alone, by random access: of the whole picture the same bytes as `observe` gives."""
+    """Only the clip's training frames, by random access. For the whole picture, the same bytes as from `observe`."""
 
     def read(index: VideoIndex) -> Frames:
         first, last = index.span(ref.start_s, ref.end_s)
@@ -66,7 +66,7 @@ def sample_frames(ref: ClipRef, path: Path, settings: ObserveSettings, part: Par
 
 def refuse_long(samples: int, settings: ObserveSettings) -> None:
     if samples > (most := settings.limits.max_samples):
-        text = f"the clip has {samples} samples, at most {most} are held; cut it into shorter ones in the manifest"
+        text = f"the clip has {samples} samples, the limit is {most}; split it into shorter clips in the manifest"
         raise ClipFailure(FailureCode.TOO_LARGE, text)
 
 
@@ -78,11 +78,11 @@ def training_grid(index: VideoIndex, long_side: int, part: Part = WHOLE) -> tupl
 
 
 def grid_stretch(index: VideoIndex, width: int, height: int, part: Part = WHOLE) -> float:
-    """Horizontal over vertical scale of a width x height grid against this part as displayed; 1 is none."""
+    """Horizontal over vertical scale of a width x height grid against this part as displayed; 1 is no stretch."""
     sides = _sides(index, part)
     return (width / sides[0]) / (height / sides[1])
 
 
 def _sides(index: VideoIndex, part: Part) -> tuple[float, float]:
-    """Width and height of a part of the picture as displayed, pixels."""
+    """Width and height of a part of the displayed picture, in pixels."""
     return index.width * (part[2] - part[0]), index.height * (part[3] - part[1])

@@ -1,6 +1,6 @@
-"""What was measured on one clip, and how it is kept: one row of one Parquet file, nested lists inside.
+"""The measurements of one clip and their file format: one row of one Parquet file, with nested lists.
 
-It measures and stores; it never judges. Every threshold lives in a policy, so that judging again decodes nothing.
+Nothing is judged here. Every threshold is in a policy, so judging again decodes nothing.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ OBSERVATION_VERSION = 3
 class Observations:
     """Measurements of one clip. n frames, s samples (6 a second by default), k boxes.
 
-    kind: "full" for every frame, "keyframes" for the prescreen, which has a part of the samples, those that are key
-    frames, and no shot measures (n = 0).
+    kind: "full" for every frame; "keyframes" for the prescreen, which has only samples that are key frames, and no
+    shot measures (n = 0).
     width, height: the picture as displayed. start_s, end_s: the clip's span in the video; end_s is exclusive.
-    transfer: sdr, or the pq or hlg that any of its frames is coded in; what is measured is SDR in any case.
+    transfer: pq or hlg if any frame is coded so, else sdr; the measurements are of SDR in any case.
     surround: "bars" of one colour around the picture, or a blurred "copy" of itself, or "none".
-    active: x1, y1, x2, y2 of the picture inside these, fractions of the whole.
+    active: x1, y1, x2, y2 of the picture inside the surround, as fractions of the whole.
     times_s: (n,) presentation times. content, luma, contrast, gap, person_gap, dissolve: (n,) as in ShotMeasures.
     sample_times_s: (s,) presentation times of the samples.
     box_sample: (k,) index of the sample; box_xyxy: (k, 4) fractions of the picture; box_class: (k,) class names;
@@ -102,7 +102,7 @@ SCHEMA = pa.schema(
 
 
 def write_observations(observations: Observations, path: Path) -> None:
-    """Write one clip's measurements beside `path` and rename."""
+    """Write one clip's measurements to a temporary file next to `path`, then rename."""
     row: dict[str, Any] = {}
     for name in SCHEMA.names:
         value = getattr(observations, name)
@@ -117,14 +117,14 @@ def write_observations(observations: Observations, path: Path) -> None:
 
 
 def _one_list(values: NDArray[Any], kind: pa.DataType) -> pa.Array:
-    """A column of one row that holds these values, without making a Python object of each."""
+    """A column with one row that holds these values, without a Python object for each."""
     flat = pa.array(values.ravel(), kind.value_type if values.ndim == 1 else kind.value_type.value_type)
     items = flat if values.ndim == 1 else pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
     return pa.ListArray.from_arrays(pa.array([0, len(values)], pa.int32()), items).cast(kind)
 
 
 def read_observations(path: Path) -> Observations:
-    """Read one clip's measurements. Raises UsageError for a file of another version or a damaged one."""
+    """Read one clip's measurements. Raises UsageError if the file is damaged or has another version."""
     try:
         table = pq.read_table(path)
     except (OSError, pa.ArrowInvalid) as error:

@@ -1,4 +1,4 @@
-"""One decode pass over a clip: shots on every frame, people and training frames at 6 a second."""
+"""One decode pass over a clip: shot measures on every frame, people and training frames at 6 frames a second."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _observe(
     jpeg: list[bytes] = []
     person: NDArray[np.float32] | None = None
     transfer: Transfer = "sdr"
-    # A batch of samples, and the thumbnails from its first one on: the meter wants the person's box with each frame.
+    # A batch of samples, and all thumbnails since its first one: the meter needs the person's box with each frame.
     images: list[NDArray[np.uint8]] = []
     waiting: list[tuple[NDArray[np.uint8], bool]] = []
 
@@ -107,10 +107,10 @@ def _observe(
 def prescreen(
     ref: ClipRef, path: Path, settings: ObserveSettings, detector: Detector, share: float = 0.0
 ) -> Observations | None:
-    """Detect people on those key frames of the clip that the full pass samples too, with the same pictures.
+    """Detect people in the key frames of the clip that the full pass also samples, with identical pixels.
 
-    Costs about a thirteenth of a full decode, or nothing: None where fewer than `settings.prescreen_key_frames`, or no
-    larger share of the samples than `share`, can be seen this way. Raises ClipFailure as `observe`.
+    Costs about a thirteenth of a full decode, or nothing: returns None if fewer samples than
+    `settings.prescreen_key_frames`, or at most `share` of them, can be seen this way. Raises ClipFailure as `observe`.
     """
     index = index_video(path, settings.limits)
     first, last = index.span(ref.start_s, ref.end_s)

@@ -1,9 +1,9 @@
-"""Per-frame measures of how continuous a picture is: what edits, flashes and fades leave behind.
+"""Per-frame measures of continuity, which show edits, flashes and fades.
 
-PySceneDetect's content score sees hard cuts. It cannot tell a strobe from a cut nor see a jump cut before a still
-background, so the change *through* a moment is measured too: the smallest difference between any frame just before it
-and any frame just after it. A flash is bridged by the frames around it, an edit is not. This module never decides what
-a cut is.
+PySceneDetect's content score shows hard cuts. It cannot tell a strobe from a cut, and it misses a jump cut before a
+still background. So the change *through* a moment is measured too: the smallest difference between any frame just
+before it and any frame just after it. The frames around a flash bridge it; nothing bridges an edit. Policies decide
+what a cut is, not this module.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from scenedetect import FrameTimecode
 from scenedetect.detectors import ContentDetector
 
-THUMB_LONG_SIDE = 256  # what PySceneDetect itself would scale down to
+THUMB_LONG_SIDE = 256  # the size that PySceneDetect itself scales down to
 _SMALL_LONG_SIDE = 64
 _BRIDGE_S = 0.2  # frames this close on either side may bridge a moment; strobes go dark for up to 0.1 s
 _DISSOLVE_S = 0.5  # half the longest dissolve that is recognised
-_CONTRAST_FLOOR = 4.0  # grey levels; keeps noise in a black frame from counting as structure
+_CONTRAST_FLOOR = 4.0  # grey levels; noise in a black frame must not count as structure
 
 
 class ShotMeasures(NamedTuple):
@@ -32,8 +32,8 @@ class ShotMeasures(NamedTuple):
     content: PySceneDetect's ContentDetector score against the frame before.
     luma, contrast: mean and standard deviation of grey levels, 0-255.
     gap: change through this moment over the whole picture, brightness and contrast removed; 0 none, 1 unrelated.
-    person_gap: the same inside the person's box (0 where no box is known).
-    dissolve: how well this frame is a mere mixture of two different frames around it; 0 not at all, 1 entirely.
+    person_gap: the same inside the person's box (0 if no box is known).
+    dissolve: how well a mixture of two different frames around it explains this frame; 0 not at all, 1 entirely.
     """
 
     content: NDArray[np.float32]
@@ -45,7 +45,7 @@ class ShotMeasures(NamedTuple):
 
 
 class ShotMeter:
-    """Measures a clip's frames as they are decoded; of the clip only the results stay, 24 bytes a frame."""
+    """Measures a clip's frames as they are decoded and keeps only the results, 24 bytes a frame."""
 
     def __init__(self, frame_s: float) -> None:
         """frame_s: the clip's median time between frames, seconds."""
@@ -55,15 +55,15 @@ class ShotMeter:
         self._reach = int(np.clip(round(_DISSOLVE_S / frame_s), 4, 30))
         self._small: deque[NDArray[np.float32]] = deque(maxlen=2 * self._reach + 1)
         self._person: deque[tuple[slice, slice] | None] = deque(maxlen=2 * self._reach + 1)
-        # For the last frames, the difference from each of the 2 * bridge - 1 frames before it, the nearest first.
+        # For each recent frame, its difference from each of the 2 * bridge - 1 frames before it, nearest first.
         self._apart: deque[NDArray[np.float32]] = deque(maxlen=2 * self._bridge)
         self._rows = {name: array("f") for name in ShotMeasures._fields}
         self._count = 0
 
     def add(self, bgr: NDArray[np.uint8], person: Sequence[float] | None) -> None:
-        """The next frame, upright (h, w, 3) uint8 BGR, and the last known person box in fractions of the picture."""
+        """Add the next frame, upright (h, w, 3) uint8 BGR, and the last known person box (fractions)."""
         self._detector.process_frame(FrameTimecode(self._count, self._rate), bgr)
-        score = self._detector._frame_score  # the only way to its score that does not also pay for an edge map
+        score = self._detector._frame_score  # the only access to the score that does not also compute an edge map
         height, width = bgr.shape[:2]
         scale = _SMALL_LONG_SIDE / max(height, width)
         size = (max(8, round(width * scale)), max(8, round(height * scale)))
@@ -85,7 +85,7 @@ class ShotMeter:
             self._measure_dissolve(self._count - 1 - self._reach)
 
     def finish(self) -> ShotMeasures:
-        """Measure the tail, for which no later frames come."""
+        """Measure the last frames, after which no further frames come."""
         for frame in range(max(0, self._count - self._bridge + 1), self._count):
             self._measure_gap(frame)
         for frame in range(max(0, self._count - self._reach), self._count):
@@ -93,7 +93,7 @@ class ShotMeter:
         return ShotMeasures(**{name: np.asarray(row, np.float32) for name, row in self._rows.items()})
 
     def _held(self, first: int, last: int) -> list[int]:
-        """Positions in the ring of frames [first, last), as far as they exist."""
+        """Positions in the ring buffer of those frames of [first, last) that it still holds."""
         oldest = self._count - len(self._small)
         return [n - oldest for n in range(max(first, oldest), min(last, self._count))]
 
@@ -104,7 +104,7 @@ class ShotMeter:
             self._rows["gap"].append(0.0)
             self._rows["person_gap"].append(0.0)
             return
-        late = len(self._apart) - (self._count - frame)  # where in the ring of differences this frame stands
+        late = len(self._apart) - (self._count - frame)  # this frame's position in the ring of differences
         gap = min(float(self._apart[late + k][k : k + self._bridge].min()) for k in range(len(after)))
         self._rows["gap"].append(gap)
         box = self._person[after[0]]
@@ -117,7 +117,7 @@ class ShotMeter:
         self._rows["person_gap"].append(float(difference.mean((2, 3)).min()))
 
     def _measure_dissolve(self, frame: int) -> None:
-        """Explain the frame by a mixture of the frames `reach` away: a dissolve is one, a movement is not."""
+        """Explain the frame as a mixture of the frames `reach` away: this fits a dissolve, but not a movement."""
         ends = self._held(frame - self._reach, frame - self._reach + 1) + self._held(
             frame + self._reach, frame + self._reach + 1
         )
@@ -129,7 +129,7 @@ class ShotMeter:
         if np.abs(a - b).mean() < 0.2:  # nothing to dissolve between
             self._rows["dissolve"].append(0.0)
             return
-        # Least squares of the frame on its two neighbours, by the normal equations of two unknowns.
+        # Least-squares fit of the frame by these two, through the normal equations in two unknowns.
         aa, bb, ab, am, bm = a @ a, b @ b, a @ b, a @ middle, b @ middle
         determinant = max(float(aa * bb - ab * ab), 1e-6)
         share_a, share_b = float(bb * am - ab * bm) / determinant, float(aa * bm - ab * am) / determinant
@@ -140,7 +140,7 @@ class ShotMeter:
 
 
 def _slices(box: Sequence[float], width: int, height: int) -> tuple[slice, slice]:
-    """Rows and columns of a fractional xyxy box, a fifth larger on each side, at least 4 pixels."""
+    """Rows and columns of a fractional xyxy box, enlarged by a fifth on each side, at least 4 pixels."""
     x1, y1, x2, y2 = box
     grow_x, grow_y = 0.2 * (x2 - x1), 0.2 * (y2 - y1)
     left, right = int(np.clip((x1 - grow_x) * width, 0, width - 4)), int(np.ceil((x2 + grow_x) * width))

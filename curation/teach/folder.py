@@ -1,4 +1,4 @@
-"""Depth that another tool computed beforehand, read from a folder."""
+"""Depth that another tool computed in advance, read from a folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from curation.records import Frames, TeacherDepth
 from curation.settings import TeacherSettings
 
 SAME_FRAME_S = 0.005  # times may be rounded to milliseconds; a neighbouring frame is never this close
-ASPECT_TOLERANCE = 0.15  # tools round sides as well, and that stretches a narrow picture by up to a tenth
+ASPECT_TOLERANCE = 0.15  # tools round the sides too, which stretches a narrow picture by up to a tenth
 _ENTRY_ARRAYS = ("depth", "intrinsics", "valid", "times_s")
 
 
@@ -32,15 +32,15 @@ class _Entry:
 
 
 class FolderTeacher:
-    """Depth that a video-based teacher such as MegaSAM computed beforehand: <folder>/<clip_id>.npz.
+    """Depth that a video-based teacher such as MegaSAM computed in advance: <folder>/<clip_id>.npz.
 
     Each file holds `depth` (M, h, w) in metres, `intrinsics` (M, 3, 3) in pixels of h x w, and optionally `valid`
-    (M, h, w) and `times_s` (M,) relative to the video's first frame. With times, each frame takes the depth of its own
-    time; without, M must be the number of frames.
+    (M, h, w) and `times_s` (M,) relative to the video's first frame. With times, each frame gets the depth map at its
+    own time; without, M must be the number of frames.
     """
 
     def __init__(self, settings: TeacherSettings) -> None:
-        """Look at the folder. Raises UsageError."""
+        """Check the folder. Raises UsageError."""
         self.folder = depth_folder(settings.model)
         self.provenance: dict[str, Any] = {
             "kind": "folder",
@@ -49,14 +49,14 @@ class FolderTeacher:
         }
 
     def __call__(self, frames: Frames, clip_id: str) -> TeacherDepth:
-        """The clip's depth by nearest pixel on the training grid. Raises ClipFailure(MISSING_DEPTH)."""
+        """The clip's depth on the training grid, by nearest pixel. Raises ClipFailure(MISSING_DEPTH)."""
         entry = _read_entry(self.folder / f"{clip_id}.npz")
         height, width = entry.depth.shape[1:]
         displayed = frames.width / frames.height / frames.stretch
         if not 1 - ASPECT_TOLERANCE < displayed / (width / height) < 1 + ASPECT_TOLERANCE:
             raise _missing(
-                f"depth of {width}x{height} has another shape than a picture of {displayed:.3f}:1; "
-                "compute it on the displayed picture"
+                f"the depth maps of {width}x{height} have another aspect ratio than the displayed picture, "
+                f"{displayed:.3f}:1; compute depth on the displayed picture"
             )
         chosen = _match(entry, frames.times_s)
         rows, columns = _nearest(height, frames.height), _nearest(width, frames.width)
@@ -71,17 +71,17 @@ class FolderTeacher:
 
 
 def depth_folder(folder: str) -> Path:
-    """The folder, absolute. Raises UsageError where it is not one, or holds no depth."""
+    """The folder's absolute path. Raises UsageError if it is not a folder or holds no depth."""
     path = Path(folder).expanduser().absolute()
     if not path.is_dir():
-        raise UsageError(f"No depth folder {path}: correct the path, or choose another teacher.")
+        raise UsageError(f"There is no depth folder {path}: correct the path, or choose another teacher.")
     if next(path.glob("*.npz"), None) is None:
         raise UsageError(f"The depth folder {path} has no <clip_id>.npz: write each clip's depth there first.")
     return path
 
 
 def _folder_hash(folder: Path) -> str:
-    """Hex SHA-256 over names, sizes and zip checksums of all arrays: changes with any number, reads no depth."""
+    """Hex SHA-256 over names, sizes and zip checksums of all arrays: changes with any number, without reading depth."""
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.npz")):
         digest.update(f"{path.name}\n".encode())
@@ -90,7 +90,7 @@ def _folder_hash(folder: Path) -> str:
                 for member in sorted(archive.infolist(), key=lambda member: member.filename):
                     digest.update(f"{member.filename} {member.file_size} {member.CRC:08x}\n".encode())
         except (zipfile.BadZipFile, OSError):
-            digest.update(b"damaged\n")  # its clip fails by itself when it is asked for
+            digest.update(b"damaged\n")  # only the file's own clip fails, when its depth is read
     return digest.hexdigest()
 
 
@@ -107,9 +107,9 @@ def _read_entry(path: Path) -> _Entry:
         with np.load(path, allow_pickle=False) as data:
             arrays = {name: np.asarray(data[name]) for name in _ENTRY_ARRAYS if name in data.files}
     except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise _missing("the depth file is damaged or holds no plain numbers") from error
+        raise _missing("the depth file is damaged or contains more than plain numbers") from error
     if not {"depth", "intrinsics"} <= arrays.keys() or any(array.dtype.kind not in "fiub" for array in arrays.values()):
-        raise _missing("the depth file lacks depth or intrinsics as plain numbers")
+        raise _missing("the depth file lacks depth or intrinsics, or has an array that is not plain numbers")
     depth, intrinsics = arrays["depth"].astype(np.float32), arrays["intrinsics"]
     valid = arrays.get("valid", np.ones(depth.shape, np.bool_))
     times_s = arrays.get("times_s")
@@ -120,14 +120,14 @@ def _read_entry(path: Path) -> _Entry:
         or intrinsics.shape != (len(depth), 3, 3)
         or (times_s is not None and times_s.shape != (len(depth),))
     ):
-        raise _missing("the depth file's arrays do not fit: depth (N, H, W), intrinsics (N, 3, 3), valid, times_s (N,)")
+        raise _missing("the depth file's arrays do not fit: depth (M, h, w), intrinsics (M, 3, 3), valid, times_s (M,)")
     if not (np.isfinite(intrinsics).all() and (intrinsics[:, [0, 1], [0, 1]] > 0).all()):
-        raise _missing("the depth file's intrinsics hold a focal length that is not a positive number")
+        raise _missing("a focal length in the depth file's intrinsics is not a positive number")
     return _Entry(depth, intrinsics, valid.astype(np.bool_) & np.isfinite(depth) & (depth > 0), times_s)
 
 
 def _match(entry: _Entry, times_s: NDArray[np.float64]) -> NDArray[np.intp]:
-    """Which depth map belongs to each frame."""
+    """The index of each frame's depth map."""
     if entry.times_s is None:
         if len(entry.depth) != len(times_s):
             raise _missing(f"the depth file has {len(entry.depth)} maps for {len(times_s)} frames and no times_s")
@@ -141,5 +141,5 @@ def _match(entry: _Entry, times_s: NDArray[np.float64]) -> NDArray[np.intp]:
 
 
 def _nearest(source: int, target: int) -> NDArray[np.intp]:
-    """For each of `target` pixels, the one of `source` pixels that its centre falls into."""
+    """For each of `target` pixels, the index of the one of `source` pixels that contains its centre."""
     return (2 * np.arange(target) + 1) * source // (2 * target)

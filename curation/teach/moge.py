@@ -31,15 +31,15 @@ _CONFIG_PARTS = ("encoder", "neck", "points_head", "mask_head", "scale_head")
 
 
 class MogeTeacher:
-    """MoGe-2: metric depth, validity and intrinsics of every frame by itself, in batches.
+    """MoGe-2: metric depth, validity and intrinsics, predicted for each frame on its own, in batches.
 
-    The focal length is the one predicted for that frame: nothing is smoothed over the clip, so that a consumer can
-    still tell a zoom from noise. The principal point is the centre of the image. fp16 on CUDA, fp32 on CPU.
+    The focal length is the frame's own prediction: nothing is smoothed over the clip, so a consumer can still tell a
+    zoom from noise. The principal point is the centre of the image. fp16 on CUDA, fp32 on CPU.
 
-    MoGe takes the pixels of an image for square, which those of a stretched grid are not: where fx / fy is the stretch
-    s, it finds one focal length f between the two. That is taken for their geometric mean, fx = f sqrt(s) and
-    fy = f / sqrt(s). Their ratio, and with it every shape parallel to the image, is then right whatever f was; and if f
-    was the true fx or fy, the worst case, both are off by a factor sqrt(s), below 0.5 % at 16:9. Depth stays.
+    MoGe assumes square pixels, which a stretched grid does not have: where fx / fy is the stretch s, it finds one focal
+    length f between the two. Treat f as their geometric mean: fx = f sqrt(s), fy = f / sqrt(s). Their ratio, and every
+    shape parallel to the image, is then right whatever f is; in the worst case, where f is the true fx or fy, both are
+    off by a factor sqrt(s), below 0.5 % at 16:9. Depth does not change.
     """
 
     def __init__(self, settings: TeacherSettings) -> None:
@@ -52,7 +52,7 @@ class MogeTeacher:
         self.num_tokens = settings.num_tokens
         self.batch_size = settings.batch_size
         if hasattr(self.network, "normal_head"):
-            del self.network.normal_head  # a tenth of the time on a CPU, and depth does not depend on it
+            del self.network.normal_head  # saves a tenth of the time on a CPU; depth does not depend on it
         self.network.to(self.device)
         self.provenance: dict[str, Any] = {
             "kind": "moge",
@@ -65,7 +65,7 @@ class MogeTeacher:
         }
 
     def __call__(self, frames: Frames, clip_id: str) -> TeacherDepth:
-        """Depth of all frames, (N, H, W); a batch never spans clips. Raises ClipFailure for a damaged frame."""
+        """Depth of all frames, (N, H, W); a batch never spans two clips. Raises ClipFailure if a frame is damaged."""
         count = len(frames.jpeg)
         depth_m = np.zeros((count, frames.height, frames.width), np.float32)
         valid = np.zeros(depth_m.shape, np.bool_)
@@ -95,19 +95,21 @@ class MogeTeacher:
 
 
 def local_weights(model: str) -> Path | None:
-    """The absolute path of a local file, also as the folder that holds it; None if `model` is a Hub id."""
+    """The absolute path of a local file, or of the file in a local folder; None if `model` is a Hub id."""
     path = Path(model).expanduser().absolute()
     if path.is_dir():
         path /= WEIGHTS_FILE
     if path.is_file():
         return path
     if path.suffix in {".pt", ".pth", ".ckpt"} or not _HUB_ID.fullmatch(model):
-        raise UsageError(f"No weights file {path}: correct the path, or give a Hugging Face id such as owner/name.")
+        raise UsageError(
+            f"There is no weights file {path}: correct the path, or give a Hugging Face id such as owner/name."
+        )
     return None
 
 
 def hub_weights(model: str) -> Path:
-    """The cached weights, without any network; else one bounded question to the Hub, then the download."""
+    """The cached weights, without network access; else one request to the Hub with a timeout, then the download."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when huggingface_hub is first imported
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
@@ -115,21 +117,21 @@ def hub_weights(model: str) -> Path:
         cached = try_to_load_from_cache(model, WEIGHTS_FILE)
         if isinstance(cached, str):
             return Path(cached)
-        # hf_hub_download alone would try an unreachable Hub again for up to minutes
+        # hf_hub_download alone retries an unreachable Hub for up to minutes
         get_hf_file_metadata(hf_hub_url(model, WEIGHTS_FILE), timeout=HUB_TIMEOUT_S)
         return Path(hf_hub_download(model, WEIGHTS_FILE))
-    except Exception as error:  # each version of huggingface_hub brings another HTTP client and its own errors
+    except Exception as error:  # the HTTP client and its errors differ between versions of huggingface_hub
         raise UsageError(
             f"The teacher's weights {model} are not on this machine and could not be fetched ({type(error).__name__}): "
-            f"on a connected machine run `hf download {model} {WEIGHTS_FILE}` and point HF_HOME here at that cache; "
-            f"or copy its {WEIGHTS_FILE} here and pass --teacher PATH; or write shards without depth: --teacher none."
+            f"run `hf download {model} {WEIGHTS_FILE}` on a connected machine and set HF_HOME here to a copy of that "
+            f"cache; or copy its {WEIGHTS_FILE} here and pass --teacher PATH; or do without depth: --teacher none."
         ) from error
 
 
 def read_network(path: Path, *, mmap: bool = False) -> Any:
-    """A MoGe-2 network in fp32 on the CPU, in evaluation mode, every weight from the file. Raises UsageError.
+    """A MoGe-2 network in fp32 on the CPU, in evaluation mode, with every weight from the file. Raises UsageError.
 
-    MoGeModel.from_pretrained leaves what a file lacks at random values without a word, so the file is read here.
+    MoGeModel.from_pretrained silently leaves weights that a file lacks at random values, so the file is read here.
     """
     try:
         import torch
@@ -138,21 +140,21 @@ def read_network(path: Path, *, mmap: bool = False) -> Any:
         raise UsageError(f"The MoGe-2 teacher needs {error.name}: pip install 'unish[curate]'.") from error
 
     if not zipfile.is_zipfile(path):
-        raise _wrong_weights(path, "is no PyTorch checkpoint, or is cut short: fetch it again")
+        raise _wrong_weights(path, "is not a PyTorch checkpoint, or is truncated: fetch it again")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:  # damaged, or code where weights should be; torch has no common type for these
-        raise _wrong_weights(path, "is damaged, or holds more than plain weights: fetch it again") from error
+    except Exception as error:  # damaged, or contains code; torch has no common type for these errors
+        raise _wrong_weights(path, "is damaged, or contains more than plain weights: fetch it again") from error
     config, state = _checkpoint_parts(path, checkpoint)
-    if config["encoder"]["backbone"] == "synthetic_vit14":  # a size that MoGe does not know by itself
+    if config["encoder"]["backbone"] == "synthetic_vit14":  # not one of MoGe's own sizes
         from curation.teach.small_backbone import register
 
         register()
     try:
-        with torch.device("meta"), _linspace_on_cpu():  # no time and memory for numbers that are replaced at once
+        with torch.device("meta"), _linspace_on_cpu():  # the initial values are replaced at once
             network = MoGeModel(**config)
         network.load_state_dict(state, strict=True, assign=True)
-    except Exception as error:  # the configuration is data from the file, and any of it may be wrong
+    except Exception as error:  # the configuration comes from the file, and any part of it may be wrong
         raise _wrong_weights(path, "does not hold the weights of the MoGe-2 network it describes") from error
     return network.float().eval().requires_grad_(False)
 
@@ -163,14 +165,14 @@ def _checkpoint_parts(path: Path, checkpoint: Any) -> tuple[dict[str, Any], dict
         checkpoint = {}
     config, state = checkpoint.get("model_config"), checkpoint.get("model")
     if not isinstance(config, dict) or not isinstance(state, dict):
-        raise _wrong_weights(path, "is no MoGe-2 checkpoint: it lacks model_config and model")
+        raise _wrong_weights(path, "is not a MoGe-2 checkpoint: it lacks model_config or model")
     if isinstance(config.get("encoder"), str):
         raise _wrong_weights(path, "is a MoGe-1 checkpoint, whose depth has no metric scale")
     missing = [part for part in _CONFIG_PARTS if not isinstance(config.get(part), dict)]
     if missing:
-        raise _wrong_weights(path, f"is no MoGe-2 checkpoint with metric depth: it has no {', '.join(missing)}")
+        raise _wrong_weights(path, f"is not a MoGe-2 checkpoint with metric depth: it has no {', '.join(missing)}")
     if not _BACKBONE.fullmatch(str(config["encoder"].get("backbone"))):
-        raise _wrong_weights(path, "names an encoder that is no DINOv2 network")
+        raise _wrong_weights(path, "names an encoder that is not a DINOv2 network")
     return config, state
 
 
@@ -180,7 +182,7 @@ def _wrong_weights(path: Path, what: str) -> UsageError:
 
 
 def _linspace_on_cpu() -> Any:
-    """DINOv2's constructor reads numbers back from torch.linspace, which the meta device cannot give."""
+    """DINOv2's constructor reads values from torch.linspace, and the meta device has no values."""
     import torch
     from torch.overrides import TorchFunctionMode
 
@@ -195,7 +197,7 @@ def _linspace_on_cpu() -> Any:
 
 
 def torch_device(name: str) -> Any:
-    """auto takes CUDA where there is one."""
+    """The device of this name; auto is CUDA if available, else the CPU. Raises UsageError."""
     import torch
 
     if name == "auto":
@@ -204,7 +206,7 @@ def torch_device(name: str) -> Any:
         raise UsageError(f"Unknown device {name!r} for the teacher: choose auto, cpu, cuda or cuda:N.")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"The teacher was asked to run on {name}, which PyTorch does not see: choose auto or cpu.")
+        raise UsageError(f"PyTorch does not find the teacher's device {name}: choose auto or cpu.")
     return device
 
 

@@ -1,7 +1,7 @@
-"""The encoder of the small MoGe-2 that comes with the package: a DINOv2 layout of a size that MoGe does not list.
+"""The encoder of the small MoGe-2 that comes with the package: DINOv2's layout in a size that MoGe does not list.
 
-A checkpoint names its encoder, and MoGe looks that name up among its own sizes. `register` adds one more, so that the
-file loads through `MoGeModel.from_pretrained` and through the teacher as every other checkpoint does.
+A checkpoint names its encoder, and MoGe looks that name up in its own list. `register` adds this size to the list, so
+that the file loads through `MoGeModel.from_pretrained` and through the teacher like every other checkpoint.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ WIDTH, _SIDE = 144, 224
 
 
 def register() -> None:
-    """Let MoGe find BACKBONE. Changes nothing else, and may be called again."""
+    """Let MoGe find BACKBONE. Changes nothing else, and may be called more than once."""
     from moge.model.dinov2.hub import backbones
 
     setattr(backbones, BACKBONE, _backbone)
 
 
 def _backbone(*, pretrained: bool = False) -> Any:
-    """A DINOv2 transformer, 6 blocks 144 wide. There are no weights to fetch: `pretrained` is part of MoGe's call."""
+    """A DINOv2 transformer, 6 blocks, 144 wide. `pretrained` is there because MoGe passes it; there are no weights."""
     from moge.model.dinov2.models.vision_transformer import DinoVisionTransformer
 
     if pretrained:

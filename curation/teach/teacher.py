@@ -1,7 +1,7 @@
-"""Depth teachers: MoGe-2, a folder of depth somebody else computed, or none.
+"""Depth teachers: MoGe-2, a folder of precomputed depth, or none.
 
-A teacher sees the very JPEGs that train and answers on their grid. It never judges a clip, never writes a file of its
-own, and never unpickles code. `check_teacher` finds every set-up fault before the first video is decoded.
+A teacher reads the JPEGs that are stored for training and returns depth on their grid. It never judges a clip, never
+writes a file, and never unpickles code. `check_teacher` finds every set-up error before the first video is decoded.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ class Teacher(Protocol):
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """What made the depth, as JSON values: kind, name, and all that changes the numbers. Holds no path."""
+        """What made the depth, as JSON values: kind, name, and all that affects the numbers. Contains no path."""
         ...
 
     def __call__(self, frames: Frames, clip_id: str) -> TeacherDepth | None:
-        """Depth of every frame, or None if this teacher gives none. Raises ClipFailure for a clip it cannot do.
+        """Depth of every frame, or None if this teacher gives none. Raises ClipFailure if it cannot process the clip.
 
-        It calls `check_time` between two steps, so that it can be ended.
+        It calls `check_time` between steps, so that it can be stopped.
         """
         ...
 
 
 def check_teacher(settings: TeacherSettings) -> TeacherSettings:
-    """Find what would stop `load_teacher`, fetching a Hub model's weights once if they are not in the cache.
+    """Find whatever would make `load_teacher` fail. Fetches a Hub model's weights if they are not in the cache.
 
     Returns the settings with local paths absolute. Reads the structure of a checkpoint, not its numbers.
-    Raises UsageError: no weights and no network, a file that is no MoGe-2 checkpoint, a missing folder or device.
+    Raises UsageError: no weights and no network, a file that is not a MoGe-2 checkpoint, a missing folder or device.
     """
     if settings.kind == "moge":
         local = local_weights(settings.model)
@@ -64,10 +64,10 @@ def load_teacher(settings: TeacherSettings) -> Teacher:
 
 
 def teacher_identity(settings: TeacherSettings) -> dict[str, Any]:
-    """What tells one data set's teacher from another's, without loading it: its weights and parameters.
+    """What identifies a data set's teacher, without loading it: its weights and parameters.
 
-    Number format and versions are left to the provenance of each clip, so that unlike machines may share the work, and
-    so is the content of a depth folder, which may still grow. Raises UsageError where the weights are not here.
+    Number format and versions are only in each clip's provenance, so that different machines can share the work; so is
+    the content of a depth folder, which may still grow. Raises UsageError if the weights are not on this machine.
     """
     if settings.kind == "moge":
         local = local_weights(settings.model)
@@ -95,7 +95,7 @@ class NoTeacher:
 
 
 def depth_preview(depth_m: NDArray[np.float32], valid: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    """(H, W) metres -> (H, W, 3) RGB, near is warm, black where invalid; the scale is the picture's own."""
+    """(H, W) metres -> (H, W, 3) RGB, warm is near, black is invalid; each image has its own scale."""
     nearness = 1 / np.where(valid, depth_m, 1)
     low, high = np.percentile(nearness[valid], [2, 98]) if valid.any() else (0.0, 1.0)
     level = np.clip((nearness - low) / max(high - low, 1e-9), 0, 1)

@@ -150,7 +150,7 @@ def good() -> dict[str, np.ndarray]:
         ({"intrinsics": np.eye(3)}, "do not fit"),
         ({"intrinsics": np.zeros((2, 3, 3))}, "focal length"),
         ({"intrinsics": np.full((2, 3, 3), np.nan)}, "focal length"),
-        ({"depth": np.ones((2, 42, 28)), "intrinsics": camera(2, 42, 28)}, "another shape"),
+        ({"depth": np.ones((2, 42, 28)), "intrinsics": camera(2, 42, 28)}, "another aspect ratio"),
         ({"depth": np.full((2, 28, 42), "far")}, "plain numbers"),
         ({"depth": np.full((2, 28, 42), None)}, "plain numbers"),
         ({"depth": None}, "lacks depth"),

@@ -162,11 +162,11 @@ def spoilt(parts: dict, fault: str) -> object:
 @pytest.mark.parametrize(
     ("fault", "sentence"),
     [
-        ("not a dict", "is no MoGe-2 checkpoint"),
-        ("only weights", "is no MoGe-2 checkpoint"),
+        ("not a dict", "is not a MoGe-2 checkpoint"),
+        ("only weights", "is not a MoGe-2 checkpoint"),
         ("moge-1", "is a MoGe-1 checkpoint"),
         ("no metric scale", "has no scale_head"),
-        ("other encoder", "no DINOv2 network"),
+        ("other encoder", "not a DINOv2 network"),
         ("unknown part", "does not hold the weights of the MoGe-2 network it describes"),
         ("lacks a weight", "does not hold the weights of the MoGe-2 network it describes"),
         ("foreign weight", "does not hold the weights of the MoGe-2 network it describes"),
@@ -190,7 +190,7 @@ def test_a_checkpoint_that_is_cut_short_or_no_checkpoint_at_all(small_checkpoint
     path = tmp_path / "model.pt"
     for wrong in (content[: len(content) // 2], content[:-1000], b"<html>404</html>", b"", pickle.dumps({"model": 1})):
         path.write_bytes(wrong)
-        with pytest.raises(UsageError, match="no PyTorch checkpoint, or is cut short"):
+        with pytest.raises(UsageError, match="not a PyTorch checkpoint, or is truncated"):
             check_teacher(TeacherSettings(model=str(path)))
 
 
@@ -225,7 +225,7 @@ def test_no_teacher_says_so(tmp_path):
 
 
 def test_a_depth_folder_is_looked_at_first(tmp_path, monkeypatch):
-    with pytest.raises(UsageError, match="No depth folder"):
+    with pytest.raises(UsageError, match="There is no depth folder"):
         check_teacher(TeacherSettings(kind="folder", model=str(tmp_path / "absent")))
     folder = tmp_path / "megasam"
     folder.mkdir()
