@@ -48,7 +48,7 @@ JOINTS = [
     "left_hand",
     "right_hand",
 ]
-# vertex ids that smplx reads as extra joints; ours are permuted so that the right vertex sits there
+# vertex ids that smplx reads as extra joints; our vertices are permuted to have each landmark at its id
 LANDMARKS = {
     "nose": 332, "right_eye": 6260, "left_eye": 2800, "right_ear": 4071, "left_ear": 583,
     "right_thumb": 6191, "right_index": 5782, "right_middle": 5905, "right_ring": 6016, "right_pinky": 6133,
@@ -101,7 +101,7 @@ class Posed:
 
 
 def load_body(path: Path | None = None) -> Body:
-    """The embedded body, or the one in an SMPL .npz or .pkl file. Raises UsageError where the file is no SMPL body."""
+    """The embedded body, or the one in an SMPL .npz or .pkl file. Raises UsageError if the file is not an SMPL body."""
     if path is None:
         return _embedded()
     try:
@@ -117,12 +117,12 @@ def load_body(path: Path | None = None) -> Body:
         )
     except (KeyError, ValueError, OSError, EOFError, pickle.UnpicklingError) as error:
         raise UsageError(
-            f"{path.name} is not an SMPL body ({error}); give the .npz or .pkl of a neutral SMPL."
+            f"{path.name} is not an SMPL body ({error}); give the .npz or .pkl file of the neutral SMPL model."
         ) from error
 
 
 def save_body(body: Body, path: Path) -> None:
-    """Write a body as .npz with SMPL's names, for any tool that reads that format."""
+    """Write a body as .npz with SMPL's array names, for any tool that reads that format."""
     from curation.files import atomic_path
 
     with atomic_path(path) as temporary, temporary.open("wb") as stream:
@@ -132,8 +132,8 @@ def save_body(body: Body, path: Path) -> None:
 def pose_body(body: Body, betas: Array, pose: Array, transl: Array, padding: Array | None = None) -> Posed:
     """Linear blend skinning as SMPL defines it.
 
-    betas (10,); pose (24, 3) axis-angle, the first the root's orientation in the world; transl (3,) m. padding
-    (6890, 3) m is added to the rest vertices, as clothes are, and moves no joint.
+    betas (10,); pose (24, 3) axis-angle, the first is the root's orientation in the world; transl (3,) m. padding
+    (6890, 3) m is added to the rest vertices, for clothes, and moves no joint.
     """
     shaped = body.v_template + body.shapedirs @ betas
     joints = body.J_regressor @ shaped
@@ -164,7 +164,7 @@ def rotation_matrices(vectors: Array) -> Array:
 
 
 def global_rotations(local: Array) -> Array:
-    """(24, 3, 3) joint rotations relative to the parent to rotations in the world."""
+    """(24, 3, 3) joint rotations relative to the parent -> rotations in the world."""
     world = np.empty_like(local)
     world[0] = local[0]
     for joint in range(1, JOINT_COUNT):
@@ -191,10 +191,10 @@ def _embedded() -> Body:
 
 
 def _pose_directions(template: Array, weights: Array, joints: Array) -> Array:
-    """Pose directions that undo most of the volume that linear blending loses at a bent joint.
+    """Pose directions that restore most of the volume that linear blending loses at a bent joint.
 
-    Each vertex should turn about the joint by its share w of the rotation (R^w) rather than be averaged; the
-    difference, seen before skinning, is fitted linearly to R - 1 over rotations of up to 100 degrees.
+    Each vertex should turn about the joint by its share w of the rotation (R^w) instead of being averaged. The
+    difference, before skinning, is fitted linearly to R - 1 over rotations of up to 100 degrees.
     """
     directions = np.zeros((VERTEX_COUNT, 3, POSE_COUNT))
     axes = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1], [0, 1, 1], [1, -1, 0], [0, 1, -1]], float)
@@ -237,7 +237,7 @@ def _dense(value: Any) -> Array:
 
 
 class _Chumpy:
-    """Stands in for chumpy's array: keeps the state it was pickled with, runs none of its code."""
+    """Replaces chumpy's array: keeps the pickled state, runs none of chumpy's code."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.x = state["x"]

@@ -20,7 +20,7 @@ NEAR_M = 0.05
 TEXTURE_SIZE = 512
 _LEVELS = 8
 _SHADOW_SIZE = 640
-# gamma 2 for sRGB: the square root at the end is cheap and near enough
+# gamma 2 instead of sRGB's curve: the square root at the end is cheap and close enough
 _LINEAR = ((np.arange(256) / 255) ** 2).astype(np.float32)
 
 
@@ -29,7 +29,7 @@ class Mesh:
     """Triangles in the world, counter-clockwise seen from outside; their backs are not drawn.
 
     vertices (V, 3) m; normals (V, 3); faces (F, 3) int32; uv (F, 3, 2) in texture repeats; texture (F,) int16;
-    instance (F,) uint8, 0 for what no one would call an object; casts (F,) bool, whether the face throws a shadow.
+    instance (F,) uint8, 0 for faces of no object; casts (F,) bool, whether the face casts a shadow.
     """
 
     vertices: Array
@@ -63,7 +63,7 @@ class Camera:
 
 @dataclass(frozen=True)
 class Light:
-    """A hemisphere and one directional light; colours are linear RGB."""
+    """A hemisphere light and one directional light; colours are linear RGB."""
 
     toward: tuple[float, float, float] = (0.4, 0.8, 0.45)
     sun: tuple[float, float, float] = (0.9, 0.85, 0.75)
@@ -86,7 +86,7 @@ Texture = NDArray[np.uint8]
 
 
 def texture(image: NDArray[np.uint8]) -> Texture:
-    """A (512, 512, 3) uint8 sRGB image with its smaller levels, one flat list of texels (N, 3)."""
+    """A (512, 512, 3) uint8 sRGB image and its smaller levels, as one flat list of texels (N, 3)."""
     levels = [image.reshape(-1, 3)]
     level = _LINEAR[image]
     for _ in range(_LEVELS - 1):
@@ -112,8 +112,8 @@ def merge(meshes: Sequence[Mesh]) -> Mesh:
 def render(
     mesh: Mesh, camera: Camera, textures: NDArray[np.uint8], light: Light, contacts: Array | None = None
 ) -> Rendered:
-    """Render a mesh; textures (T, N, 3) are stacked, and a face's texture is its number there. contacts (N, 4): points
-    on the floor and radii in metres that are darkened a little, as feet do.
+    """Render a mesh. textures (T, N, 3) are stacked; each face has the index of its texture. contacts (N, 4): points on
+    the floor and radii, in metres, to darken a little, as feet do.
     """
     width, height = camera.size
     corners = np.ascontiguousarray(camera.to_camera(mesh.vertices))
@@ -165,7 +165,7 @@ def render_depth(mesh: Mesh, camera: Camera) -> tuple[NDArray[np.float32], NDArr
 
 
 def vertex_normals(vertices: Array, faces: NDArray[np.int32]) -> Array:
-    """(V, 3) unit normals, each the area-weighted mean of its faces'."""
+    """(V, 3) unit normals, each the area-weighted mean of the normals of its faces."""
     normals = np.zeros_like(vertices)
     _accumulate_normals(np.ascontiguousarray(vertices), faces, normals)
     return normals
@@ -192,7 +192,7 @@ def _densities(mesh: Mesh) -> NDArray[np.float32]:
 
 
 def _shadow_map(mesh: Mesh, toward: Array) -> tuple[NDArray[np.float32], Array]:
-    """Distances from the light to all that casts shadow, and the (3, 4) map from world to its pixels."""
+    """Distances from the light to everything that casts a shadow, and the (3, 4) map from world to shadow pixels."""
     side = np.cross(toward, [0.0, 0.0, 1.0] if abs(toward[2]) < 0.9 else [1.0, 0.0, 0.0])
     side /= np.linalg.norm(side)
     axes = np.stack([side, np.cross(toward, side), -toward])
@@ -248,7 +248,7 @@ def _fill_densities(
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def _span(slope: float, offset: float, start: int, stop: int) -> tuple[int, int]:
-    """Narrow [start, stop) to where slope * x + offset <= 0, give or take a pixel."""
+    """Narrow [start, stop) to where slope * x + offset <= 0, to within a pixel."""
     if slope == 0.0:
         return (start, stop) if offset <= 0 else (start, start)
     root = -offset / slope
@@ -296,7 +296,7 @@ def _fill(
         for y in range(y0, y1):
             ry = (y + 0.5 - cy) / fy
             start, stop = x0, x1
-            if x1 - x0 > 12:  # a wide triangle: leap to where the row meets it, and test from a pixel before
+            if x1 - x0 > 12:  # a wide triangle: skip to where the row meets it, starting one pixel early
                 start, stop = _span(e0x / fx, e0y * ry + e0z + e0x * (0.5 - cx) / fx, start, stop)
                 start, stop = _span(e1x / fx, e1y * ry + e1z + e1x * (0.5 - cx) / fx, start, stop)
                 start, stop = _span(e2x / fx, e2y * ry + e2z + e2x * (0.5 - cx) / fx, start, stop)
@@ -446,7 +446,7 @@ def _shade(
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def _finish(rgb: NDArray[np.float32], inverse: Array, instances: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Soften edges of things, and turn linear light into sRGB."""
+    """Soften object edges, and convert linear light to sRGB."""
     height, width = inverse.shape
     image = np.empty((height, width, 3), np.uint8)
     for y in range(height):

@@ -1,8 +1,8 @@
-"""Clips for every way a video can go, as H.264 files, each with its true verdict per criterion, derived from geometry.
+"""Clips for every kind of video, as H.264 files, each with its true outcome per criterion, derived from geometry.
 
-A clip is drawn again until geometry shows its case clearly: a good dancer stays well inside the picture, a truncated
-one is truncated for most of the clip. What is true is then measured on the frames that were rendered, with the same
-definitions for every case; no detector and no policy is asked. Frames are a pure function of the plan.
+A clip is generated again until geometry shows its case clearly: a good dancer stays well inside the picture, a
+truncated one is truncated for most of the clip. The truth is then measured on the rendered frames, with the same
+definitions for every case, without a detector or a policy. Frames are a pure function of the plan.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ CASES = (
 
 @dataclass(frozen=True)
 class ClipPlan:
-    """All that a clip's pixels depend on. size is (width, height) as displayed; case is one of CASES."""
+    """Everything that a clip's pixels depend on. size is (width, height) as displayed; case is one of CASES."""
 
     name: str
     case: str
@@ -78,10 +78,10 @@ class ClipPlan:
 
 @dataclass(frozen=True)
 class ClipTruth:
-    """What is true of a clip.
+    """The truth about a clip.
 
-    criteria: pass or fail per criterion, unknown where there is nobody to ask it of. first_reason: the first that
-    fails, in CRITERIA's order; too_short or decode for clips that never get there; "" for an accepted one.
+    criteria: pass or fail per criterion, unknown if there is no person to measure. first_reason: the first criterion
+    that fails, in the order of CRITERIA; too_short or decode for clips that do not get so far; "" for an accepted one.
     """
 
     plan: ClipPlan
@@ -94,10 +94,10 @@ class ClipTruth:
 
 @dataclass(frozen=True, eq=False)
 class Footage:
-    """A clip before encoding: takes one after the other, and what the editor does to each picture.
+    """A clip before encoding: its takes in order, and how each frame is edited.
 
-    parts: (take, index) per frame; finish(image, i) gives the picture as shown; times_s (N,) presentation times;
-    active: the part of the picture that is not bars, as xyxy.
+    parts: (take, index) per frame; finish(image, i) returns frame i as shown; times_s (N,) presentation times;
+    active: the part of the picture without bars, as xyxy.
     """
 
     parts: tuple[tuple[Take, int], ...]
@@ -107,19 +107,19 @@ class Footage:
     finish: Callable[[Image, int], Image]
 
     def frame(self, index: int, *, measure: bool = True) -> Frame:
-        """One rendered frame before finishing, in the active picture's coordinates."""
+        """One rendered frame before `finish`, in the coordinates of the active picture."""
         take, at = self.parts[index]
         return take.frame(at, measure=measure)
 
 
 def plan_clips(count: int, seed: int = 0, fps: int = 24, seconds: float = 3.0) -> list[ClipPlan]:
-    """Plans for `count` clips that go through all cases in turn; a third of them are good ones."""
+    """Plans for `count` clips that cycle through all cases; a third of them are good."""
     plans = []
     for index in range(count):
         rng = np.random.default_rng([seed, index])
         case = CASES[index % len(CASES)]
         may_stand = case in ("good", "strobe", "truncated_bottom", "two_people") and rng.random() < 0.3
-        upright = case == "rotated" or (may_stand and case != "two_people")  # two do not fit side by side
+        upright = case == "rotated" or (may_stand and case != "two_people")  # two people do not fit side by side
         plans.append(
             ClipPlan(
                 f"{index:03d}_{case}",
@@ -139,7 +139,7 @@ def make_clips(
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[ClipTruth]:
-    """Write every plan's clip and cases.csv, the table of what is true."""
+    """Write every plan's clip, and cases.csv, the table of the truth."""
     folder.mkdir(parents=True, exist_ok=True)
     truths: dict[str, ClipTruth] = {}
     for plan, result in run_all(partial(make_clip, folder=folder), plans, workers):
@@ -159,7 +159,7 @@ def make_clips(
 
 
 def make_clip(plan: ClipPlan, folder: Path) -> ClipTruth:
-    """Render and encode one clip into folder/<name>.mp4, and say what is true of it."""
+    """Render and encode one clip into folder/<name>.mp4, and return the truth about it."""
     footage = shoot(plan)
     target = folder / f"{plan.name}.mp4"
     sampled = set(_sampled(footage.times_s))
@@ -178,7 +178,7 @@ def make_clip(plan: ClipPlan, folder: Path) -> ClipTruth:
 
 
 def shoot(plan: ClipPlan) -> Footage:
-    """The footage of a plan; drawn again until geometry shows the planned case clearly."""
+    """The footage of a plan; generated again until geometry shows the planned case clearly."""
     for attempt in range(200):
         footage = _draw(plan, np.random.default_rng([plan.seed, attempt]))
         if footage is not None:
@@ -187,9 +187,9 @@ def shoot(plan: ClipPlan) -> Footage:
 
 
 def write_oracle(plan: ClipPlan, clip_id: str, folder: Path) -> None:
-    """The world's own depth of a clip as an entry of a depth folder, for the folder teacher under the name `oracle`.
+    """Write the world's exact depth of a clip into a depth folder, for the folder teacher under the name `oracle`.
 
-    Covers the frames that a sampling at 6 per second takes; bars are invalid, and the sky beyond everything is too.
+    Covers the frames sampled at 6 per second. Bars and sky are invalid.
     """
     footage = shoot(plan)
     indices = _sampled(footage.times_s)
@@ -209,7 +209,7 @@ def write_oracle(plan: ClipPlan, clip_id: str, folder: Path) -> None:
 
 
 def truth_of(plan: ClipPlan, footage: Footage, frames: Sequence[Frame]) -> ClipTruth:
-    """What is true, from measured frames. Definitions are in `measure`."""
+    """The truth, from measured frames. Definitions are in `measure`."""
     measured = measure(footage, frames)
     nobody = measured["one_person"] == 0 and measured["people"] == 0
     height: Outcome = "unknown" if nobody else ("pass" if measured["height"] > MIN_HEIGHT else "fail")
@@ -235,10 +235,10 @@ def truth_of(plan: ClipPlan, footage: Footage, frames: Sequence[Frame]) -> ClipT
 def measure(footage: Footage, frames: Sequence[Frame]) -> dict[str, float]:
     """Shares and means over sampled frames.
 
-    people: mean count of people of whom at least a quarter shows. one_person: share of frames with exactly one.
-    height: mean height of the largest one's visible box, relative to the picture inside bars. truncated: share of
-    frames in which its body leaves that picture. overlapped: share in which its visible box meets the visible box of
-    anything else.
+    people: mean number of people with more than a quarter visible. one_person: share of frames with exactly one.
+    height: mean height of the largest person's visible box, relative to the picture inside bars. truncated: share of
+    frames in which this person's body leaves that picture. overlapped: share of frames in which this person's visible
+    box overlaps the visible box of anything else.
     """
     counts, heights, truncated, overlapped = [], [], [], []
     for frame in frames:
@@ -324,17 +324,17 @@ def encode(pictures: Iterator[Image], times_s: Array, plan: ClipPlan, target: Pa
         turn = ["-display_rotation:v:0", "-90", "-i", str(stored), "-c", "copy", "-fflags", "+bitexact"]
         subprocess.run([get_ffmpeg_exe(), "-v", "error", "-y", *turn, str(target)], check=True)
         stored.unlink()
-    if plan.case == "corrupt":  # the index of an ordinary MP4 is at its end: a download that stopped has none
+    if plan.case == "corrupt":  # an ordinary MP4 has its index at the end: an interrupted download lacks it
         target.write_bytes(target.read_bytes()[: int(target.stat().st_size * 0.6)])
 
 
 def _sampled(times_s: Array) -> list[int]:
-    """Indices of the frames that a sampling at 6 per second takes."""
+    """Indices of the frames sampled at 6 per second."""
     return sample_indices(times_s, 6.0).tolist()
 
 
 def _pts_expression(fps: int) -> str:
-    """Frames come at full rate for a second, then at half of it: presentation time as ffmpeg's expression."""
+    """Presentation time as an ffmpeg expression: the full frame rate for one second, then half of it."""
     return f"round(if(lt(N,{fps}),N/{fps},1+(N-{fps})/{fps / 2:g})/TB)"  # a sum just below a tick would lose the tick
 
 
@@ -378,7 +378,7 @@ def _draw(plan: ClipPlan, rng: np.random.Generator) -> Footage | None:
         second = first if case == "jump_cut" else _set(plan, rng)
         one = _take(plan, rng, first, times[:at], -aside)
         two = _take(plan, rng, second, times[at:], aside)
-        if case == "jump_cut":  # the camera does not move: only the dancer is elsewhere
+        if case == "jump_cut":  # the camera does not move, only the dancer does
             one, two = (
                 replace(one, cameras=(one.cameras[0],) * at),
                 replace(two, cameras=(one.cameras[0],) * (len(times) - at)),
@@ -440,7 +440,7 @@ def _set(plan: ClipPlan, rng: np.random.Generator) -> _Set:
 
 
 def _furnisher(case: str, yaw: float, upright: bool, rng: np.random.Generator) -> Callable[[Builder], None]:
-    """Things at the sides, clear of the dancer; a thing between dancer and camera where the case wants one."""
+    """Things at the sides, away from the dancer; a thing between dancer and camera if the case needs one."""
     toward = np.array([np.sin(yaw), np.cos(yaw)])
     across = np.array([toward[1], -toward[0]])
     spots = [across * side * rng.uniform(1.5, 2.3) - toward * rng.uniform(-0.2, 1.0) for side in (-1, 1)]
@@ -494,7 +494,7 @@ def _cloud(dancers: Sequence[Dancer], index: int) -> Array:
 
 
 def _clear(take: Take, case: str) -> bool:
-    """Whether geometry shows the case beyond doubt; each share is far from the thresholds that `truth_of` uses."""
+    """Whether geometry shows the case clearly; each share is far from the thresholds that `truth_of` uses."""
     if not take.dancers:
         return True
     width, height = take.cameras[0].size
@@ -572,7 +572,7 @@ def _area(box: Array | None) -> float:
 
 
 def _outside(box: Array, size: tuple[int, int]) -> float:
-    """How far a box leaves the picture, relative to the picture's side."""
+    """How far a box extends beyond the picture, relative to the picture's side."""
     width, height = size
     return float(max(-box[0] / width, -box[1] / height, box[2] / width - 1, box[3] / height - 1))
 

@@ -2,9 +2,9 @@
 
     python -m curation.synthetic.dataset FOLDER --clips 200 --seed 0
 
-The shards have the ordinary schema, with exact depth and masks, and further columns of ground truth (LABELS).
-Frames: the world is metric, y up; extrinsics map it to an OpenCV camera. Provenance says `synthetic`, so no one can
-take them for real.
+The shards have the ordinary schema, with exact depth and masks, and more columns of ground truth (LABELS).
+Coordinates: the world is metric, y up; extrinsics map it to an OpenCV camera. Provenance says `synthetic`, so nobody
+mistakes them for real data.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def write_dataset(
     """Write `clips` labelled clips as shards and their index. The same arguments give the same bytes."""
 
     def tables() -> Iterator[pa.Table]:
-        batch = 4 * (workers or cores())  # results wait for their turn, so only so many are made at once
+        batch = 4 * (workers or cores())  # results are written in order; this bounds how many wait
         for start in range(0, clips, batch):
             tasks = [(seed, number, frames) for number in range(start, min(start + batch, clips))]
             made: dict[int, pa.Table] = {}
@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--clips", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--frames", type=int, default=60, help="frames per clip, six a second")
+    parser.add_argument("--frames", type=int, default=60, help="frames per clip, at 6 a second")
     parser.add_argument("--workers", type=int)
     arguments = parser.parse_args()
     with Progress() as bar:

@@ -1,4 +1,4 @@
-"""A contact sheet: a few frames of every clip in a folder of clips, with what is true of each."""
+"""A contact sheet: a few frames of every clip in a folder, with its true verdict."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _strip(path: Path, case: dict[str, str]) -> NDArray[np.uint8]:
 
 
 def _frames(path: Path) -> list[NDArray[np.uint8]]:
-    """All frames as displayed; none of a file that cannot be decoded."""
+    """All frames as displayed; an empty list for a file that cannot be decoded."""
     capture = cv2.VideoCapture(str(path))
     frames: list[NDArray[np.uint8]] = []
     while True:

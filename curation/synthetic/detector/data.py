@@ -1,8 +1,8 @@
 """Labelled pictures of the synthetic world for the demo detector: YOLO's folder layout, deterministic per seed.
 
-Framings are those of clips: mostly one large dancer, often cut by a border, small, hidden, or not alone; beside them
-come frames of clips as they are. Labels are boxes of visible pixels. A picture in which something is nearly hidden or
-tiny is not taken, so that whatever can be seen is labelled.
+Framings are those of clips: mostly one large dancer, often cut by a border, small, hidden, or not alone. Frames of
+clips are added. Labels are boxes of visible pixels. A picture in which something is tiny or nearly hidden is
+discarded, so that everything visible is labelled.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from curation.synthetic.world.wardrobe import Dressed, Outfit, dress
 
 PER_SCENE = 12
 MIN_SHOWN, MIN_SIDE = 0.30, 0.02
-_UNFIT = ("too_short", "corrupt", "letterboxed", "letterbox_truncated")  # few frames, or labels beside the picture
+_UNFIT = ("too_short", "corrupt", "letterboxed", "letterbox_truncated")  # few frames, or labels offset from the picture
 _BLACK = 12.0  # mean level below which a faded frame shows nothing
 
 
@@ -37,7 +37,7 @@ def write_pictures(folder: Path, scenes: int, seed: int, workers: int | None = N
 
 
 def write_clip_pictures(folder: Path, clips: int, seed: int, workers: int | None = None) -> None:
-    """Write up to 6 frames of each of `clips` clips, as it would be shown, and labels, beside other pictures."""
+    """Write up to 6 frames of each of `clips` clips, as shown, and their labels, into the same folders."""
     _write(_write_clip, folder, range(seed, seed + clips), workers)
 
 
@@ -92,7 +92,7 @@ def _all_labelled(frame: Frame) -> bool:
 
 
 def labels(frame: Frame) -> list[tuple[int, float, float, float, float]]:
-    """(class, centre x, centre y, width, height), relative, of what a detector should find."""
+    """(class, centre x, centre y, width, height), as fractions, of everything that a detector should find."""
     width, height = frame.camera.size
     rows = []
     for seen in frame.seen:

@@ -27,11 +27,11 @@ from curation.synthetic.world.scene import CLASSES
 
 HELD_OUT_SEED, CALIBRATION_SEED = 900_000, 950_000
 CUT_OFF = 0.25
-# Of a clip's samples a tenth may be wrong. So a false thing here and there rejects a good clip, while a true one needs
-# to be found in few: for things, precision counts twice as much as recall. A person must be found in nearly all.
+# A tenth of a clip's samples may be wrong. So a few false things reject a good clip, while a true thing must be found
+# in a few samples only: for things, precision counts twice as much as recall. A person must be found in nearly all.
 _BETA = (1.5, 0.5, 0.5, 0.5)
-_AS_GOOD = 0.01  # cut-offs whose F score is so near the best one are as good, and the middle of them is the safest
-_CLIPS_APART = 500_000  # between the seeds of drawn pictures and those of clips
+_AS_GOOD = 0.01  # cut-offs with an F score this close to the best are equally good; the middle one is the safest
+_CLIPS_APART = 500_000  # between the seeds of single pictures and those of clips
 
 
 def train(
@@ -45,8 +45,8 @@ def train(
 ) -> dict[str, float]:
     """Render what is missing, train, calibrate, and return the figures on held-out pictures.
 
-    From random weights; or on from those in `start`, without mosaics, as whole pictures are what the detector will
-    see, and with a lower rate.
+    Starts from random weights; or continues from those in `start`, with a lower rate and without mosaics, because the
+    detector will see whole pictures.
     """
     os.environ.setdefault("YOLO_AUTOINSTALL", "false")
     import torch
@@ -72,7 +72,7 @@ def train(
         )
     )
     model = YOLO(str(start or LAYOUT), task="detect")
-    # a third less time on a CPU
+    # saves a third of the time on a CPU
     model.add_callback("on_train_start", lambda trainer: trainer.model.to(memory_format=torch.channels_last))
     model.train(
         data=str(data),
@@ -117,8 +117,8 @@ def train(
 def calibrate(weights: Path, pictures: Path) -> dict[str, float]:
     """Shift every class's scores in a weights file so that CUT_OFF is its best cut-off on these labelled pictures.
 
-    Best is the middle of those with about the highest F score, weighted by _BETA. A shift of all logits of a class
-    changes no order within it: its average precision stays. Returns the cut-offs that were the best before.
+    The best is the middle of the cut-offs with about the highest F score, weighted by _BETA. Shifting all logits of a
+    class keeps their order, and so its average precision. Returns the cut-offs that were best before.
     """
     import torch
     from ultralytics.models import YOLO
@@ -154,7 +154,7 @@ def calibrate(weights: Path, pictures: Path) -> dict[str, float]:
 
 
 def _without_paths(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint without what ultralytics notes of the machine: paths, the repository, the course of training."""
+    """A checkpoint without what ultralytics records of the machine and the run: paths, the repository, its metrics."""
 
     def plain(values: dict[str, Any]) -> dict[str, Any]:
         return {key: None if isinstance(value, str) and "/" in value else value for key, value in values.items()}
@@ -166,7 +166,7 @@ def _without_paths(checkpoint: dict[str, Any]) -> dict[str, Any]:
 
 
 def _matched(found: NDArray[np.float64], truth: NDArray[np.float64]) -> list[tuple[int, float, bool]]:
-    """(class, score, whether it is a true one not yet found) of rows class, score, xywh; a true one is class, xywh."""
+    """(class, score, whether it matches a free true box) per row of class, score, xywh; truth has class, xywh."""
     rows, free = [], np.ones(len(truth), bool)
     for kind, score, *box in found[np.argsort(-found[:, 1])]:
         x, y, w, h = box
@@ -203,7 +203,7 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--scenes", type=int, default=190)
     parser.add_argument("--epochs", type=int, default=40)
-    parser.add_argument("--start", type=Path, help="weights to go on from")
+    parser.add_argument("--start", type=Path, help="weights to continue from")
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     print(

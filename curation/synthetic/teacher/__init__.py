@@ -8,8 +8,8 @@ from typing import Any
 from curation.teach.small_backbone import BACKBONE, WIDTH
 
 WEIGHTS = Path(__file__).parent / "synthetic-moge.pt"
-NAME = "synthetic-moge"  # what provenance calls it
-NUM_TOKENS = 144  # 16 x 9, what it was trained at, for TeacherSettings.num_tokens
+NAME = "synthetic-moge"  # its name in provenance
+NUM_TOKENS = 144  # 16 x 9, as in training; for TeacherSettings.num_tokens
 
 
 def model_config() -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Pictures of the synthetic world with exact depth for the small teacher; one file per scene, deterministic per seed.
 
-Each scene is the footage of one clip; its pictures are rendered at twice their size and averaged, as a teacher's
-input is averaged down to its tokens. Depth is not averaged: a mean over an edge is at no surface.
+Each scene is the footage of one clip. Its pictures are rendered at twice their size and averaged, as a teacher's
+input is averaged down to its tokens. Depth is not averaged: a mean over an edge lies on no surface.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def write_scenes(
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Path]:
-    """Render what is missing of scenes seed to seed + scenes - 1; their files, in the order of their seeds."""
+    """Render the missing ones of scenes seed to seed + scenes - 1. Returns all files in the order of their seeds."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{number:06d}.npz" for number in range(seed, seed + scenes)]
     missing = [path for path in paths if not path.exists()]
@@ -57,7 +57,7 @@ def write_scenes(
 
 
 def read_scenes(paths: list[Path]) -> dict[tuple[int, int], Pictures]:
-    """All pictures by their size, in the order of the files."""
+    """All pictures grouped by size, in the order of the files."""
     loaded = [_read(path) for path in paths]
     return {
         size: Pictures(

@@ -2,13 +2,13 @@
 
     python -m curation.synthetic.teacher.train WORK_FOLDER --minutes 40
 
-Writes WORK_FOLDER/synthetic-moge.pt (half precision, below 5 MB), a checkpoint as `MoGeModel.from_pretrained` reads it.
-The same seed, scenes and number of steps give the same weights on the same machine; `--minutes` only chooses the
-number of steps, from the pace of the first ones, and says it. Nothing is downloaded.
+Writes WORK_FOLDER/synthetic-moge.pt (half precision, below 5 MB), a checkpoint that `MoGeModel.from_pretrained` reads.
+The same seed, scenes and number of steps give the same weights on the same machine; `--minutes` only sets the number
+of steps, from the speed of the first ones, and prints it. Nothing is downloaded.
 
 The losses are those of MoGe-2 (arXiv 2507.02546) as its own training code has them: the affine-invariant point map
 of MoGe (arXiv 2410.19115, section 3.2), without its local terms, and its normals; the mask (section 3.3); and the
-metric scale, which a head of its own learns in log space towards the scale of the best alignment (MoGe-2, section 3.2).
+metric scale, which a separate head learns in log space towards the scale of the best alignment (MoGe-2, section 3.2).
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ def train(
     workers: int | None = None,
     start: Path | None = None,
 ) -> Path:
-    """Render what is missing, train for some steps or about some minutes, and write the weights' running mean.
+    """Render what is missing, train for `steps` steps or about `minutes` minutes, and write the weights' running mean.
 
-    Raises ValueError unless one of `minutes` and `steps` is given.
+    Raises ValueError unless exactly one of `minutes` and `steps` is given.
     """
     import torch
     from moge.model.v2 import MoGeModel
     from rich.progress import Progress, TextColumn
 
     if (minutes is None) == (steps is None):
-        raise ValueError("give either minutes or steps")
+        raise ValueError("Give either minutes or steps.")
     with Progress(*Progress.get_default_columns(), TextColumn("{task.fields[note]}")) as bar:
         rendering = bar.add_task("scenes", total=None, note="")
         paths = write_scenes(
@@ -70,7 +70,7 @@ def train(
         torch.manual_seed(seed)
         rng = np.random.default_rng(seed)
         network = MoGeModel.from_pretrained(start) if start else MoGeModel(**model_config())
-        network = network.float().to(memory_format=torch.channels_last).train()  # half the time on a CPU
+        network = network.float().to(memory_format=torch.channels_last).train()  # halves the time on a CPU
         mean = copy.deepcopy(network).eval().requires_grad_(False)
         decayed = [p for p in network.parameters() if p.ndim > 1]
         rest = [p for p in network.parameters() if p.ndim <= 1]
@@ -124,9 +124,9 @@ def save(network: Any, path: Path) -> Path:
 def measure(weights: Path, work: Path, scenes: int = 40, workers: int | None = None) -> dict[str, float]:
     """Mean relative depth errors over held-out pictures, of the teacher as the pipeline loads it.
 
-    Over pixels that are valid in both. metric: as it is. scale, affine: after the best scale, or scale and shift, of
-    each picture's depth (MoGe's alignment: least absolute relative error). missing: share of true pixels it calls
-    invalid. focal: relative error of the focal length.
+    Over pixels that are valid in both. metric: without alignment. scale, affine: after the best scale, or scale and
+    shift, of each picture's depth (MoGe's alignment: least absolute relative error). missing: share of true pixels
+    that it marks invalid. focal: relative error of the focal length.
     """
     pictures = read_scenes(write_scenes(work / "held-out", scenes, HELD_OUT_SEED, workers))
     errors = [error for group in pictures.values() for error in teacher_errors(weights, group)]
@@ -134,7 +134,7 @@ def measure(weights: Path, work: Path, scenes: int = 40, workers: int | None = N
 
 
 def teacher_errors(weights: Path, pictures: Pictures) -> list[dict[str, float]]:
-    """What `measure` averages, for each picture."""
+    """The errors of each picture, which `measure` averages."""
     import torch
     from moge.utils.alignment import align_depth_affine, align_depth_scale
 
@@ -246,11 +246,11 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--scenes", type=int, default=900)
     amount = parser.add_mutually_exclusive_group()
-    amount.add_argument("--minutes", type=float, help="about so long, 40 if nothing is said")
-    amount.add_argument("--steps", type=int, help="exactly so many, for the same weights again")
+    amount.add_argument("--minutes", type=float, help="approximate training time; 40 if neither is given")
+    amount.add_argument("--steps", type=int, help="exact number of steps, to get the same weights again")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--start", type=Path, help="weights to go on from")
+    parser.add_argument("--start", type=Path, help="weights to continue from")
     parser.add_argument("--workers", type=int)
     a = parser.parse_args()
     minutes = 40.0 if a.minutes is None and a.steps is None else a.minutes

@@ -236,7 +236,7 @@ def _edges(faces: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _exact_count(vertices: Array, faces: NDArray[np.int64]) -> tuple[Array, NDArray[np.int64]]:
-    """Simplify to just below the vertex count, then split the longest edges until it is met."""
+    """Simplify to just below the vertex count, then split the longest edges until the count is met."""
     import fast_simplification
 
     target = 2 * (VERTEX_COUNT - 2)
@@ -307,7 +307,7 @@ def _bones(joints: Array) -> list[tuple[int, Array, Array]]:
         ends = [joints[child] for child in children] or [np.array(_TIPS[joint])]
         if joint == 0:
             ends = [joints[3], joints[0] + (0.06, -0.03, 0), joints[0] + (-0.06, -0.03, 0)]
-        if joint == 9:  # the collar bones hang on the upper spine, but its own flesh is the chest below the neck
+        if joint == 9:  # the collar bones start at the upper spine, whose own flesh is the chest below the neck
             ends = [joints[12], joints[9] + (0.05, 0.08, 0), joints[9] + (-0.05, 0.08, 0)]
         segments += [(joint, joints[joint], end) for end in ends]
     return segments
@@ -337,7 +337,7 @@ def _weights(vertices: Array, faces: NDArray[np.int64], joints: Array) -> Array:
 
 
 def _shape_directions(vertices: Array, weights: Array, joints: Array) -> tuple[Array, Array]:
-    """(V, 3, 10) vertex and (24, 3, 10) joint displacements per unit of shape, and nothing below the floor's sense.
+    """(V, 3, 10) vertex and (24, 3, 10) joint displacements per unit of shape.
 
     In order: size, girth, leg length, arm length, shoulder width, hip width, belly, head, muscle, torso length.
     """

@@ -1,4 +1,4 @@
-"""Cameras: a lens, a place to stand and a way to move, so that a dancer fills the asked share of the picture.
+"""Cameras: a lens, a position and a move, such that a dancer fills the requested share of the picture.
 
 Frames: world y up; camera x right, y down, z forward; image coordinates with pixel centres at half integers.
 """
@@ -18,10 +18,10 @@ MOVES = ("static", "handheld", "pan", "orbit", "dolly")
 
 @dataclass(frozen=True)
 class Shot:
-    """How to film: height of the dancer relative to the picture, the move, and where the dancer stands in the picture.
+    """How to film: the dancer's height relative to the picture, the move, and the dancer's position in the picture.
 
-    yaw: direction from dancer to camera, radians about y (0: the camera stands toward +z). shift: of the dancer's
-    middle, as a share of the picture (right, down).
+    yaw: direction from dancer to camera, radians about y (0: the camera is toward +z). shift: offset of the dancer's
+    middle, as shares of the picture (right, down).
     """
 
     height: float
@@ -36,7 +36,7 @@ class Shot:
 def film(points: Array, at_s: Array, times_s: Array, size: tuple[int, int], shot: Shot) -> list[Camera]:
     """One camera per time for a dancer whose surface is known at a few times: points (M, P, 3) in metres at at_s (M,).
 
-    The distance is such that the dancer's mean height in the picture is shot.height of it.
+    The distance makes the dancer's mean height, as a share of the picture's, equal to shot.height.
     """
     centres = (points.min(1) + points.max(1)) / 2
     overall = (points.min((0, 1)) + points.max((0, 1))) / 2
@@ -52,7 +52,7 @@ def film(points: Array, at_s: Array, times_s: Array, size: tuple[int, int], shot
 
 
 def projected_boxes(points: Array, cameras: list[Camera]) -> Array:
-    """(N, 4) xyxy of points (N, P, 3) in image coordinates, not cut at the picture's borders."""
+    """(N, 4) xyxy of points (N, P, 3) in image coordinates, not clipped at the picture's borders."""
     flat = np.stack([camera.project(cloud) for camera, cloud in zip(cameras, points, strict=True)])
     return np.concatenate([np.nanmin(flat, 1), np.nanmax(flat, 1)], axis=1)
 
@@ -89,7 +89,7 @@ def _path(
         eye = overall + reach * np.array([np.sin(yaw), 0, np.cos(yaw)])
         eye[1] = shot.eye_m + (0.012 * shake[4] if shot.move == "handheld" else 0.0)
         extrinsics = _look(eye, target)
-        # shifting the aim, not the lens: the dancer goes to the asked place in the picture
+        # turn the camera, do not shift the lens: this moves the dancer to the requested place in the picture
         across, down = (-shot.shift[0] * size[0] / focal, -shot.shift[1] * size[1] / focal)
         extrinsics = _turn(across, down) @ extrinsics
         cameras.append(Camera(intrinsics, extrinsics, size))
@@ -107,7 +107,7 @@ def _look(eye: Array, target: Array) -> Array:
 
 
 def _turn(across: float, down: float) -> Array:
-    """Turns the camera so that what was at the centre goes against (across, down) tangents."""
+    """Turns the camera so that the former centre moves opposite to (across, down), given as tangents."""
     yaw, pitch = np.arctan(across), np.arctan(down)
     c, s, d, t = np.cos(yaw), np.sin(yaw), np.cos(pitch), np.sin(pitch)
     turn = np.eye(4)

@@ -59,7 +59,7 @@ class Place:
 def dance(body: Body, betas: Array, times_s: Array, seed: int, place: Place | None = None) -> Motion:
     """A dance over the given times, seconds, any spacing. The same seed gives the same dance at any frame rate."""
     place = place or Place()
-    for_steps, for_sway, for_arms = np.random.default_rng(seed).spawn(3)  # so that a longer dance begins the same
+    for_steps, for_sway, for_arms = np.random.default_rng(seed).spawn(3)  # so that a longer dance starts the same
     rest = body.rest_joints(betas)
     floor = float((body.v_template + body.shapedirs @ betas)[:, 1].min())
     end = float(times_s[-1]) + 1.0
@@ -69,7 +69,7 @@ def dance(body: Body, betas: Array, times_s: Array, seed: int, place: Place | No
         _arm_keys(rng_side, steps.beat_s, end, side) for side, rng_side in zip((1, -1), _paired(for_arms), strict=True)
     ]
 
-    # the pelvis is smoothed on a grid of its own, so that the frame rate does not matter
+    # the pelvis is smoothed on a fixed time grid, so that the frame rate does not matter
     grid = np.arange(-0.5, end + 0.5, 1 / _GRID_HZ)
     share, path = _pelvis_path(grid, steps, sway, rest, floor)
     pelvis_at = np.column_stack([np.interp(times_s, grid, column) for column in path.T])
@@ -202,7 +202,7 @@ class _Footsteps:
 
 @dataclass(frozen=True, eq=False)
 class _Sway:
-    """What the trunk does to the beat; amplitudes and phases drawn once."""
+    """The trunk's movement to the beat; amplitudes and phases are drawn once."""
 
     beat_s: float
     size: Array
@@ -216,14 +216,14 @@ class _Sway:
         return self.size[index] * np.sin(2 * np.pi * times / (beats * self.beat_s) + self.phase[index])
 
     def pelvis(self, times: Array, feet: tuple[_Foot, _Foot], share: Array) -> Rotation:
-        """The pelvis' orientation in the world; share (N,) is what the left foot carries."""
+        """The pelvis' orientation in the world; share (N,) is the left foot's share of the weight."""
         yaw = (feet[0].yaw + feet[1].yaw) / 2 + 0.16 * self.wave(times, 0, 2)
         roll = 0.07 * self.wave(times, 1, 2) + 0.10 * (share - 0.5)
         pitch = 0.05 + 0.05 * self.wave(times, 2, 4)
         return Rotation.from_euler("YXZ", np.column_stack([yaw, pitch, roll]))
 
     def drop(self, times: Array) -> Array:
-        """How far the knees give on the beat, metres."""
+        """How far bending the knees on the beat lowers the pelvis, metres."""
         slow = 0.04 * (1 + self.wave(times, 3, 8))
         return 0.02 + slow + 0.030 * (1 - np.cos(2 * np.pi * times / self.beat_s)) * self.size[4]
 
@@ -243,7 +243,7 @@ class _Sway:
 
 
 def _pelvis_path(times: Array, steps: _Footsteps, sway: _Sway, rest: Array, floor: float) -> tuple[Array, Array]:
-    """What the left foot carries (N,), and the pelvis' way (N, 3): between the feet, as high as both legs allow."""
+    """The left foot's share of weight (N,), and the pelvis' path (N, 3): between the feet, as high as legs allow."""
     feet = steps.feet(times)
     share = 0.15 + 0.7 * uniform_filter1d(feet[0].load, int(0.3 * _GRID_HZ))
     middle = share[:, None] * feet[0].at + (1 - share)[:, None] * feet[1].at
@@ -304,7 +304,7 @@ def _leg(
 
 
 def _frame(along: Array, toward: Array) -> Array:
-    """(N, 3, 3) orthonormal frames: first column along, second as near to `toward` as can be."""
+    """(N, 3, 3) orthonormal frames: first column along `along`, second as close to `toward` as possible."""
     first = along / np.linalg.norm(along, axis=1, keepdims=True)
     second = toward - np.sum(toward * first, 1, keepdims=True) * first
     second = second / np.linalg.norm(second, axis=1, keepdims=True)

@@ -19,7 +19,7 @@ Colour = tuple[int, int, int]
 
 
 def smoothstep(low: Array | float, high: Array | float, value: Array) -> Array:
-    """0 at low, 1 at high, smooth between; low may lie above high."""
+    """0 at low, 1 at high, smooth between; low may exceed high."""
     t = np.clip((value - low) / (np.asarray(high) - low), 0, 1)
     return t * t * (3 - 2 * t)
 
@@ -134,7 +134,7 @@ def curtain(rng: np.random.Generator, colour: Colour) -> Image:
 
 
 def poster(rng: np.random.Generator, colour: Colour) -> Image:
-    """A picture in a frame: an invented landscape of bands and a disc, so that nothing on a wall is anyone's."""
+    """A picture in a frame: an invented landscape of bands and a disc, so that no picture is anybody's work."""
     u, v = _grid()
     image = _flat(colour)
     image *= (0.8 + 0.5 * v)[..., None]
@@ -186,7 +186,7 @@ Painter = Callable[[np.random.Generator, Colour], Image]
 
 @dataclass(frozen=True)
 class Paint:
-    """A texture before it is painted: painting is most of the work of building a place, and drafts go unseen."""
+    """A texture not yet painted: painting is most of the work of building a place, and drafts are never rendered."""
 
     painter: Painter
     colour: Colour

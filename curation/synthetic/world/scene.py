@@ -26,7 +26,7 @@ FIRST_OBJECT = 16  # instance ids: 0 backdrop, 1 to 15 people, from here things
 
 @dataclass(frozen=True)
 class Thing:
-    """A movable object: its instance id, its class and the circle on the floor that it takes up, metres."""
+    """A movable object: its instance id, its class and the circle on the floor that it occupies, metres."""
 
     instance: int
     name: str
@@ -56,7 +56,7 @@ class Builder:
         self.things: list[Thing] = []
 
     def texture(self, painter: Painter, colour: Colour, vary: float = 0.12) -> int:
-        """A texture in about this colour; gives its id."""
+        """A texture in about this colour; returns its id."""
         tinted = np.clip(np.array(colour) * (1 + self.rng.uniform(-vary, vary, 3)), 5, 250).astype(int)
         chosen = (int(tinted[0]), int(tinted[1]), int(tinted[2]))
         self.paints.append(Paint(painter, chosen, int(self.rng.integers(2**31))))
@@ -170,7 +170,7 @@ class Builder:
         return instance
 
     def chair(self, x: float, z: float, yaw: float, scale: float = 1.0) -> int:
-        """A chair with a back; gives its instance id."""
+        """A chair with a back; returns its instance id."""
         instance = self._thing("chair", x, z, 0.35 * scale)
         colour = self.colour(((150, 100, 60), (60, 60, 66), (190, 60, 50), (210, 205, 195), (60, 90, 130)))
         texture = self.texture(paint.plaster, colour)
@@ -188,7 +188,7 @@ class Builder:
         return instance
 
     def plant(self, x: float, z: float, height: float = 1.2) -> int:
-        """A pot with long leaves; gives its instance id."""
+        """A pot with long leaves; returns its instance id."""
         instance = self._thing("potted plant", x, z, 0.35)
         pot = self.texture(paint.speckle, self.colour(((178, 92, 60), (220, 216, 208), (60, 64, 70))))
         leaf = self.texture(paint.leaves, self.colour(((52, 110, 48), (80, 130, 60), (40, 90, 64))))
@@ -217,7 +217,7 @@ class Builder:
         return instance
 
     def toy_ball(self, x: float, y: float, z: float, radius: float = 0.13) -> int:
-        """A ball of six panels; gives its instance id."""
+        """A ball of six panels; returns its instance id."""
         instance = self._thing("sports ball", x, z, radius)
         texture = self.texture(
             paint.panels, self.colour(((220, 110, 40), (40, 90, 190), (200, 40, 50), (240, 200, 60)))
@@ -271,7 +271,7 @@ class Builder:
             self.meshes[-1] = replace(self.meshes[-1], casts=np.zeros(len(self.meshes[-1].faces), np.bool_))
 
     def build(self, kind: str, light: Light) -> Scene:
-        """All of it as one scene."""
+        """Everything as one scene."""
         return Scene(kind, merge(self.meshes), tuple(self.paints), light, tuple(self.things))
 
 
@@ -498,6 +498,6 @@ def build_scene(kind: str, seed: int, furnish: Furnish | None = None) -> Scene:
 
 @lru_cache(maxsize=4)
 def _empty(kind: str, seed: int) -> tuple[Builder, Light]:
-    """The place without things: it serves many takes."""
+    """The place without things, shared by many takes."""
     builder = Builder(np.random.default_rng(seed))
     return builder, KINDS[kind](builder)

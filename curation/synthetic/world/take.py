@@ -1,4 +1,4 @@
-"""A take: dancers and things in a place, filmed without a break; each frame with what truly is to be seen in it."""
+"""A take: dancers and things in a place, filmed without a break; each frame with the truth of what it shows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HELD = 250  # instance id of a thing in a hand
 
 @dataclass(frozen=True, eq=False)
 class Dancer:
-    """Someone who moves: looks, and motion over the take's times."""
+    """One dancer: looks, and motion over the take's times."""
 
     dressed: Dressed
     motion: Motion
@@ -29,7 +29,7 @@ class Dancer:
 
 @dataclass(frozen=True, eq=False)
 class Held:
-    """A thing carried in the first dancer's left (0) or right (1) hand; mesh about the origin, radius in metres."""
+    """A thing in the first dancer's left (0) or right (1) hand; mesh about the origin, radius in metres."""
 
     mesh: Mesh
     paint: Paint
@@ -42,8 +42,8 @@ class Held:
 class Seen:
     """One person or thing in one frame.
 
-    box: xyxy of all of it in image coordinates, also where hidden or outside. visible: xyxy of its visible pixels,
-    or None. shown: visible pixels as a share of those that would be in the picture if nothing stood before it.
+    box: xyxy of the whole in image coordinates, including hidden parts and parts outside the picture. visible: xyxy of
+    its visible pixels, or None. shown: visible pixels as a share of those that it would have if nothing hid it.
     """
 
     instance: int
@@ -111,7 +111,7 @@ class Take:
         return render_depth(merge([self.scene.mesh, *moving]), self.cameras[index])[0]
 
     def boxes(self, index: int) -> dict[int, Array]:
-        """Instance id to box (xyxy, not cut at the borders), from geometry alone, without rendering."""
+        """Instance id to box (xyxy, not clipped at the borders), from geometry alone, without rendering."""
         camera = self.cameras[index]
         return {int(mesh.instance[0]): _box(mesh, camera) for _, mesh in self._moving(self.posed(index)) + self._things}
 
@@ -154,7 +154,7 @@ def held_ball(seed: int, hand: int) -> Held:
 
 def _box(mesh: Mesh, camera: Camera) -> Array:
     flat = camera.project(mesh.vertices)
-    if np.isnan(flat).any():  # partly behind the camera: it covers whatever it covers, from border to border
+    if np.isnan(flat).any():  # partly behind the camera: its box is the whole picture
         return np.array([0.0, 0.0, *camera.size])
     return np.concatenate([flat.min(0), flat.max(0)])
 
