@@ -1,8 +1,8 @@
-"""The stages in order, for a batch of clips: download, observe, judge, teach. No engine in here.
+"""The stages in order, for a batch of clips: download, observe, judge, teach. No workflow engine here.
 
-Every stage looks into the catalog and does only what is missing; what fails for a clip, whatever it is, is recorded
-there with its type and never raised: only a wrong set-up, a long outage or a lost lease ends it. Any process may
-die anywhere: files are renamed into place first, completion is recorded last.
+Every stage reads the catalog and does only what is missing. A failure of one clip, whatever the error, is recorded
+there with its type and never raised: only a wrong set-up, a long outage or a lost lease ends a stage. A process may
+die at any point: files are renamed into place first, completion is recorded last.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from curation.run.todo import finished
 from curation.settings import Settings
 from curation.storage import Store
 
-POLL_S = 2.0  # how often work that other workers hold is asked for
-_AHEAD = 2  # batches fetched before they are observed: enough to hide the network, little enough to bound the disk
+POLL_S = 2.0  # how often a worker asks for batches that other workers hold
+_AHEAD = 2  # batches fetched before they are observed: enough to hide the network, few enough to bound disk use
 
 
 def preflight(settings: Settings) -> Settings:
-    """Find what would stop a run before any work is done; returns the settings with everything resolved.
+    """Check everything that could stop a run before any work is done; return the settings with all paths resolved.
 
-    Raises UsageError: policy, detector or teacher weights, ffmpeg, an output folder or a debug file that cannot be
-    written.
+    Raises UsageError for the policy, detector or teacher weights, ffmpeg, or an output folder or debug file that is not
+    writable.
     """
     from curation.download.credentials import check_settings
     from curation.people.detector import detector_ready
@@ -57,11 +57,11 @@ def preflight(settings: Settings) -> Settings:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UsageError(f"The output folder {out} cannot be written: {error.strerror}.") from error
+        raise UsageError(f"The output folder {out} is not writable: {error.strerror}.") from error
     for name in FOLDERS:
         if (out / name).exists() and not (out / name).is_dir():
             raise UsageError(
-                f"{out / name} is a file where a run keeps a folder; move it away, or choose another --out."
+                f"{out / name} is a file, but a run needs a folder there; move the file, or choose another --out."
             )
     debug_file = settings.debug_file and settings.debug_file.expanduser().absolute()
     if debug_file is not None:
@@ -75,7 +75,7 @@ def preflight(settings: Settings) -> Settings:
     places = {name: getattr(download_settings, name) for name in ("local_root", "cookies", "proxy_file")}
     places = {name: path and path.expanduser().absolute() for name, path in places.items()}
     if places["local_root"] is not None and not places["local_root"].is_dir():
-        raise UsageError(f"The folder of local videos {places['local_root']} is not there; correct --local-root.")
+        raise UsageError(f"The folder of local videos {places['local_root']} does not exist; correct --local-root.")
     download_settings = download_settings.model_copy(update=places)
     check_settings(download_settings)
     settings = settings.model_copy(
@@ -94,11 +94,11 @@ def preflight(settings: Settings) -> Settings:
 
 
 def check_refs(refs: Sequence[ClipRef], settings: Settings) -> None:
-    """Find what would fail every clip of a kind. Raises UsageError."""
+    """Raise UsageError for a mistake that would make every clip of a platform fail."""
     if not refs:
         raise UsageError("The manifest lists no clips; add a row and run again.")
     if settings.download.local_root is None and any(ref.platform == "local" for ref in refs):
-        raise UsageError("The manifest has local clips; name the folder they lie in with --local-root (local_root).")
+        raise UsageError("The manifest has local clips; give their folder of videos with --local-root (local_root).")
 
 
 def funnel(settings: Settings, refs: Sequence[ClipRef] | None) -> Funnel:
@@ -117,11 +117,11 @@ def funnel(settings: Settings, refs: Sequence[ClipRef] | None) -> Funnel:
 
 
 def run(settings: Settings, refs: Sequence[ClipRef], progress: Callable[[str, int, int], None] | None = None) -> Funnel:
-    """The whole job without an engine: batch k is observed while batch k + 1 is fetched.
+    """The whole job without a workflow engine: batch k is observed while batch k + 1 is fetched.
 
-    Workers that share a catalog may run the same manifest at once: each takes the batches that no other is at, and
-    what a dead one held. progress: called with (stage, clips done, clips in all). Raises UsageError before any work,
-    and OutageError where the database or the storage is away for longer than it is waited for.
+    Workers that share a catalog may run the same manifest at once: each takes the batches that no other worker holds,
+    and those of dead workers. progress: called with (stage, clips done, total clips). Raises UsageError before any
+    work, and OutageError if the database or the storage stays unavailable for too long.
     """
     settings = preflight(settings)
     check_refs(refs, settings)
@@ -170,7 +170,7 @@ def run(settings: Settings, refs: Sequence[ClipRef], progress: Callable[[str, in
 
 
 class _Fetcher:
-    """Downloads, one after the other, beside the rest. Its thread holds up no end of the process: it may sleep long."""
+    """Downloads batches one by one, in a daemon thread, so that a long wait never delays process exit."""
 
     def __init__(self) -> None:
         self._waiting: SimpleQueue[tuple[Future[StageReport], Callable[[], StageReport]] | None] = SimpleQueue()
@@ -195,22 +195,22 @@ class _Fetcher:
 
 @contextmanager
 def shared_work(settings: Settings, batches: Sequence[Batch]) -> Iterator[Queue[Batch]]:
-    """The batches, given out one by one among all workers of the catalog.
+    """The batches, shared one by one among all workers of the catalog.
 
-    Where machines share files, what the catalog calls done is believed; on one disk it is looked at again, because a
-    file may be damaged or gone.
+    Where machines share files, the catalog alone decides whether a batch is done. On one disk the files are checked
+    too, because one may be damaged or missing.
     """
     context = context_of(settings)
     with Claims(context.catalog, settings.out, settings.lease_s) as claims:
         index = heal(context)
-        trusting = context.store.has_url and index.version > 0  # or it is another storage
+        trusting = context.store.has_url and index.version > 0  # without an index this is a different storage
         yield Queue(claims, batches, lambda batch: finished(context, batch.refs), trusting=trusting)
 
 
 def wait_for_more(settings: Settings, queue: Queue[Batch]) -> bool:
-    """Wait a little for what other workers hold, or for a platform that asked to be left alone; False to end the run.
+    """Wait a little for batches of other workers, or for a platform that limits requests; False to end the run.
 
-    What must be left alone for longer than `settings.patience_s` is for another run.
+    A platform that is blocked for longer than `settings.patience_s` is left to a later run.
     """
     if queue.waiting:
         time.sleep(POLL_S)

@@ -1,1 +1,1 @@
-"""One run in one process: batches and who holds them, what is left to do, and the stages that do it."""
+"""One run in one process: batches and the workers that hold them, what is left to do, and the stages that do it."""

@@ -1,4 +1,4 @@
-"""Clips that travel together, and what became of them: plain data of the pipeline."""
+"""Batches of clips, and the report of a stage on a batch: plain data of the pipeline."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ Progress = Callable[[int, int], None]
 
 
 class StageStopped(BaseException):
-    """Raised by a Progress to end a stage at its next clip. No Exception: it is the failure of no clip."""
+    """Raised by a Progress to end a stage at its next clip. Not an Exception, because no clip has failed."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Clips that travel together: the unit of a task and of a shard. `batch_id` depends on the clips alone."""
+    """Clips that pass through the stages together: the unit of a task and of a shard.
+
+    `batch_id` depends on the clips alone.
+    """
 
     index: int
     refs: tuple[ClipRef, ...]
@@ -27,9 +30,9 @@ class Batch:
 
 @dataclass(frozen=True)
 class StageReport:
-    """What a stage did with a batch, in clips; `failed` maps a failure code to its number of clips.
+    """How many clips of a batch a stage handled, and how; `failed` maps a failure code to its number of clips.
 
-    postponed: clips whose platform asked to be left alone for now.
+    postponed: clips that wait for a blocked platform.
     """
 
     stage: str
@@ -40,7 +43,7 @@ class StageReport:
 
 
 def read_batches(refs: Sequence[ClipRef], settings: Settings) -> list[Batch]:
-    """Cut a manifest into batches: its order, but the clips of one video kept together."""
+    """Split a manifest into batches, in its order, but with the clips of one video kept together."""
     by_video: dict[str, list[ClipRef]] = {}
     for ref in refs:
         by_video.setdefault(ref.video_key, []).append(ref)

@@ -1,8 +1,8 @@
-"""Which worker works on what: names held in the catalog for a while, kept by a heartbeat, and back when a worker dies.
+"""Claims: names that a worker holds in the catalog, keeps by a heartbeat, and loses when it dies.
 
-A claim saves doing work twice; it is not what keeps results right. A worker that was asleep for so long that its claims
-lapsed may have lost them: `check` says so, before it writes. One that falls asleep between the check and the writing
-finishes what another has begun: both write the same bytes under the same names.
+A claim avoids duplicate work; correct results do not depend on it. A worker that was suspended until its claims lapsed
+may have lost them: `check` tells it before it writes. If it is suspended between the check and the write, it and the
+new holder write the same bytes under the same names.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ if TYPE_CHECKING:
     from curation.catalog import Catalog
 
 _POLL_S = 0.2
-_GOODBYE_S = 5.0  # how long the end of a worker waits for a database that is away: its claims lapse by themselves
-_SIGNS = "The sign of a worker"
-_LOST = "This worker stood still for so long that another one took its batch over."
+_GOODBYE_S = 5.0  # how long a worker that ends waits for an unavailable database: its claims lapse by themselves
+_SIGNS = "The lock file of a worker"
+_LOST = "This worker sent no heartbeat for so long that another worker took over its batch."
 
 
 class Claims:
-    """What this worker holds. A context manager: at its end all is given back. Safe to share between threads.
+    """The names that this worker holds. A context manager that releases all of them on exit. Thread-safe.
 
-    folder: the worker's own, or one that several workers of this machine use; there a dead one is known at once, by a
-    file that it had locked. Elsewhere, and for one that is stopped, its claims lapse after so many `seconds` without a
-    heartbeat.
+    folder: the worker's own, or shared by several workers of this machine. Workers with the same folder notice at once
+    that one of them died, because its lock file is free. The claims of any other dead worker, and of a stopped one,
+    lapse after `seconds` without a heartbeat.
     """
 
     def __init__(self, catalog: Catalog, folder: Path, seconds: float) -> None:
@@ -48,17 +48,17 @@ class Claims:
         self._folder = folder / ".claims"
         self._owner = secrets.token_hex(8)
         self._sign: UnixFileLock | None = None
-        self._sure: dict[str, float] = {}  # names held, and when each was last known to be, by the steady clock
-        self._asking = threading.Lock()  # a heartbeat must not miss a name that is just being taken
+        self._sure: dict[str, float] = {}  # names held, and when the catalog last confirmed each, by the steady clock
+        self._asking = threading.Lock()  # a heartbeat must not miss a name that is being taken
         self._ended = threading.Event()
         self._heart: threading.Thread | None = None
 
     def __enter__(self) -> Claims:
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / self._owner
-        while self._sign is None:  # until no other worker takes it for a dead one's, in the moment before it is locked
+        while self._sign is None:  # before it is locked, another worker may treat this file as a dead worker's
             self._sign = try_lock(path, _SIGNS)
-        for entry in (path, self._folder):  # or a power cut could leave a claim whose worker nobody knows to be dead
+        for entry in (path, self._folder):  # else, after a power cut, a claim could remain with no sign that it is dead
             fsync(entry)
         self.release_dead()
         self._heart = threading.Thread(target=self._beat, name="claims", daemon=True)
@@ -76,13 +76,13 @@ class Claims:
             self._sign.release()
 
     def release_dead(self) -> None:
-        """Give back what workers of this folder held that are dead."""
+        """Release the claims of dead workers of this folder."""
         for path in self._folder.iterdir():
             try:
                 sign = try_lock(path, _SIGNS)
-            except UsageError:  # another user's
+            except UsageError:  # another user's file
                 continue
-            if sign is None:  # alive, or stopped: then its claims lapse
+            if sign is None:  # alive, or stopped: the claims of a stopped worker lapse
                 continue
             try:
                 self._catalog.release(path.name)
@@ -91,7 +91,7 @@ class Claims:
                 sign.release()
 
     def take(self, name: str) -> bool:
-        """Hold a name if no other worker does."""
+        """Claim a name; False if another worker holds it."""
         with self._asking:
             asked = _steady()
             won = bool(self._catalog.claim([name], self._owner, self._seconds))
@@ -100,20 +100,20 @@ class Claims:
         return won
 
     def release(self, name: str) -> None:
-        """Give a name back."""
+        """Release a name."""
         with self._asking:
             self._sure.pop(name, None)
             self._catalog.release(self._owner, [name])
 
     def held(self, name: str) -> bool:
-        """Whether this worker still holds a name that it took; asks the catalog only if a heartbeat is overdue."""
+        """Whether this worker still holds a name it claimed; asks the catalog only if a heartbeat is overdue."""
         sure = self._sure.get(name)
         if sure is not None and _steady() - sure > self._seconds / 2:
             self._extend()
         return name in self._sure
 
     def check(self, name: str) -> None:
-        """Raise LostError if another worker has taken this name: its work must not be written by this one."""
+        """Raise LostError if another worker has taken this name: this worker must then not write its result."""
         if not self.held(name):
             raise LostError(_LOST)
 
@@ -123,7 +123,7 @@ class Claims:
 
     @contextmanager
     def hold(self, name: str) -> Iterator[None]:
-        """Hold a name for a moment; waits for whoever holds it."""
+        """Hold a name within the context; waits while another worker holds it."""
         while not self.take(name):
             time.sleep(_POLL_S)
         try:
@@ -144,13 +144,13 @@ class Claims:
 
 
 def _steady() -> float:
-    """Seconds that also pass while the machine sleeps, whatever is done to its clock."""
+    """Seconds on a clock that also runs while the machine sleeps, and that no clock change affects."""
     return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 
 @dataclass
 class Ticket:
-    """Asks on behalf of a worker, anywhere, whether a name is still its own. Safe to pickle before it is called."""
+    """Checks from any process or machine that a worker still holds a name. Safe to pickle before it is called."""
 
     catalog: Catalog
     owner: str
@@ -159,7 +159,7 @@ class Ticket:
     _asked: float = field(default=-math.inf, init=False)
 
     def __call__(self) -> None:
-        """Raise LostError if another worker has taken the name; asks the catalog only now and then."""
+        """Raise LostError if another worker has taken the name; asks the catalog at most every third of the lease."""
         now = _steady()
         if now - self._asked > self.seconds / 3:
             if not self.catalog.holds(self.owner, self.name):
@@ -168,7 +168,7 @@ class Ticket:
 
 
 class Claimable(Protocol):
-    """A piece of work that all workers know by the same id."""
+    """A piece of work with an id that is the same for all workers."""
 
     @property
     def batch_id(self) -> str:
@@ -179,11 +179,12 @@ Work = TypeVar("Work", bound=Claimable)
 
 
 class Queue(Generic[Work]):
-    """Pieces of work, of which several workers have the same list; each gives out what no other is at.
+    """One worker's queue over a list of work that all workers share; it gives out only what no other worker holds.
 
     finished: whether a piece is done, by the catalog alone. A piece that another worker held is offered again later,
-    unless it is finished by then: that worker may have died. trusting: ask `finished` also of pieces never offered.
-    `passed` collects what was passed over. When `take` gives None and `waiting` is 0, nothing is left.
+    because that worker may have died, unless it is finished by then. trusting: call `finished` also before a piece is
+    first offered. `passed` collects the finished pieces that were not given out. When `take` returns None and
+    `waiting` is 0, nothing is left.
     """
 
     def __init__(
@@ -197,11 +198,11 @@ class Queue(Generic[Work]):
 
     @property
     def waiting(self) -> int:
-        """Pieces that other workers held when last asked."""
+        """Number of pieces that other workers held at the last request."""
         return len(self._held)
 
     def take(self) -> Work | None:
-        """The next piece that is free, held from now on; None if there is none at this moment."""
+        """Claim and return the next free piece; None if there is none at this moment."""
         while self._fresh:
             if (work := self._try(self._fresh.popleft(), self._trusting)) is not None:
                 return work
@@ -222,17 +223,17 @@ class Queue(Generic[Work]):
         return None
 
     def release(self, work: Work, *, later: bool = False) -> None:
-        """Give a piece back, done or not; to be offered again after `resume` if it should be."""
+        """Release a piece, done or not. later: offer it again after `resume`."""
         self._claims.release(work.batch_id)
         if later:
             self._later.append(work)
 
     def lost(self, work: Work) -> None:
-        """Pass over a piece that another worker has taken meanwhile; offered again like any piece that others hold."""
+        """Put back a piece that another worker has taken; offered again like any piece that others hold."""
         self._held.append(work)
 
     def check(self, work: Work) -> None:
-        """Raise LostError if another worker has taken this piece over."""
+        """Raise LostError if another worker has taken over this piece."""
         self._claims.check(work.batch_id)
 
     def ticket(self, work: Work) -> Ticket:
@@ -241,10 +242,10 @@ class Queue(Generic[Work]):
 
     @property
     def postponed(self) -> int:
-        """Pieces to be offered again after `resume`."""
+        """Number of pieces that `resume` offers again."""
         return len(self._later)
 
     def resume(self) -> None:
-        """Offer again what was left for later."""
+        """Offer again the pieces released with `later`."""
         self._fresh.extend(self._later)
         self._later.clear()

@@ -18,7 +18,7 @@ from curation.video.hdr import OPERATOR
 
 
 class RunContext:
-    """One run as one process sees it. Files go by their names below the run's folder."""
+    """One process's view of a run. Files are named by their paths below the run's folder."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -31,7 +31,7 @@ class RunContext:
 
     @cached_property
     def dataset(self) -> dict[str, Any]:
-        """What every clip of the data set has in common: the policy, the measurements and the teacher it came from."""
+        """What all clips of the data set have in common: policy, measurements and teacher."""
         from curation.shards.schema import SCHEMA_VERSION
 
         return {
@@ -44,7 +44,7 @@ class RunContext:
 
     @cached_property
     def dataset_hash(self) -> str:
-        """The hash under which the catalog keeps `dataset`."""
+        """The hash under which the catalog stores `dataset`."""
         return sha256_json(self.dataset)
 
     @cached_property
@@ -53,7 +53,7 @@ class RunContext:
         return f"shards/{self.policy.name}-{self._teacher_identity()['name']}-{self.dataset_hash[:8]}"
 
     def _teacher_identity(self) -> dict[str, Any]:
-        """The teacher as far as it changes numbers; not its number format, so that machines may share the work."""
+        """The teacher's properties that change its results; not its number format, so that machines can share work."""
         from curation.teach.teacher import teacher_identity
 
         return _cached_identity(teacher_identity, self.settings.teacher)
@@ -101,7 +101,7 @@ def context_of(settings: Settings) -> RunContext:
 
 
 def forget_cached() -> None:
-    """Look anew at the files behind the settings: they may have changed."""
+    """Read the files behind the settings again: they may have changed."""
     for cache in (context_of, _weights_hash, _cached_identity):
         cache.cache_clear()
 

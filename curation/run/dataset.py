@@ -1,4 +1,4 @@
-"""The data set that a run adds to: a folder of shards, here or behind a URL, and what the catalog says of it."""
+"""The data set that a run adds to: a folder of shards, on this disk or behind a URL, and the catalog's record of it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _INDEX_LEASE_S = 30.0
 
 
 def shard_folder(context: RunContext, name: str | None = None) -> ShardFolder:
-    """The folder of shards of the run's data set, or of another one, for those who change it."""
+    """The folder of shards of the run's data set, or of the one given, to change it."""
     name = name or context.shards
     if not context.store.has_url or name.startswith("staging/"):
         return ShardFolder(context.store.path(name))
@@ -35,7 +35,7 @@ def _index_turn(context: RunContext, folder: str) -> Iterator[None]:
 
 
 def publish(context: RunContext, staging: Path, entries: Sequence[ShardEntry]) -> None:
-    """Send shards behind the URL from the folder they were written to; the index last."""
+    """Upload shards from the folder they were written to; the index last."""
     from curation.shards.remote import RemoteShardFolder, add_shards
 
     folder = shard_folder(context)
@@ -46,7 +46,7 @@ def publish(context: RunContext, staging: Path, entries: Sequence[ShardEntry]) -
 def heal(context: RunContext) -> Index:
     """Make index, shard files and catalog of the data set agree, and return the index.
 
-    The files decide which clips there are; the catalog decides which of them may not be there.
+    The files decide which clips exist; the catalog decides which of them are forgotten and must go.
     """
     from curation.shards.index import heal
     from curation.shards.writer import drop_clips, rewrite
@@ -54,7 +54,7 @@ def heal(context: RunContext) -> Index:
     if not (context.store.has_url or context.store.path("shards").is_dir()):
         return Index.empty()
     catalog, folder = context.catalog, shard_folder(context)
-    noted = catalog.clips_of_dataset(context.dataset_hash)  # before the index: what is noted later is in it
+    noted = catalog.clips_of_dataset(context.dataset_hash)  # before the index: clips noted later are already in it
     index = heal(folder, rewrite, catalog.forgotten_clips)
     here = frozenset(index.table["clip_id"].to_pylist())
     catalog.drop_outputs(noted - here, context.dataset_hash)
@@ -68,16 +68,16 @@ def heal(context: RunContext) -> Index:
 
 
 def shards_with(context: RunContext, refs: Iterable[ClipRef] | None) -> tuple[str, ...]:
-    """The files of the data set that hold any of these clips, or all files, by name."""
+    """Names of the data set's files that hold any of these clips; of all its files for None."""
     index = newest_index(shard_folder(context))
     found = index if refs is None else index.rows("clip_id", {ref.clip_id for ref in refs})
     return tuple(sorted(found.sizes()))
 
 
 def in_sound_shards(context: RunContext, clip_ids: Iterable[str]) -> frozenset[str]:
-    """Those of these clips whose shard is on this disk with a readable end.
+    """Those of these clips whose shard is on this disk and has a readable footer.
 
-    A cut shard is put aside, so that its clips are written again.
+    A truncated shard is renamed aside, so that its clips are written again.
     """
     folder = shard_folder(context)
     rows = newest_index(folder).rows("clip_id", clip_ids)

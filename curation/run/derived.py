@@ -1,7 +1,7 @@
-"""What was derived from clips, and where it lies: the list that makes forgetting complete.
+"""The list of all kinds of files made from clips, and where they are: with it, forgetting is complete.
 
-Whatever writes files made from clips says so first, once for each kind, in `derived.jsonl` of the run's folder. Who has
-to take a clip out goes through that list instead of knowing every writer. Knows nothing of what the files hold.
+Code that writes files made from clips first registers their kind, once, in `derived.jsonl` of the run's folder. Code
+that removes a clip goes through that list and need not know every writer. The contents of the files are unknown here.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ Naming = Literal["clip_id", "video_key", "index", "entries"]
 
 @dataclass(frozen=True, slots=True)
 class Derived:
-    """A kind of files.
+    """A kind of file.
 
-    place: where they lie below the folder, with {clip_id} or {video_key} where the file or its folder carries that id,
-    and {clip_id:.2} for its first two digits.
-    clips: how clips are named there: by that id; "index": a folder of shards, or folders of them with a "*" at the end;
+    place: path pattern below the folder, with {clip_id} or {video_key} where the name of the file or of its folder has
+    that id, and {clip_id:.2} for the id's first two digits.
+    clips: how clips are found there: by that id; "index": a folder of shards, or several if `place` ends with "*";
     "entries": one file, at any path, with an entry for each clip (`last_resort.remove_entries`).
     """
 
@@ -35,7 +35,7 @@ class Derived:
     clips: Naming
 
     def ids(self, names: Iterable[str]) -> dict[str, list[str]]:
-        """Of these names below the folder those of this kind, by the id they carry; unfinished files too."""
+        """Those of these names below the folder that are of this kind, grouped by id; unfinished files too."""
         pattern = re.escape(self.place).replace(re.escape("{" + self.clips + "}"), r"\.?([0-9a-f]{16})")
         pattern = pattern.replace(re.escape("{" + self.clips + ":.2}"), "[0-9a-f]{2}")
         matcher = re.compile(pattern + r"([./].*)?")
@@ -47,7 +47,7 @@ class Derived:
 
 
 def register(folder: Path, derived: Derived) -> None:
-    """Add a kind to the folder's list, unless it is there; on the disk before anything of the kind is written."""
+    """Add a kind to the folder's list and fsync it, unless it is there; call this before files of the kind exist."""
     if derived in registered(folder):
         return
     path = folder / REGISTRY
@@ -55,7 +55,7 @@ def register(folder: Path, derived: Derived) -> None:
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         line = json.dumps(asdict(derived), sort_keys=True)
-        # in one piece: others append too
+        # in one write: other processes append too
         os.write(handle, (("\n" if cut_short(handle) else "") + line + "\n").encode())
         os.fsync(handle)
     finally:
@@ -65,7 +65,7 @@ def register(folder: Path, derived: Derived) -> None:
 
 
 def registered(folder: Path) -> list[Derived]:
-    """The kinds of a folder, each once. A line that a crash cut short is passed over: its writer had not begun."""
+    """The kinds of a folder, each once. A line that a crash cut short is ignored: its writer had not started yet."""
     try:
         lines = (folder / REGISTRY).read_text().splitlines()
     except FileNotFoundError:

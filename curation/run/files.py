@@ -1,4 +1,4 @@
-"""The files of a run, by their names below its folder: which there are, which can be read, and which must go."""
+"""The files of a run, by their names below its folder: which exist, which can be read, and which must be deleted."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def observation_name(ref: ClipRef) -> str:
 
 
 def frames_name(ref: ClipRef) -> str:
-    """Name of an accepted clip's frames, which are kept until they lie in a shard."""
+    """Name of an accepted clip's frames, which are kept until they are in a shard."""
     return f"frames/{ref.clip_id}.parquet"
 
 
@@ -31,7 +31,7 @@ def name_of(context: RunContext, path: Path) -> str:
 
 
 def videos_here(context: RunContext, stored: Mapping[str, StoredVideo]) -> dict[str, VideoFile]:
-    """Those of these videos whose file is really there; with a URL perhaps not yet on this disk."""
+    """Those of these videos whose file exists: on this disk, or behind the URL."""
     present = {key: video for key, video in stored.items() if video.present}
     sizes = context.store.sizes_of([video.path for video in present.values()])
     return {
@@ -45,7 +45,7 @@ def readable(context: RunContext, files: Sequence[ObservationFile]) -> dict[str,
     """The measurements that can be read, by clip id; a damaged or missing file is left out."""
     store = context.store
     paths = store.get_all([file.path for file in files])
-    if store.has_url:  # a copy of an earlier time says something else than the catalog
+    if store.has_url:  # a local copy may be older than the catalog's record
         for number, (file, path) in enumerate(zip(files, paths, strict=True)):
             if path is not None and sha256_file(path) != file.sha256:
                 path.unlink()
@@ -63,7 +63,7 @@ def _read(path: Path) -> Observations | None:
 
 
 def announce(context: RunContext, *kinds: str) -> None:
-    """Say what is about to be written, in the run's list of what is made from clips (`run.derived`)."""
+    """Register these kinds in the run's list of files made from clips (`run.derived`), before they are written."""
     places: dict[str, tuple[str, Naming]] = {
         "videos": ("videos/{video_key}", "video_key"),
         "unfinished videos": ("videos/.parts/{video_key}", "video_key"),
@@ -80,7 +80,7 @@ def announce(context: RunContext, *kinds: str) -> None:
 
 
 def drop_traces(context: RunContext, refs: Iterable[ClipRef]) -> None:
-    """Delete what may lie here of clips that were forgotten, all clips of their videos with them."""
+    """Delete any files of these forgotten clips, and of the videos they belong to."""
     from curation.download.resume import discard
 
     refs = list(refs)
@@ -91,7 +91,7 @@ def drop_traces(context: RunContext, refs: Iterable[ClipRef]) -> None:
 
 
 def release(context: RunContext, refs: Sequence[ClipRef]) -> None:
-    """Free this disk of what these clips have behind the URL; keeps everything where there is none."""
+    """Delete this disk's copies of these clips' files that are also behind the URL; without a URL, delete nothing."""
     if context.store.has_url:
         videos = context.catalog.videos({ref.video_key for ref in refs})
         context.store.release([video.path for video in videos.values()])

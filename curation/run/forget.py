@@ -1,8 +1,8 @@
-"""Takes every file made from forgotten clips out of a run's folder and its storage.
+"""Removes every file made from forgotten clips from a run's folder and its storage.
 
-The catalog forgets first: from then on no writer may add anything of these clips, and each asks it before it writes and
-after. What lay there by then, or was written by a process that ended before it could ask, is found here, from the list
-of what was derived (`derived.jsonl`) and the catalog's list of what is forgotten; no id need be given again.
+The catalog forgets first: from then on no writer may add anything of these clips, and each writer asks the catalog
+before and after it writes. Files that existed by then, or that a process wrote and died before it asked, are found here
+from the list of derived files (`derived.jsonl`) and the catalog's list of forgotten clips; no ids are needed.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from curation.shards.writer import drop_clips, rewrite
 def remove_forgotten(context: RunContext) -> None:
     """Delete or rewrite every file of this run that holds something of a forgotten video. Safe to repeat.
 
-    Out of reach until it wakes: what a stopped process has not finished writing. What cannot be done is raised when all
-    else is done: UsageError of a debug file that cannot be changed, ShardError of a shard that cannot be read, OSError
-    of a full disk. OutageError is raised at once where the catalog or the storage is away.
+    Files that a stopped process has not finished writing are out of reach until it continues. The first error is
+    raised after everything else is done: UsageError for a debug file that cannot be changed, ShardError for an
+    unreadable shard, OSError for a full disk. OutageError is raised at once if the catalog or the storage is
+    unavailable.
     """
     faults: list[Exception] = []
     for work in _works(context):
@@ -42,7 +43,7 @@ def remove_forgotten(context: RunContext) -> None:
 
 
 def _works(context: RunContext) -> Iterator[Callable[[], object]]:
-    """What is to be done, in parts of which each can fail without harm to the others."""
+    """The steps of the removal; each can fail without harm to the others."""
     store, catalog, out = context.store, context.catalog, context.settings.out
     names = store.names("")
 
@@ -61,7 +62,7 @@ def _works(context: RunContext) -> Iterator[Callable[[], object]]:
             yield from (partial(_take_out, context, folder) for folder in _folders(context, kind))
         else:
             yield partial(drop, kind)
-    for scratch in out.glob(".index.*"):  # a living reader whose copy of an index this is fetches it anew
+    for scratch in out.glob(".index.*"):  # a live reader that uses this copy of an index fetches it again
         yield partial(shutil.rmtree, scratch, ignore_errors=True)
 
 
@@ -74,25 +75,25 @@ def _take_out(context: RunContext, folder: str) -> None:
     heal(place, rewrite, gone)
     if found := gone(newest_index(place).table["clip_id"].to_pylist()):
         drop_clips(place, found)
-    _sweep(context, place, folder)  # healing may have put damaged files aside
+    _sweep(context, place, folder)  # `heal` may have renamed damaged files aside
 
 
 def _sweep(context: RunContext, place: ShardFolder, folder: str) -> None:
-    """Delete what writers that died left half done, damaged files, and versions of the index before the newest.
+    """Delete unfinished files of dead writers, damaged files, and all versions of the index but the newest.
 
-    What a living writer is at is spared where it is locked; it does again what was taken from it elsewhere.
+    A file that a live writer has locked is kept; a live writer writes again what is deleted elsewhere.
     """
     with place.exclusive():
-        patterns = ["*.damaged"]  # nobody can say what is in there
+        patterns = ["*.damaged"]  # it is unknown which clips they hold
         if isinstance(place, RemoteShardFolder):
             subfolders = (folder, f"{folder}/{VERSIONS}")
             context.store.drop(
                 f"{each}/{name}" for each in subfolders for name in context.store.sizes(each) if name[0] == "."
             )
             if place.folder.is_dir():
-                with ShardFolder(place.folder).exclusive():  # which sweeps there
+                with ShardFolder(place.folder).exclusive():  # this deletes unfinished files
                     pass
-            patterns = ["[!.]*", f"{VERSIONS}/*"]  # a copy of what is behind a URL is only scratch
+            patterns = ["[!.]*", f"{VERSIONS}/*"]  # local copies of files behind a URL are disposable
         for path in [path for pattern in patterns for path in place.folder.glob(pattern)]:
             with suppress(FileNotFoundError, BlockingIOError), path.open("r+b") as stream:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)

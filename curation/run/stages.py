@@ -1,8 +1,8 @@
 """The four stages for one batch of clips: download, observe, judge, teach.
 
-Every stage asks the catalog and does only what is missing. What fails for a clip, whatever it is, is recorded there
-with its type and never raised: only a wrong set-up, a long outage or a lost lease ends a stage. Any process may die
-anywhere: files are renamed into place first, completion is recorded last.
+Every stage reads the catalog and does only what is missing. A failure of one clip, whatever the error, is recorded
+there with its type and never raised: only a wrong set-up, a long outage or a lost lease ends a stage. A process may
+die at any point: files are renamed into place first, completion is recorded last.
 """
 
 from __future__ import annotations
@@ -47,21 +47,21 @@ if TYPE_CHECKING:
     from curation.download.politeness import Gate
 
 _SCRATCH_S = 3600.0  # how long a machine keeps its copy of a video that is in the shared storage
-_FLOOR_S = 1800.0  # the least of the time limits that no setting gives: a busy machine may take long over any clip
-_PER_CLIP_S, _PER_VIDEO_S = 60.0, 1.0  # and more, for every second of the clip and of its video
-Check = Callable[[], None]  # raises LostError once another worker has taken the batch over
+_FLOOR_S = 1800.0  # the shortest default time limit: on a busy machine any clip may take long
+_PER_CLIP_S, _PER_VIDEO_S = 60.0, 1.0  # added for every second of the clip and of its video
+Check = Callable[[], None]  # raises LostError once another worker has taken over the batch
 
 
 def nobody_else() -> None:
-    """The check of a batch that no other worker can take."""
+    """The check for a batch that no other worker can take."""
 
 
 def download(
     settings: Settings, batch: Batch, progress: Progress | None = None, check: Check = nobody_else
 ) -> StageReport:
-    """Fetch the videos that this batch still needs, one after the other, each once.
+    """Fetch the videos that this batch still needs, one by one, each once.
 
-    A platform that asked to be left alone is left alone: its clips are postponed. check: asked before each video.
+    The clips of a blocked platform are postponed. check: called before each video.
     """
     from curation.download.politeness import Gate
 
@@ -70,7 +70,7 @@ def download(
     announce(context, "videos", "unfinished videos", *(["debug"] if settings.debug_file else []))
     refused = context.catalog.register(batch.refs)
     gone = [ref for ref in batch.refs if ref.clip_id in refused]
-    drop_traces(context, gone)  # a process that ended before it could ask may have left some
+    drop_traces(context, gone)  # a process that died before it asked the catalog may have left some
     for ref in gone:
         log.refuse(ref, FailureCode.FORGOTTEN)
     refs = [ref for ref in batch.refs if ref.clip_id not in refused]
@@ -80,7 +80,7 @@ def download(
     for ref in wanted:
         by_video.setdefault(ref.video_key, []).append(ref)
     gate = Gate(context.catalog, settings.download)
-    context.store.release_older("videos/*/video.*", _SCRATCH_S)  # on a cluster, another machine may have used them
+    context.store.release_older("videos/*/video.*", _SCRATCH_S)  # on a cluster, another machine may observe them
     for clips in by_video.values():
         check()
         began = time.time()
@@ -91,7 +91,7 @@ def download(
                 _fetch_video(context, gate, clips[0])
         except ENDS_THE_RUN:
             raise
-        except Exception as error:  # the last resort: whatever it was, the other clips go on
+        except Exception as error:  # the last resort: the other clips go on after any error
             if not _refuse_forgotten(context, log, clips):
                 log.failed(clips, error, began)
             continue
@@ -103,7 +103,7 @@ def download(
 
 
 def _refuse_forgotten(context: RunContext, log: _Log, refs: Sequence[ClipRef]) -> list[ClipRef]:
-    """Those of these clips that were forgotten since they were registered: counted, and their files deleted."""
+    """Count those of these clips that were forgotten since registration, delete their files, and return them."""
     held = context.catalog.refs(refs)
     gone = [ref for ref in refs if ref.clip_id not in held]
     if gone:
@@ -114,7 +114,7 @@ def _refuse_forgotten(context: RunContext, log: _Log, refs: Sequence[ClipRef]) -
 
 
 def _fetch_video(context: RunContext, gate: Gate, ref: ClipRef) -> None:
-    """One video, from its platform to its row in the catalog."""
+    """Fetch one video, store it and record it in the catalog."""
     from curation.download.fetch import download as fetch
 
     try:
@@ -132,7 +132,7 @@ def _fetch_video(context: RunContext, gate: Gate, ref: ClipRef) -> None:
 
 
 def _make_room(context: RunContext) -> None:
-    """Delete finished videos, oldest first, until the next one fits into the budget. Raises ClipFailure."""
+    """Delete finished videos, oldest first, until usage is within the budget. Raises ClipFailure if it cannot be."""
     budget = context.settings.download.budget_mb
     if budget is None:
         return
@@ -156,7 +156,7 @@ def observe(
 ) -> StageReport:
     """Measure every clip of the batch that has a video and no measurements yet, on all cores.
 
-    check: asked before anything is recorded of a clip.
+    check: called before anything about a clip is recorded.
     """
     context = context_of(settings)
     log = _Log(context, "observe", len(batch.refs), progress)
@@ -195,7 +195,7 @@ def observe(
                 continue
         except ENDS_THE_RUN:
             raise
-        except (Exception, SystemExit) as error:  # the last resort; a library of a worker may also have called exit()
+        except (Exception, SystemExit) as error:  # the last resort; a library in the process may also call exit()
             if not _refuse_forgotten(context, log, [ref]):
                 log.failed([ref], error, start)
             continue
@@ -204,7 +204,7 @@ def observe(
 
 
 def _limit_s(settings: Settings, ref: ClipRef, video_s: float) -> float:
-    """How long one stage may be at one clip. Generous: it is there for what would never end."""
+    """How long one stage may work on one clip. Generous: the limit is for work that would never end."""
     if settings.clip_timeout_s is not None:
         return settings.clip_timeout_s
     clip_s = (video_s if ref.end_s is None else min(ref.end_s, video_s)) - (ref.start_s or 0.0)
@@ -224,14 +224,14 @@ def judge(settings: Settings, batch: Batch) -> StageReport:
 
 
 def _judge(context: RunContext, log: _Log, files: Sequence[ObservationFile]) -> int:
-    """Judge what can be read; a damaged or missing file is measured anew by the next run. How many were judged."""
+    """Judge the readable measurements; return how many. The next run replaces damaged or missing ones."""
     began = time.time()
     verdicts: list[Verdict] = []
     failed: dict[str, Exception] = {}
     for clip_id, observations in readable(context, files).items():
         try:
             verdicts.append(judge_observations(observations, context.policy))
-        except Exception as error:  # the last resort: whatever it was, the other clips are judged
+        except Exception as error:  # the last resort: the other clips are judged after any error
             failed[clip_id] = error
     context.catalog.record_verdicts(verdicts, {file.clip_id: file.sha256 for file in files})
     refs = context.catalog.refs(failed)
@@ -242,7 +242,7 @@ def _judge(context: RunContext, log: _Log, files: Sequence[ObservationFile]) -> 
 
 
 def judge_all(settings: Settings, progress: Progress | None = None) -> int:
-    """Judge every measured clip of the catalog under the settings' policy; returns how many were judged anew."""
+    """Judge every measured clip of the catalog under the settings' policy; return how many verdicts are new."""
     forget_cached()  # the policy's file may have changed
     context = context_of(settings)
     log = _Log(context, "judge", 0, None)
@@ -260,7 +260,7 @@ def judge_all(settings: Settings, progress: Progress | None = None) -> int:
             progress(seen, seen)
     if seen and nowhere and (context.store.has_url or not context.store.path("observations").is_dir()):
         raise UsageError(
-            f"None of {seen} measurements is in {settings.place}; give the --out and --storage of the run."
+            f"{settings.place} holds none of the {seen} measurements; give the --out and --storage of the run."
         )
     return judged
 
@@ -270,7 +270,7 @@ def teach(
 ) -> StageReport:
     """Give the batch's accepted clips their teacher depth and write them as shards of the run's data set.
 
-    check: asked before each clip goes into a shard, before the last shard is closed, and before they are recorded.
+    check: called before each clip goes into a shard, before the last shard is closed, and before clips are recorded.
     """
     from curation.shards.schema import ShardError
     from curation.shards.writer import encode_clip, write_tables
@@ -294,7 +294,7 @@ def teach(
                 try:
                     with time_limit(_limit_s(settings, ref, video.duration_s if video else 0.0)):
                         table = encode_clip(build_clip_sample(context, ref, teacher))
-                except Exception as error:  # the last resort: whatever it was, the other clips go on
+                except Exception as error:  # the last resort: the other clips go on after any error
                     if isinstance(error, ENDS_THE_RUN) and not isinstance(error, ShardError):
                         raise
                     del refs[ref.clip_id]
@@ -317,7 +317,7 @@ def teach(
                 shutil.rmtree(staging, ignore_errors=True)
         except ENDS_THE_RUN:
             raise
-        except Exception as error:  # no shard of this batch is noted anywhere: the next run writes them all
+        except Exception as error:  # no shard of this batch is recorded anywhere: the next run writes all of them
             shutil.rmtree(staging, ignore_errors=True)
             log.not_through()
             for ref in refs.values():
@@ -326,7 +326,7 @@ def teach(
         check()
         written = [clip for shard in shards for clip in shard.clips if clip.clip_id in refs]
         left_out = context.catalog.record_outputs(Output(clip.clip_id, digest, clip.frames) for clip in written)
-        if left_out:  # forgotten meanwhile: nothing of them may stay
+        if left_out:  # forgotten in the meantime: nothing of them may stay
             from curation.shards.writer import drop_clips
 
             drop_clips(shard_folder(context), left_out)
@@ -339,7 +339,7 @@ def teach(
 
 
 def _teacher(context: RunContext) -> Any:
-    """The teacher; what keeps it from being loaded is no clip's fault, and would be the same for the next one."""
+    """The teacher. A loading error ends the run, because every other clip would meet the same error."""
     try:
         return context.teacher()
     except ENDS_THE_RUN:
@@ -351,11 +351,11 @@ def _teacher(context: RunContext) -> Any:
         raise UsageError(f"The depth teacher cannot be loaded: {said}.") from None
 
 
-_NOT_HERE = "the video is not here; it will be fetched by the next run"
+_NOT_HERE = "the video file is missing; the next run fetches it again"
 
 
 class _Log:
-    """Counts a stage's clips, shows progress, and records every try in the catalog."""
+    """Counts a stage's clips, shows progress, and records every attempt in the catalog."""
 
     def __init__(self, context: RunContext, stage: str, total: int, progress: Progress | None) -> None:
         self._state, self._stage, self._total, self._progress = context, stage, total, progress
@@ -376,12 +376,12 @@ class _Log:
         self._show()
 
     def refuse(self, ref: ClipRef, code: FailureCode) -> None:
-        """Count a clip of which nothing may be recorded."""
+        """Count a failed clip about which nothing may be recorded."""
         self._failed[code.value] = self._failed.get(code.value, 0) + 1
         self._show()
 
     def through(self) -> None:
-        """Show a clip as done whose result is recorded later, together with others."""
+        """Show a clip as done; its result is recorded later, together with others."""
         self._unrecorded += 1
         self._show()
 
@@ -392,17 +392,17 @@ class _Log:
         self._show()
 
     def not_through(self) -> None:
-        """What was shown as done will not be recorded."""
+        """Clips shown as done will not be recorded."""
         self._unrecorded = 0
 
     def judged(self, clip_ids: Sequence[str], began: float) -> None:
-        """Count verdicts; only what failed before has its success in the history, for there are many verdicts."""
+        """Count verdicts. A success enters the history only after an earlier failure, because verdicts are many."""
         before = [each.clip_id for each in self._state.catalog.failures(clip_ids) if each.stage == self._stage]
         self._record(list(self._state.catalog.refs(before).values()), None, "", began)
         self._done += len(clip_ids)
 
     def failed(self, refs: Sequence[ClipRef], error: BaseException, began: float) -> None:
-        """Record a failure with its type and fixed words; what an unexpected error said goes into the debug file alone.
+        """Record a failure with its code and a fixed message; an unexpected error's text goes to the debug file only.
 
         error: anything; see `failure_of`.
         """
@@ -410,7 +410,7 @@ class _Log:
         self._record(refs, failure.code, failure.message, began)
         unexpected = failure.code is FailureCode.INTERNAL or failure is not error
         if unexpected and self._state.settings.debug_file is not None:
-            with suppress(OSError):  # a full disk, say: the run matters more
+            with suppress(OSError):  # such as a full disk: the run matters more
                 keep_text(self._state.settings.debug_file, refs, self._stage, error)
         self._failed[failure.code.value] = self._failed.get(failure.code.value, 0) + len(refs)
         self._show()
@@ -444,7 +444,7 @@ class _Observed:
 
 
 def _observe_clip(task: _ObserveTask) -> _Observed:
-    """In a worker: `_observe_here`, any error of which is typed while all that led to it is still known."""
+    """In an observing process: `_observe_here`, with every error typed while its whole chain of causes is known."""
     try:
         return _observe_here(task)
     except (ClipFailure, *ENDS_THE_RUN):
@@ -454,7 +454,7 @@ def _observe_clip(task: _ObserveTask) -> _Observed:
 
 
 def _observe_here(task: _ObserveTask) -> _Observed:
-    """Prescreen, measure, and keep the frames of a clip that the policy accepts with its whole picture."""
+    """Prescreen and measure a clip; keep its frames if the policy accepts it with the whole picture."""
     from curation.observe.frames import write_frames
     from curation.observe.observations import write_observations
     from curation.observe.observe import observe, prescreen
@@ -489,9 +489,9 @@ def build_clip_sample(context: RunContext, ref: ClipRef, teacher: Any) -> ClipSa
     file = context.catalog.observations([ref])[ref.clip_id]
     observations = readable(context, [file]).get(ref.clip_id)
     if observations is None:
-        raise ClipFailure(FailureCode.NETWORK, "the measurements are not here; they will be made by the next run")
+        raise ClipFailure(FailureCode.NETWORK, "the measurements are missing; the next run makes them again")
     part = part_taken(observations, context.policy)
-    kept = context.store.get(frames_name(ref)) if part == WHOLE else None  # these are of the whole picture
+    kept = context.store.get(frames_name(ref)) if part == WHOLE else None  # kept frames show the whole picture
     frames = None if kept is None else read_frames(kept)
     if (
         frames is None

@@ -1,7 +1,7 @@
-"""What is left to do for each clip: `next_step`, a pure function of what the catalog and the files say.
+"""What is left to do for each clip: `next_step`, a pure function of the catalog's rows and the files found.
 
-The catalog is read once for a batch (`Catalog.known`). Before a stage works, `clips_before` also looks at the files
-that this stage depends on, because a file may be damaged or gone; everything else is as the catalog says.
+The catalog is read once for a batch (`Catalog.known`). Before a stage works, `clips_before` also checks the files that
+this stage needs, because a file may be damaged or missing; for everything else the catalog decides.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ Step = Literal["download", "observe", "judge", "teach", "done", "given up"]
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """All that decides what is next for one clip.
+    """All facts that decide the next step of one clip.
 
-    measured: measurements of this run's detector and sampling exist. undecided: they are of key frames only, and leave
-    the policy undecided. verdict: what the policy said of them. written: the clip is in a shard of this data set.
-    video: the file is here. refetch: it is to be downloaded again all the same. frames: training frames of the part of
-    the picture that is taken are here. given_up: stages whose last attempt failed for good.
+    measured: measurements by this run's detector and sampling exist. undecided: they are of key frames only, and leave
+    the policy undecided. verdict: the policy's decision on them. written: the clip is in a shard of this data set.
+    video: the file exists. refetch: download it again anyway. frames: training frames exist, of the part of the
+    picture that the policy takes. given_up: stages whose last attempt failed permanently.
     """
 
     measured: bool
@@ -45,7 +45,7 @@ class Facts:
 
 
 def next_step(clip: Facts) -> Step:
-    """The one step that brings a clip further. Doing it changes the facts so that another step, or none, is next."""
+    """The next step of a clip. Doing it changes the facts, so the next call returns another step."""
     if not clip.measured or clip.undecided:
         step: Stage = "observe"
     elif clip.verdict is None:
@@ -64,7 +64,7 @@ def next_step(clip: Facts) -> Step:
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """A clip before a stage: video is its file, if that was looked for and is here."""
+    """A clip before a stage. video: its file, if it was looked for and exists."""
 
     ref: ClipRef
     known: Known
@@ -73,10 +73,10 @@ class Clip:
 
 
 def clips_before(context: RunContext, refs: Sequence[ClipRef], stage: Stage) -> list[Clip]:
-    """These clips with what is next for each, as far as this stage depends on it.
+    """These clips with the next step of each, as far as this stage depends on it.
 
-    Looks at their videos and measurements before download and observe, at kept frames before download, and before
-    download and teach at shards on this disk (a cut one is put aside, so that its clips are written again).
+    Checks their videos and measurements before download and observe, kept frames before download, and shards on this
+    disk before download and teach (a truncated shard is renamed aside, so that its clips are written again).
     """
     known = _known(context, refs)
     facts = {clip_id: facts_of(context, each) for clip_id, each in known.items()}
@@ -97,7 +97,7 @@ def clips_before(context: RunContext, refs: Sequence[ClipRef], stage: Stage) -> 
             )
     if stage in ("download", "teach"):
         facts = {clip_id: replace(fact, frames=True) for clip_id, fact in facts.items()}
-        if not context.store.has_url:  # what is sent to a URL is compared there
+        if not context.store.has_url:  # an upload was compared with the original when it was sent
             noted = [clip_id for clip_id, fact in facts.items() if fact.verdict == "accept" and fact.written]
             sound = in_sound_shards(context, noted) if noted else frozenset()
             for clip_id in set(noted) - sound:
@@ -105,7 +105,7 @@ def clips_before(context: RunContext, refs: Sequence[ClipRef], stage: Stage) -> 
     if stage == "download":
         untaught = [ref for ref in refs if next_step(facts[ref.clip_id]) == "teach"]
         sizes = context.store.sizes_of([frames_name(ref) for ref in untaught])
-        for ref, size in zip(untaught, sizes, strict=True):  # kept frames are of the whole picture
+        for ref, size in zip(untaught, sizes, strict=True):  # kept frames show the whole picture
             frames = size is not None and part_taken(read[ref.clip_id], context.policy) == WHOLE
             facts[ref.clip_id] = replace(facts[ref.clip_id], frames=frames)
         again = FailureCode.having(Trait.REFETCH) & set(context.settings.retry)
@@ -115,13 +115,13 @@ def clips_before(context: RunContext, refs: Sequence[ClipRef], stage: Stage) -> 
 
 
 def finished(context: RunContext, refs: Sequence[ClipRef]) -> bool:
-    """Whether the catalog says that nothing is left to do for any of these clips; looks at no file."""
+    """Whether nothing is left to do for these clips according to the catalog; checks no file."""
     known = _known(context, refs)
     return all(next_step(facts_of(context, each)) in ("done", "given up") for each in known.values())
 
 
 def facts_of(context: RunContext, known: Known) -> Facts:
-    """The facts as the catalog alone has them; it knows nothing of kept frames."""
+    """The facts according to the catalog alone, which does not record kept frames."""
     file = known.observation
     verdict = None if known.verdict is None else known.verdict.decision
     measured = file is not None and context.measured_as_asked(file)
@@ -149,10 +149,10 @@ def _known(context: RunContext, refs: Sequence[ClipRef]) -> dict[str, Known]:
 
 
 def _decision(context: RunContext, fact: Facts, found: Observations | None) -> Decision | None:
-    """What the policy says of measurements that were perhaps not judged yet."""
+    """The policy's decision on measurements that may not have been judged yet."""
     if fact.verdict is not None or found is None:
         return fact.verdict
     try:
         return judge(found, context.policy).decision
-    except Exception:  # the stage that judges finds the same error, and records it
+    except Exception:  # the judge stage meets the same error, and records it
         return None
