@@ -1,7 +1,7 @@
-"""What happened to each clip: the one memory of a run. `Catalog` is all that the rest of the package asks.
+"""What happened to each clip: the only memory of a run. The rest of the package uses `Catalog` alone.
 
-tables and migrations say what is stored, database connects, rows are the records, funnel counts them; leases and turns
-are what workers agree on.
+tables and migrations define what is stored, database connects, rows are the records, funnel counts them; leases and
+turns coordinate workers.
 """
 
 from curation.catalog.catalog import Catalog, forgotten_clip_digest, forgotten_digest

@@ -1,8 +1,8 @@
-"""What happened to each clip: the one memory of a run, which can be killed at any moment, resumed and asked.
+"""What happened to each clip: the only memory of a run. A run can be killed at any moment, resumed and inspected.
 
 SQLite in a work folder, or PostgreSQL by URL, with the same schema; any number of processes write at once.
 
-Never stored: a title, an uploader, a web address, an absolute path, a host name, or the words of a foreign tool.
+Never stored: a title, an uploader, a web address, an absolute path, a host name, or the messages of external tools.
 Never done here: judging, deleting a file, or deciding what to do next.
 
 Records of clips that the catalog does not hold (never registered, or forgotten while a worker was busy with them) are
@@ -61,24 +61,24 @@ from curation.failures import TRIES, FailureCode, Trait, UsageError
 from curation.files import sha256_json
 from curation.records import ClipRef, Verdict, VideoFile
 
-_TRY = ("clip_id", "stage", "worker", "started_at", "seconds", "code")  # what no two tries have in common
+_TRY = ("clip_id", "stage", "worker", "started_at", "seconds", "code")  # together unique to one attempt
 
 
 def forgotten_digest(platform: str, video_id: str) -> str:
-    """What is remembered of a forgotten video: SHA-256 of platform, newline, video id."""
+    """The hash kept of a forgotten video: SHA-256 of platform, newline, video id."""
     return hashlib.sha256(f"{platform}\n{video_id}".encode()).hexdigest()
 
 
 def forgotten_clip_digest(clip_id: str) -> str:
-    """What is remembered of each of its clips that the catalog held: SHA-256 of "clip", newline, clip id."""
+    """The hash kept of each of its clips that the catalog held: SHA-256 of "clip", newline, clip id."""
     return hashlib.sha256(f"clip\n{clip_id}".encode()).hexdigest()
 
 
 class Catalog(Leases, Turns):
-    """The catalog at an SQLAlchemy URL, `sqlite:///file` or `postgresql://...`; made or migrated when opened.
+    """The catalog at an SQLAlchemy URL, `sqlite:///file` or `postgresql://...`; created or migrated when opened.
 
-    Safe to share between threads, to pickle and to carry over a fork. Wherever clips are asked for, ClipRefs and
-    clip ids both do. Raises UsageError where the database cannot be opened, written, or is of a newer version.
+    Safe to share between threads, to pickle and to use after a fork. Arguments that name clips accept ClipRefs and
+    clip ids. Raises UsageError if the database cannot be opened or written, or is of a newer version.
     """
 
     def __init__(self, url: str) -> None:
@@ -91,7 +91,7 @@ class Catalog(Leases, Turns):
     # what a run writes
 
     def register(self, refs: Iterable[ClipRef]) -> frozenset[str]:
-        """Add clips, or take over a changed split; returns the ids of clips refused because they were forgotten."""
+        """Add clips, or update a changed split; return the ids of clips refused because they were forgotten."""
         refused: set[str] = set()
         unique = {ref.clip_id: ref for ref in refs}
         for chunk in chunks(sorted(unique)):
@@ -115,7 +115,7 @@ class Catalog(Leases, Turns):
         return {id_ for id_, digest in digests.items() if digest in gone}
 
     def record_video(self, video_key: str, file: VideoFile, path: str | PurePosixPath) -> bool:
-        """Note a verified download, `path` relative to the work folder; False if no clip of that video is held."""
+        """Record a verified download, `path` relative to the work folder; False if no clip of that video is held."""
         now = {"downloaded_at": time.time(), "present": True}
         row = asdict(file) | {"video_key": video_key, "path": _relative(path)} | now
 
@@ -131,25 +131,25 @@ class Catalog(Leases, Turns):
         return self._database.run(work, write=True)
 
     def record_evicted(self, video_keys: Iterable[str]) -> None:
-        """Note that the files of these videos were deleted to make room."""
+        """Record that the files of these videos were deleted to make room."""
         for chunk in chunks(sorted(set(video_keys))):
             gone = sa.update(videos).where(videos.c.video_key.in_(chunk)).values(present=False)
             self._database.run(partial(_execute, gone), write=True)
 
     def record_attempt(self, attempt: Attempt) -> frozenset[str]:
-        """Add one try to the history; see `record_attempts`."""
+        """Add one attempt to the history; see `record_attempts`."""
         return self.record_attempts([attempt])
 
     def record_attempts(self, tries: Iterable[Attempt]) -> frozenset[str]:
-        """Add tries to the history, in order. Recording the same try twice makes two.
+        """Add attempts to the history, in order. Recording the same attempt twice makes two.
 
-        A failure that is tried THRICE is transient until it is the clip's TRIES-th in that stage since that stage last
-        succeeded, or failed for good and was tried again all the same.
+        A failure with Trait.THRICE is transient until it is the clip's TRIES-th in that stage since the stage last
+        succeeded or last failed permanently.
         """
-        written: set[tuple[Any, ...]] = set()  # by an earlier call of `write`, of whose commit nothing is known
+        written: set[tuple[Any, ...]] = set()  # by an earlier call of `write` whose commit got no answer
 
         def write(connection: sa.Connection, rows: list[dict[str, Any]]) -> None:
-            if _try_key(rows[0]) in written:  # all rows of a transaction are there, or none is
+            if _try_key(rows[0]) in written:  # a transaction writes all of its rows or none
                 same = [attempts.c[name].is_not_distinct_from(rows[0][name]) for name in _TRY]
                 if connection.scalar(sa.select(sa.func.count()).where(*same)):
                     return
@@ -157,7 +157,7 @@ class Catalog(Leases, Turns):
             last = {(row["stage"], row["clip_id"]): row for row in rows}
             for stage in {stage for stage, _ in last}:
                 tried = attempts.c.clip_id.in_([clip_id for other, clip_id in last if other == stage])
-                # not UNRESOLVED, or SQLite would look for few clips among all failures of the stage
+                # not UNRESOLVED: for a few clips SQLite would then search all failures of the stage
                 earlier = sa.update(attempts).where(attempts.c.stage == stage, tried, attempts.c.unresolved)
                 connection.execute(earlier.values(unresolved=False))
             for row in rows:
@@ -170,7 +170,7 @@ class Catalog(Leases, Turns):
         return self._record(rows, write)
 
     def record_observations(self, files: Iterable[ObservationFile]) -> frozenset[str]:
-        """Note measurements, in place of earlier ones; verdicts on other measurements of the same clip are dropped."""
+        """Record measurements in place of earlier ones; delete verdicts on other measurements of the same clip."""
 
         def write(connection: sa.Connection, rows: list[dict[str, Any]]) -> None:
             self._database.upsert(connection, observations, rows)
@@ -184,10 +184,10 @@ class Catalog(Leases, Turns):
         return self._record(_last(rows, "clip_id"), write)
 
     def record_verdicts(self, judged: Iterable[Verdict], observation_sha256: Mapping[str, str]) -> frozenset[str]:
-        """Note verdicts, each on the measurements whose hash is given by clip id.
+        """Record verdicts, each on the measurements whose hash `observation_sha256` gives by clip id.
 
-        A verdict on measurements that are not the clip's current ones is left out like one on an unknown clip.
-        Figures that are not finite are not stored: JSON has no such number.
+        A verdict on measurements that are not the clip's current ones is left out, like one on an unknown clip.
+        Measured values that are not finite are not stored, because JSON has no such number.
         """
         outdated: set[str] = set()
 
@@ -218,20 +218,20 @@ class Catalog(Leases, Turns):
         return self._record(_last(rows, "clip_id", "policy_hash"), write) | outdated
 
     def record_outputs(self, written: Iterable[Output]) -> frozenset[str]:
-        """Note clips that are in finished shards; once per clip and provenance, a later record replaces."""
+        """Record clips that are in finished shards; a later record of the same clip and provenance replaces it."""
         now = time.time()
         rows = [asdict(output) | {"written_at": now} for output in written]
         rows = _last(rows, "clip_id", "provenance_hash")
         return self._record(rows, lambda connection, held: self._database.upsert(connection, outputs, held))
 
     def drop_outputs(self, of: Iterable[ClipRef | str], provenance_hash: str) -> None:
-        """Note that these clips are not in the shards of this provenance."""
+        """Record that these clips are not in the shards of this provenance."""
         for chunk in chunks(sorted(set(_ids(of)))):
             here = outputs.c.clip_id.in_(chunk) & (outputs.c.provenance_hash == provenance_hash)
             self._database.run(partial(sa.Connection.execute, statement=sa.delete(outputs).where(here)), write=True)
 
     def next_index_version(self, name: str, newest: int) -> int:
-        """A number over `newest` for a version of this data set's index; never given twice."""
+        """A number greater than `newest` for a version of this data set's index; never given twice."""
         last = index_versions.c.version
         insert = self._database.insert(index_versions).values(name=name, version=newest + 1)
         counted = insert.on_conflict_do_update(
@@ -240,9 +240,9 @@ class Catalog(Leases, Turns):
         return self._database.run(lambda connection: int(connection.scalars(counted.returning(last)).one()), write=True)
 
     def put_provenance(self, value: Mapping[str, Any]) -> str:
-        """Keep a JSON object of tools, models and parameters; returns its `sha256_json`.
+        """Store a JSON object of tools, models and parameters; return its `sha256_json`.
 
-        Raises ValueError if a string in it is an absolute path or a web address: those tell where, not what.
+        Raises ValueError if a string in it is an absolute path or a web address: provenance holds names and hashes.
         """
         _refuse_places(value)
         digest = sha256_json(value)
@@ -253,15 +253,15 @@ class Catalog(Leases, Turns):
     # what a run asks
 
     def refs(self, of: Iterable[ClipRef | str]) -> dict[str, ClipRef]:
-        """The registered ones of these clips, by id."""
+        """Those of these clips that are registered, by id."""
         return {row.clip_id: ref_of(row) for row in self._rows(clips, clips.c.clip_id, _ids(of))}
 
     def videos(self, video_keys: Iterable[str]) -> dict[str, StoredVideo]:
-        """The downloaded ones of these videos, by key, also those whose file was evicted."""
+        """Those of these videos that were downloaded, by key, evicted ones included."""
         return {row.video_key: video_of(row) for row in self._rows(videos, videos.c.video_key, video_keys)}
 
     def known(self, of: Iterable[ClipRef], policy_hash: str, provenance_hash: str) -> dict[str, Known]:
-        """All that matters for the next step of these clips, by id, read in one transaction."""
+        """Everything that decides the next step of these clips, by id, read in one transaction."""
         refs = {ref.clip_id: ref for ref in of}
 
         def work(connection: sa.Connection) -> dict[str, Known]:
@@ -297,10 +297,10 @@ class Catalog(Leases, Turns):
         return self._database.run(work)
 
     def finished_videos(self, policy_hash: str, provenance_hash: str | None, limit: int) -> list[StoredVideo]:
-        """At most `limit` videos that are here and needed no more, the oldest download first.
+        """At most `limit` videos that are present but no longer needed, the oldest download first.
 
-        All their clips are rejected, undecided although measured in full, accepted and written (with this provenance,
-        or any), or failed for good. A transient failure is not: another try will want the video.
+        Each of their clips is rejected, undecided after a full measurement, accepted and written (with this provenance,
+        or with any for None), or failed permanently. After a transient failure the next attempt needs the video.
         """
 
         def found(table: sa.Table, beside: sa.Table, *conditions: sa.ColumnElement[bool]) -> sa.Exists:
@@ -322,12 +322,12 @@ class Catalog(Leases, Turns):
         return [video_of(row) for row in self._all([asked.limit(limit)])]
 
     def present_bytes(self) -> int:
-        """How much the videos that are here take up."""
+        """Total size in bytes of the videos that are present."""
         asked = sa.select(sa.func.sum(videos.c.size_bytes)).where(PRESENT)
         return int(self._database.run(lambda connection: connection.scalar(asked)) or 0)
 
     def failures(self, of: Iterable[ClipRef | str] | None = None, *, code: FailureCode | None = None) -> list[Attempt]:
-        """For each clip and stage whose last try failed, that try; of all clips or these, of any code or one."""
+        """The last attempt of each clip and stage, if it failed; of all clips or these, with any code or one."""
         conditions = [UNRESOLVED, *([] if code is None else [attempts.c.code == code.value])]
         asked = [
             sa.select(attempts).where(*conditions, *([] if subset is None else [attempts.c.clip_id.in_(subset)]))
@@ -341,7 +341,7 @@ class Catalog(Leases, Turns):
         return {row.clip_id: ObservationFile(**row._mapping) for row in found}
 
     def observed(self, page: int = 1000) -> Iterator[list[ObservationFile]]:
-        """Pages of all measured clips in order of their ids, for judging a whole catalog anew."""
+        """Pages of all measured clips in order of their ids, for judging a whole catalog again."""
         after = ""
         while True:
             asked = sa.select(observations).where(observations.c.clip_id > after).order_by(observations.c.clip_id)
@@ -352,12 +352,12 @@ class Catalog(Leases, Turns):
             after = rows[-1].clip_id
 
     def verdicts(self, of: Iterable[ClipRef | str], policy_hash: str) -> dict[str, Verdict]:
-        """What the policy said of these clips' current measurements, by id."""
+        """The policy's verdicts on these clips' current measurements, by id."""
         found = self._rows(verdicts, verdicts.c.clip_id, _ids(of), verdicts.c.policy_hash == policy_hash)
         return {row.clip_id: verdict_of(row) for row in found}
 
     def outputs(self, of: Iterable[ClipRef | str], provenance_hash: str) -> dict[str, Output]:
-        """Where these clips lie in shards of this provenance, by id."""
+        """The records of these clips in shards of this provenance, by id."""
         found = self._rows(outputs, outputs.c.clip_id, _ids(of), outputs.c.provenance_hash == provenance_hash)
         return {row.clip_id: output_of(row) for row in found}
 
@@ -373,7 +373,7 @@ class Catalog(Leases, Turns):
         return frozenset(digests[row.digest] for row in gone)
 
     def forgotten_videos(self, video_keys: Iterable[str]) -> frozenset[str]:
-        """Those of these videos that were forgotten: a key is how the digest of its video begins."""
+        """Those of these videos that were forgotten: a video's key is the start of its digest."""
         keys = frozenset(video_keys)
         gone: set[str] = set()
         for chunk in chunks(sorted(keys)):
@@ -383,14 +383,14 @@ class Catalog(Leases, Turns):
         return keys & gone
 
     def provenance(self, digest: str) -> dict[str, Any] | None:
-        """The object kept under this hash."""
+        """The object stored under this hash."""
         asked = sa.select(provenance.c.value).where(provenance.c.hash == digest)
         return self._database.run(lambda connection: connection.scalar(asked))
 
     def funnel(
         self, of: Iterable[ClipRef | str] | None, policy_hash: str, provenance_hash: str | None = None
     ) -> Funnel:
-        """How far all clips, or these, got under a policy; shards of one provenance, or of any."""
+        """How far all clips, or these, got under a policy; in shards of one provenance, or of any for None."""
         subsets = list(_subsets(of))
 
         def work(connection: sa.Connection) -> Funnel:
@@ -402,7 +402,7 @@ class Catalog(Leases, Turns):
         return self._database.run(work)
 
     def clip(self, prefix: str) -> ClipHistory:
-        """Everything about the clip whose id starts with `prefix`; UsageError where that is no clip or several."""
+        """Everything about the clip whose id starts with `prefix`; UsageError if no clip does, or several do."""
         if not re.fullmatch("[0-9a-f]{1,16}", prefix):
             raise UsageError(f"{prefix!r} is not a clip id; give its 16 hexadecimal digits, or the first few of them.")
 
@@ -433,14 +433,14 @@ class Catalog(Leases, Turns):
 
         return self._database.run(work)
 
-    # what must go
+    # what is deleted
 
     def forget(self, targets: Iterable[ClipRef | str]) -> Forgotten:
         """Delete every trace of the videos named by ClipRef, video key or clip id, and refuse them from now on.
 
-        All clips of a video go with it. Only `forgotten_digest` stays, also of a ClipRef that was never registered, and
-        `forgotten_clip_digest`; of a key or id that the catalog does not hold nothing can be remembered. The database
-        file is rewritten, so that no deleted byte stays in it; backups are not reached.
+        All clips of a video are forgotten with it. Only `forgotten_digest`, also of a ClipRef that was never
+        registered, and `forgotten_clip_digest` stay; a key or id that the catalog does not hold leaves nothing. The
+        database file is rewritten so that it keeps no deleted byte; backups are out of reach.
         """
         asked = list(targets)
         named = {(target.platform, target.video_id) for target in asked if isinstance(target, ClipRef)}
@@ -449,7 +449,7 @@ class Catalog(Leases, Turns):
         video_keys: set[str] = set()
 
         def work(connection: sa.Connection) -> None:
-            # called again after a commit that was not answered, it finds nothing: what it found before must stay
+            # when called again after a commit without an answer, it finds nothing: keep what it found before
             self._lock_forgotten(connection, "ROW EXCLUSIVE")
             for chunk in chunks(sorted({target for target in asked if isinstance(target, str)})):
                 either = clips.c.clip_id.in_(chunk) | clips.c.video_key.in_(chunk)
@@ -472,7 +472,7 @@ class Catalog(Leases, Turns):
                 measured = sa.select(observations.c.path).where(observations.c.clip_id.in_(of_clip))
                 files.update(connection.scalars(measured))
                 connection.execute(sa.delete(videos).where(videos.c.video_key.in_(chunk)))
-                connection.execute(sa.delete(clips).where(of_video))  # everything of a clip goes with it
+                connection.execute(sa.delete(clips).where(of_video))  # the delete cascades to all other tables
 
         self._database.run(work, write=True)
         return Forgotten(
@@ -492,7 +492,7 @@ class Catalog(Leases, Turns):
         )
 
     def _all(self, asked: Sequence[sa.Select[Any]]) -> list[sa.Row[Any]]:
-        """The rows of several questions, asked in one transaction."""
+        """The rows of several queries, run in one transaction."""
         return self._database.run(
             lambda connection: [row for question in asked for row in connection.execute(question)]
         )
@@ -500,10 +500,10 @@ class Catalog(Leases, Turns):
     def _record(
         self, rows: Iterable[dict[str, Any]], write: Callable[[sa.Connection, list[dict[str, Any]]], object]
     ) -> frozenset[str]:
-        """Write rows of clips that the catalog holds; returns the ids of the others.
+        """Write rows of clips that the catalog holds; return the ids of the others.
 
-        Clips are locked, in order of their ids, until the transaction ends: what is being forgotten cannot come back,
-        and two writers cannot wait for each other.
+        Clips are locked in order of their ids until the transaction ends: a clip that is being forgotten cannot come
+        back, and two writers cannot deadlock.
         """
         left_out: set[str] = set()
         for chunk in chunks(sorted(rows, key=lambda row: row["clip_id"])):
@@ -524,13 +524,13 @@ class Catalog(Leases, Turns):
         return ids - held
 
     def _count_clips(self, connection: sa.Connection, video_keys: set[str]) -> None:
-        """Keep the number of clips beside each downloaded video, where all of them are counted fast."""
+        """Update the clip count in each downloaded video's row, so that the funnel counts all clips quickly."""
         number = sa.select(sa.func.count()).where(clips.c.video_key == videos.c.video_key).scalar_subquery()
         these = videos.c.video_key.in_(sorted(video_keys))
         connection.execute(sa.update(videos).where(these, videos.c.clips != number).values(clips=number))
 
     def _lock_forgotten(self, connection: sa.Connection, mode: str) -> None:
-        """Keep registering and forgetting apart; in SQLite writers are alone anyway."""
+        """Prevent registering and forgetting at the same time; SQLite has only one writer anyway."""
         if not self._database.is_sqlite:
             connection.exec_driver_sql(f"LOCK TABLE forgotten IN {mode} MODE")
 
@@ -548,12 +548,12 @@ def _all(connection: sa.Connection, statement: sa.Select[Any]) -> Sequence[sa.Ro
 
 
 def _keep(statement: sa.Select[Any]) -> sa.Select[Any]:
-    """Hold the selected rows against deletion until the transaction ends; says nothing to SQLite."""
+    """Lock the selected rows against deletion until the transaction ends; no effect in SQLite."""
     return statement.with_for_update(read=True)
 
 
 def _subsets(of: Iterable[ClipRef | str] | None) -> Iterable[Sequence[str] | None]:
-    """Clip ids in portions, each id once; for all clips the one portion None."""
+    """Clip ids in chunks, each id once; for all clips the single chunk None."""
     return [None] if of is None else chunks(sorted(set(_ids(of))))
 
 
@@ -562,12 +562,12 @@ def _ids(of: Iterable[ClipRef | str]) -> Iterator[str]:
 
 
 def _last(rows: Iterable[dict[str, Any]], *keys: str) -> list[dict[str, Any]]:
-    """The last of several rows with one key, so that a batch means the same as its rows one by one."""
+    """The last of all rows with the same key, so that a batch has the same effect as its rows one by one."""
     return list({tuple(row[key] for key in keys): row for row in rows}.values())
 
 
 def _count_repeated(connection: sa.Connection, rows: list[dict[str, Any]]) -> None:
-    """What may be chance is transient so many times in a row; then it is not, and the count begins anew."""
+    """Make a failure that is transient only a few times in a row permanent at its TRIES-th; the count starts again."""
     repeatable = FailureCode.having(Trait.THRICE)
     repeated = {row["clip_id"] for row in rows if row["code"] in repeatable}
     if not repeated:
@@ -596,7 +596,7 @@ def _count_repeated(connection: sa.Connection, rows: list[dict[str, Any]]) -> No
 def _relative(path: str | PurePosixPath) -> str:
     checked = PurePosixPath(path)
     if checked.is_absolute() or ".." in checked.parts or not checked.parts:
-        raise ValueError("the catalog keeps paths relative to the work folder")
+        raise ValueError("the catalog stores only paths relative to the work folder")
     return str(checked)
 
 
@@ -616,5 +616,5 @@ def _refuse_places(value: Any) -> None:
 
 @cache
 def _worker(pid: int) -> str:
-    """A name for this process that tells nothing about its host; asked by process id, as a fork copies the cache."""
+    """A name for this process that reveals nothing about its host; cached by process id, because a fork copies it."""
     return f"{secrets.token_hex(4)}/{pid}"

@@ -1,8 +1,8 @@
-"""Opens the catalog's database, SQLite or PostgreSQL, and hides what differs between the two.
+"""Opens the catalog's database, SQLite or PostgreSQL, and hides the differences between the two.
 
 Any number of processes write at once: every transaction is short, writers queue, and no connection outlives its
-transaction, so none is ever carried over a fork. A database that is away for a moment is waited for, and the whole
-transaction done again. Never knows what the tables mean.
+transaction, so none is ever shared after a fork. If the database is unavailable for a moment, this module waits and
+repeats the whole transaction. It does not know what the tables mean.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from curation.outages import wait_for
 
 SCHEMA = "0003"  # the newest migration; lets an up-to-date database open without loading alembic
 LOCK_TIMEOUT_S = 60.0
-_ROOM_BYTES = 2**16  # with less, SQLite can write nothing
+_ROOM_BYTES = 2**16  # with less free space, SQLite cannot write
 _MIGRATION_LOCK = 0x756E6973  # PostgreSQL advisory lock: "unis"
 _NAME = "The catalog's database"
-# A server that is gone without a word is noticed within a minute or so, and not after the hours that TCP allows.
+# Detect a server that disappears silently within about a minute, not after the hours that TCP allows.
 _NOTICE = {
     "connect_timeout": 10,
     "keepalives_idle": 30,
@@ -45,10 +45,10 @@ T = TypeVar("T")
 
 
 class Database:
-    """The database at an SQLAlchemy URL, `sqlite:///file` or `postgresql://...`; made or migrated when opened.
+    """The database at an SQLAlchemy URL, `sqlite:///file` or `postgresql://...`; created or migrated when opened.
 
-    Raises UsageError where it cannot be opened or written, or is of a newer version, and OutageError where it is away
-    for longer than it is waited for. Safe to carry over a fork.
+    Raises UsageError if it cannot be opened or written, or is of a newer version, and OutageError if it stays
+    unavailable for too long. Safe to use after a fork.
     """
 
     def __init__(self, url: str) -> None:
@@ -64,10 +64,10 @@ class Database:
         self._opened = True
 
     def run(self, work: Callable[[sa.Connection], T], *, write: bool = False) -> T:
-        """What `work` makes of a transaction on a connection of its own; a writer waits for its turn before it reads.
+        """The result of `work` in a transaction on its own connection; a writer waits for its turn before it reads.
 
-        If the database goes away, at any point, `work` is called again when it is back. So it may change nothing but
-        the database, and must bear being called again after a commit of which only the answer was lost.
+        If the database becomes unavailable at any point, `work` is called again when it is back. So `work` may change
+        only the database, and must be safe to repeat after a commit of which only the answer was lost.
         """
 
         def once() -> T:
@@ -78,8 +78,8 @@ class Database:
             return wait_for(_NAME, once, self._away)
         except DatabaseError as error:
             if type(error) in (OperationalError, DatabaseError) or _state(error) == _NOT_ALLOWED:
-                raise _refusal(error) from None  # the driver's own text names host and user
-            raise  # the others are defects of this program
+                raise _refusal(error) from None  # the driver's own message names host and user
+            raise  # other errors are bugs in this program
 
     @contextmanager
     def _transaction(self, write: bool) -> Iterator[sa.Connection]:
@@ -90,7 +90,7 @@ class Database:
             connection.commit()
 
     def _away(self, error: BaseException) -> str | None:
-        """Why the database is away, if this error says that it is and may be back soon."""
+        """Why the database is unavailable, if this error means that it may be back soon; else None."""
         if not isinstance(error, DBAPIError):
             return None
         if isinstance(error.orig, sqlite3.Error):
@@ -98,22 +98,23 @@ class Database:
         return _postgresql_away(error, self._opened)
 
     def _disk_full(self) -> bool:
-        """Whether SQLite's disk has no room: it then reports an I/O error, like one of a disk that is away."""
+        """Whether SQLite's disk is full: SQLite then reports an I/O error, as for an unavailable disk."""
         try:
             return shutil.disk_usage(Path(str(self._engine.url.database)).parent).free < _ROOM_BYTES
         except OSError:
             return False
 
     def now(self, connection: sa.Connection) -> float:
-        """Unix time by the one clock that all processes share: the server's, or for SQLite this machine's."""
+        """Unix time by the clock that all processes share: the server's, or for SQLite this machine's."""
         if self.is_sqlite:
             return time.time()
         return connection.scalar(sa.text("SELECT extract(epoch FROM clock_timestamp())::float8"))
 
     def advisory_lock(self, connection: sa.Connection, what: str, *, shared: bool = False) -> float:
-        """Wait until nobody else is doing `what`, and keep others from it until the transaction ends; the time then.
+        """Wait for the exclusive lock `what`, hold it until the transaction ends, and return the time it was granted.
 
-        shared: others may, if they say so too. In SQLite a writer is alone anyway. Take it before any row is locked.
+        shared: holders that all ask for a shared lock may hold it at once. No effect in SQLite, which has only one
+        writer. Take the lock before any row lock.
         """
         if not self.is_sqlite:
             key = int.from_bytes(hashlib.sha256(f"unish {what}".encode()).digest()[:8], signed=True)
@@ -122,7 +123,7 @@ class Database:
         return self.now(connection)
 
     def insert(self, table: sa.Table) -> sqlite.Insert | postgresql.Insert:
-        """An INSERT that knows ON CONFLICT."""
+        """An INSERT that supports ON CONFLICT."""
         return sqlite.insert(table) if self.is_sqlite else postgresql.insert(table)
 
     def upsert(
@@ -132,7 +133,7 @@ class Database:
         rows: list[dict[str, Any]],
         update: Sequence[str] | None = None,
     ) -> None:
-        """Insert; where the primary key is there, update all columns, or those named where they differ."""
+        """Insert rows; where the primary key exists, update all columns, or only those named, if one differs."""
         if not rows:
             return
         insert = self.insert(table)
@@ -149,7 +150,7 @@ class Database:
         connection.execute(statement, rows)
 
     def scrub(self) -> bool:
-        """Rewrite the database without deleted bytes; False if others kept it busy."""
+        """Rewrite the database without deleted bytes; False if other connections kept it busy."""
         try:
             with self._engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
                 if not self.is_sqlite:
@@ -162,7 +163,7 @@ class Database:
             return False
 
     def _use_wal(self) -> None:
-        """Readers beside a writer. The switch, once in a file's life, does not wait for its turn by itself."""
+        """Let readers run while a writer does. SQLite does not wait for locks at this switch, so this loop does."""
         deadline = time.monotonic() + LOCK_TIMEOUT_S
         while True:
             try:
@@ -183,17 +184,17 @@ class Database:
             version = connection.scalar(sa.text("SELECT version_num FROM alembic_version"))
         if version != SCHEMA:
             _upgrade(connection, version)
-        # changes nothing, but fails at once, and not after hours of work, where writing is not allowed
+        # changes nothing; on a read-only database it fails now, not after hours of work
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = version_num WHERE 1 = 0")
 
 
 def chunks(items: Sequence[T]) -> Iterator[Sequence[T]]:
-    """The items in portions that fit into a statement."""
+    """The items in chunks that fit into one statement."""
     return (items[first : first + _CHUNK] for first in range(0, len(items), _CHUNK))
 
 
 def _engine(url: str) -> sa.Engine:
-    """An engine without a pool: a connection kept open would be shared after a fork, which SQLite does not survive."""
+    """An engine without a pool: SQLite does not allow a connection that is shared after a fork."""
     try:
         parsed = sa.make_url(url)
         if parsed.drivername in ("postgresql", "postgres"):
@@ -201,39 +202,39 @@ def _engine(url: str) -> sa.Engine:
         arguments: dict[str, Any] = {}
         if parsed.get_backend_name() == "sqlite":
             if parsed.database in (None, "", ":memory:"):
-                raise UsageError("The catalog cannot live in memory; give a file, as in sqlite:///out/catalog.sqlite.")
+                raise UsageError("The catalog cannot be in memory; give a file, such as sqlite:///out/catalog.sqlite.")
             arguments["timeout"] = LOCK_TIMEOUT_S
             if not parsed.database.startswith("file:"):
                 Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
         elif parsed.get_backend_name() != "postgresql":
-            raise UsageError("The catalog is kept in SQLite or PostgreSQL; give a sqlite:/// or postgresql:// URL.")
+            raise UsageError("The catalog must be SQLite or PostgreSQL; give a sqlite:/// or postgresql:// URL.")
         else:
             arguments = {name: value for name, value in _NOTICE.items() if name not in parsed.query}
         engine = sa.create_engine(
             parsed, poolclass=NullPool, connect_args=arguments, hide_parameters=True, json_serializer=_json
         )
-    except (ArgumentError, ValueError):  # their texts quote the URL, a password with an @ or a colon in it too
+    except (ArgumentError, ValueError):  # their messages quote the URL, with a password that has an @ or a colon in it
         raise UsageError(
-            "The catalog URL is not one; give sqlite:///file or postgresql://user@host/name, and write %40 for an @, "
+            "The catalog URL is not valid; give sqlite:///file or postgresql://user@host/name, and write %40 for an @, "
             "%3A for a colon and %2F for a slash in a password."
         ) from None
     except (ModuleNotFoundError, NoSuchModuleError) as error:
         raise UsageError("PostgreSQL needs its driver: pip install 'unish[postgres]'.") from error
     except OSError as error:
-        raise UsageError("The catalog's folder cannot be made; choose another --out.") from error
+        raise UsageError("The catalog's folder cannot be created; choose another --out.") from error
     sqlite_ = engine.dialect.name == "sqlite"
     sa.event.listen(engine, "connect", _configure_sqlite if sqlite_ else _configure_postgresql)
     return engine
 
 
 def _configure_sqlite(connection: Any, _: object) -> None:
-    connection.isolation_level = None  # the driver would begin transactions by itself, too late for a writer
+    connection.isolation_level = None  # else the driver begins transactions itself, too late for a writer
     connection.execute("PRAGMA foreign_keys=ON")
     connection.execute("PRAGMA synchronous=NORMAL")
 
 
 def _configure_postgresql(connection: Any, _: object) -> None:
-    # A machine that vanishes in the middle of a transaction would keep all others waiting for hours.
+    # Otherwise a machine that disappears during a transaction keeps all others waiting for hours.
     connection.execute(f"SET idle_in_transaction_session_timeout = '{LOCK_TIMEOUT_S:.0f}s'")
     connection.commit()
 
@@ -256,38 +257,38 @@ def _upgrade(connection: sa.Connection, version: str | None) -> None:
 def _sqlite_away(error: sqlite3.Error, opened: bool) -> str | None:
     code = (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL):
-        return "another process has held it for too long; if it stays so, end that one"
+        return "another process has locked it for too long; if this lasts, end that process"
     if code == sqlite3.SQLITE_IOERR:
-        return "its disk does not answer"
+        return "its disk does not respond"
     if code == sqlite3.SQLITE_CANTOPEN and opened:
-        return "its file cannot be opened now"
+        return "its file cannot be opened at the moment"
     return None
 
 
-# By SQLSTATE, or its class of two characters. Others are not for waiting: a wrong password stays wrong.
+# Keys are SQLSTATEs, or their two-character classes. Waiting helps with no others: a wrong password stays wrong.
 _PASSING = {
     "08": "the connection broke",
-    "57P01": "it shuts down",
+    "57P01": "it is shutting down",
     "57P02": "it crashed",
     "57P03": "it is starting up or shutting down",
-    "57P05": "it closed a connection that was idle",
-    "25P03": "it closed a transaction that stood still",
+    "57P05": "it closed an idle connection",
+    "25P03": "it ended an idle transaction",
     "53200": "it is out of memory",
     "53300": "it has too many connections",
-    "58": "its disk does not answer",
-    "40": "two transactions were in each other's way",
+    "58": "its disk does not respond",
+    "40": "two transactions were in conflict",
 }
-# What libpq and the server say before there is a connection: then there is no SQLSTATE, only a text.
+# Messages of libpq and the server before a connection exists: there is no SQLSTATE then, only text.
 _SAID = {
     "refused": "it refuses connections",
     "starting up": "it is starting up",
-    "shutting down": "it shuts down",
-    "recovery mode": "it recovers from a crash",
+    "shutting down": "it is shutting down",
+    "recovery mode": "it is recovering from a crash",
     "accepting connections": "it accepts no connections",
     "too many": "it has too many connections",
     "connection slots": "it has too many connections",
-    "timeout": "it does not answer in time",
-    "timed out": "it does not answer in time",
+    "timeout": "it does not respond in time",
+    "timed out": "it does not respond in time",
 }
 _NO_SUCH_HOST = "failed to resolve host"
 _WRONG_OPTION = (
@@ -319,38 +320,38 @@ def _postgresql_away(error: DBAPIError, opened: bool) -> str | None:
     state, said = _state(error), str(error.orig).lower()
     if state is not None:
         if state == _READ_ONLY and opened:
-            return "it may only be read now"  # another server takes over
+            return "it is read-only at the moment"  # during a failover
         return _PASSING.get(state) or _PASSING.get(state[:2])
     if not isinstance(error, OperationalError) and not error.connection_invalidated:
         return None
-    if _NO_SUCH_HOST in said:  # names, too, come and go with the servers of a cluster
-        return "its name is not known now" if opened or "temporary" in said else None
+    if _NO_SUCH_HOST in said:  # in a cluster, host names come and go with their servers
+        return "its host name cannot be resolved at the moment" if opened or "temporary" in said else None
     if any(sign in said for sign in _SET_UP):
         return None
     return next((reason for sign, reason in _SAID.items() if sign in said), "the connection broke")
 
 
 def _refusal(error: DatabaseError) -> UsageError | OutageError:
-    """What is wrong, in words of our own: the driver's name the host, the user and the path."""
+    """The error with a message of our own, because the driver's message names host, user and path."""
     said = str(error.orig).lower()
     if any(sign in said for sign in ("is full", "no space left", "disk i/o error")):
-        return OutageError("The catalog's disk has no room; free some space and run again: what is done is kept.")
+        return OutageError("The catalog's disk is full; free some space and run again: what is done is kept.")
     for sign, advice in (
         ("readonly", "it is read-only; make the file and its folder writable, or choose another --out"),
-        ("read-only", "it is read-only; give a user and a server that may write"),
+        ("read-only", "it is read-only; use a server that accepts writes and a user with write access"),
         ("unable to open", "its file cannot be opened; check that the folder exists and is writable"),
-        ("not a database", "the file is something else; move it away, or choose another --out"),
+        ("not a database", "the file is not a database; move it away, or choose another --out"),
         ("malformed", "the file is damaged; restore it from a backup, or move it away and run again"),
-        (_NO_SUCH_HOST, "its host is not known; correct the name in the URL"),
-        *((sign, "an option of the connection is wrong; correct it in the URL") for sign in _WRONG_OPTION),
+        (_NO_SUCH_HOST, "its host name is unknown; correct it in the URL"),
+        *((sign, "a connection option is wrong; correct it in the URL") for sign in _WRONG_OPTION),
         ("password", "the user or the password is wrong; correct them, in the URL or where libpq looks for them"),
-        ("authentication", "the server does not let this user in; correct the user or the server's rules"),
-        ("pg_hba", "the server does not let this user in from here; correct the server's rules"),
-        ("does not exist", "there is no such database or user; make it, or correct the URL"),
-        ("support ssl", "an encrypted connection cannot be made; correct sslmode or the certificates"),
-        ("certificate", "an encrypted connection cannot be made; correct sslmode or the certificates"),
-        ("permission denied", "this user may not use it; give the user its rights"),
-        ("no schema", "this user may make tables in no schema; give the user its rights, or set search_path"),
+        ("authentication", "the server rejects this user; correct the user or the server's rules"),
+        ("pg_hba", "the server rejects this user from this machine; correct the server's rules"),
+        ("does not exist", "there is no such database or user; create it, or correct the URL"),
+        ("support ssl", "an encrypted connection is not possible; correct sslmode or the certificates"),
+        ("certificate", "an encrypted connection is not possible; correct sslmode or the certificates"),
+        ("permission denied", "this user lacks permissions; grant them"),
+        ("no schema", "this user may not create tables in any schema; grant that permission, or set search_path"),
     ):
         if sign in said:
             return UsageError(f"The catalog cannot be used: {advice}.")
@@ -359,5 +360,5 @@ def _refusal(error: DatabaseError) -> UsageError | OutageError:
 
 
 def _json(value: Any) -> str:
-    """The very text that `sha256_json` hashes."""
+    """Exactly the text that `sha256_json` hashes."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)

@@ -1,6 +1,6 @@
-"""How many clips got how far: the questions that count, quick also where there are a million clips.
+"""How many clips got how far: the counting queries, fast even with a million clips.
 
-All clips are counted by the database, in indexes that hold nothing but what is counted; a portion of them here.
+For all clips the database counts, with indexes that cover the queries; for a chunk of clips this module counts.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Funnel:
 
     failed: (stage, code) -> clips whose last attempt at that stage failed. rejected_by, unknown_by: first reason ->
     clips. datasets: provenance hash -> sharded clips. A run adds: shards, the files that hold its clips; folder, where
-    they are, for people; postponed, platform -> seconds, from when this was counted, for which it is not asked again.
+    they are, for display; postponed, blocked platform -> seconds, from the time of counting, until its breaker lapses.
     """
 
     clips: int
@@ -41,7 +41,7 @@ class Funnel:
 
     @property
     def failed_by_code(self) -> dict[str, int]:
-        """Failure code -> clips, whatever the stage; at most all clips."""
+        """Failure code -> clips, over all stages; at most the number of all clips."""
         summed: Counter[str] = Counter()
         for (_, code), number in self.failed.items():
             summed[code] += number
@@ -49,7 +49,7 @@ class Funnel:
 
     @property
     def pending(self) -> int:
-        """Clips of which nothing is known yet."""
+        """Number of clips about which nothing is known yet."""
         return max(0, self.clips - self.observed - sum(self.failed_by_code.values()))
 
     def table(self) -> list[dict[str, Any]]:
@@ -70,7 +70,7 @@ class Funnel:
 
 
 class FunnelCounter:
-    """Counts all clips, or one portion after another, under a policy; shards of one provenance, or of any."""
+    """Counts all clips, or chunk after chunk, under a policy; in shards of one provenance, or of any for None."""
 
     def __init__(self, policy_hash: str, provenance_hash: str | None) -> None:
         self._policy = verdicts.c.policy_hash == policy_hash
@@ -81,7 +81,7 @@ class FunnelCounter:
         self._datasets: Counter[tuple[Any, ...]] = Counter()
 
     def add(self, connection: sa.Connection, subset: Sequence[str] | None) -> None:
-        """Count these clips, none of which was counted before; None is all clips."""
+        """Count these clips, all of them new to this counter; None means all clips."""
         count = sa.func.count()
         if subset is None:
             downloaded = sa.select(sa.func.sum(videos.c.clips))
@@ -96,7 +96,7 @@ class FunnelCounter:
             self._total[name] += int(connection.scalar(question) or 0)
         datasets = _grouped(connection, subset, outputs, ["provenance_hash"], *self._dataset)
         self._datasets += datasets
-        if len(datasets) < 2:  # each clip is in a data set once
+        if len(datasets) < 2:  # a clip is in one data set only once
             self._total["sharded"] += sum(datasets.values())
         else:
             each = sa.select(sa.func.count(outputs.c.clip_id.distinct())).where(*_within(outputs, subset))
@@ -105,7 +105,7 @@ class FunnelCounter:
         self._failed += _grouped(connection, subset, attempts, ["stage", "code"], UNRESOLVED)
 
     def counts(self) -> Funnel:
-        """What was counted."""
+        """The counts so far."""
         reasons: dict[str, dict[str, int]] = {"accept": {}, "reject": {}, "unknown": {}}
         for (decision, reason), number in self._decisions.items():
             reasons[decision][reason or ""] = number
@@ -135,10 +135,10 @@ def _grouped(
     names: Sequence[str],
     *conditions: sa.ColumnElement[bool],
 ) -> Counter[tuple[Any, ...]]:
-    """How many rows have which values in the named columns.
+    """The number of rows for each combination of values in the named columns.
 
-    A portion is counted here: asked to group it, SQLite would walk the index that is in the order of the groups, that
-    is the whole catalog, for each portion.
+    A chunk is counted here: to group it, SQLite would scan the index in group order, which covers the whole catalog,
+    for each chunk.
     """
     columns = [table.c[name] for name in names]
     if subset is None:

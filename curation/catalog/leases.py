@@ -1,7 +1,7 @@
-"""Leases: which worker has which piece of work, so that any number of them, on any machine, share one list.
+"""Leases: which worker holds which piece of work, so that any number of workers, on any machine, share one list.
 
-A lease is held until a moment by the database's clock. A worker that lives extends its leases; what a dead worker held
-lapses, and the next one takes it. Never known here: what the names stand for, or how work is cut into pieces.
+A lease ends at a time of the database's clock. A live worker extends its leases; those of a dead worker lapse, and
+another worker takes them. Unknown here: what the names stand for, and how work is divided.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ KEPT_S = 24 * 3600.0  # how long a lapsed lease is still shown
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """Who holds what, and for how many seconds more; negative if it lapsed that long ago."""
+    """A name, its owner, and the seconds until the lease lapses; negative if it has lapsed."""
 
     name: str
     owner: str
@@ -28,19 +28,19 @@ class Lease:
 
 
 class Leases:
-    """The part of a Catalog that hands out work. Names and owners are opaque; neither tells a host or a path."""
+    """The part of a Catalog that distributes work. Names and owners are opaque and reveal no host or path."""
 
     _database: Database
 
     def claim(self, names: Iterable[str], owner: str, seconds: float) -> frozenset[str]:
-        """Take those of the names that are free, lapsed, or this owner's already; they are its own for `seconds`."""
+        """Lease to this owner, for `seconds`, those names that are free, lapsed or already its own; return them."""
         won: set[str] = set()
         for chunk in chunks(sorted(set(names))):
             won |= self._database.run(partial(self._claim, chunk, owner, seconds), write=True)
         return frozenset(won)
 
     def _claim(self, names: Sequence[str], owner: str, seconds: float, connection: sa.Connection) -> set[str]:
-        # one at a time: two who want the same names in another order cannot wait for each other
+        # one at a time: two workers that claim the same names in different order must not deadlock
         now = self._database.advisory_lock(connection, "leases")
         rows = [{"name": name, "owner": owner, "expires_at": now + seconds} for name in names]
         insert = self._database.insert(leases).values(rows)
@@ -54,7 +54,7 @@ class Leases:
         return won
 
     def extend(self, owner: str, seconds: float) -> frozenset[str]:
-        """Hold all that this owner has for `seconds` from now, lapsed or not, but not what others took; the names."""
+        """Extend all leases of this owner, lapsed or not, to `seconds` from now; return the names that are its own."""
 
         def work(connection: sa.Connection) -> frozenset[str]:
             until = self._database.advisory_lock(connection, "leases") + seconds
@@ -64,12 +64,12 @@ class Leases:
         return self._database.run(work, write=True)
 
     def holds(self, owner: str, name: str) -> bool:
-        """Whether this name is still the owner's, lapsed or not: nobody has taken it."""
+        """Whether this name is still the owner's, lapsed or not: no other worker has taken it."""
         asked = sa.select(sa.func.count()).where(leases.c.owner == owner, leases.c.name == name)
         return bool(self._database.run(lambda connection: connection.scalar(asked)))
 
     def release(self, owner: str, names: Iterable[str] | None = None) -> None:
-        """Give back these, or all, of this owner's leases; what others hold stays theirs."""
+        """Release these, or all, of this owner's leases; those of other owners stay."""
         given = [None] if names is None else chunks(sorted(set(names)))
         for chunk in given:
             these = [] if chunk is None else [leases.c.name.in_(chunk)]
@@ -81,7 +81,7 @@ class Leases:
         connection.execute(mine)
 
     def leases(self) -> list[Lease]:
-        """All leases by name, also those that lapsed within the last day."""
+        """All leases, sorted by name, including those that lapsed within the last day."""
 
         def work(connection: sa.Connection) -> list[Lease]:
             now = self._database.now(connection)

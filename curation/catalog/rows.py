@@ -17,7 +17,7 @@ Kind = Literal["full", "keyframes"]
 
 @dataclass(frozen=True, slots=True)
 class StoredVideo:
-    """A downloaded video. `path` is relative to the work folder; the file may be gone again (`present` is False)."""
+    """A downloaded video. `path` is relative to the work folder; `present` is False once the file was evicted."""
 
     video_key: str
     path: str
@@ -39,10 +39,10 @@ class StoredVideo:
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One try of one stage on one clip; `code` is None for a success. `started_at` is Unix time.
+    """One attempt of one stage on one clip; `code` is None for a success. `started_at` is Unix time.
 
-    `message` must be safe to keep: no title, name, address or path. `worker` and `transient` are filled in by the
-    catalog; a failure is transient where another try may succeed without anyone doing anything.
+    `message` must be safe to store: no title, name, address or path. The catalog fills in `worker` and `transient`; a
+    failure is transient if a later attempt may succeed without any intervention.
     """
 
     clip_id: str
@@ -57,7 +57,7 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class ObservationFile:
-    """Where a clip's measurements lie: `path` relative to the work folder, of a full pass or of key frames only."""
+    """The file of a clip's measurements: `path` relative to the work folder; of a full pass, or of key frames only."""
 
     clip_id: str
     kind: Kind
@@ -69,7 +69,7 @@ class ObservationFile:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """A clip that is in the data set of this provenance, with so many frames. Where it lies, its index tells."""
+    """A clip in the data set of this provenance, and its number of frames. The index knows its shard."""
 
     clip_id: str
     provenance_hash: str
@@ -78,7 +78,7 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What the catalog holds of one clip that matters for its next step, under one policy and for one data set.
+    """What the catalog knows about one clip that decides its next step, under one policy and for one data set.
 
     failures: for each stage whose last attempt failed, that attempt.
     """
@@ -104,11 +104,10 @@ class ClipHistory:
 
 @dataclass(frozen=True, slots=True)
 class Forgotten:
-    """What to do on disk after videos were forgotten; all paths are relative to the work folder.
+    """What to delete from disk after videos were forgotten; all paths are relative to the work folder.
 
-    files: to delete. clip_ids: to take out of every data set and whatever else was derived from them. scrubbed: False
-    if a busy reader kept the deleted bytes in the database file; forgetting again (anything, also the same) scrubs
-    again.
+    files: to delete. clip_ids: to remove from every data set and from all other derived files. scrubbed: False if a
+    reader kept the deleted bytes in the database file; forgetting again (the same or other clips) scrubs again.
     """
 
     video_keys: tuple[str, ...]

@@ -1,6 +1,6 @@
-"""The catalog's tables, for SQLite and PostgreSQL alike; `migrations/` makes them.
+"""The catalog's tables, the same for SQLite and PostgreSQL; `migrations/` creates them.
 
-Times are Unix seconds. Nothing here may hold a title, an uploader, a web address, an absolute path or a host name.
+Times are Unix seconds. No column may hold a title, an uploader, a web address, an absolute path or a host name.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ videos = sa.Table(
     sa.Column("duration_s", sa.Double, nullable=False),
     sa.Column("downloaded_at", sa.Double, nullable=False),
     sa.Column("present", sa.Boolean, nullable=False),
-    sa.Column("clips", sa.Integer, nullable=False, server_default="0"),  # how many there are of this video
+    sa.Column("clips", sa.Integer, nullable=False, server_default="0"),  # number of clips of this video
     sa.Index("ix_videos_clips", "clips"),
 )
 PRESENT = videos.c.present.is_(sa.true())
@@ -57,7 +57,7 @@ sa.Index(
     videos.c.downloaded_at,
     videos.c.video_key,
     videos.c.size_bytes,
-    videos.c.present,  # or SQLite would look at the rows all the same
+    videos.c.present,  # without it SQLite would also read the rows
     sqlite_where=PRESENT,
     postgresql_where=PRESENT,
 )
@@ -74,7 +74,7 @@ attempts = sa.Table(
     sa.Column("started_at", sa.Double, nullable=False),
     sa.Column("seconds", sa.Double, nullable=False),
     sa.Column("worker", sa.Text, nullable=False),
-    # a failure, and no later try of this stage on this clip
+    # a failure, with no later attempt of this stage on this clip
     sa.Column("unresolved", sa.Boolean, nullable=False, server_default=sa.false()),
     sa.Index("ix_attempts_clip", "clip_id", "stage", "id"),
 )
@@ -84,7 +84,7 @@ sa.Index(
     attempts.c.stage,
     attempts.c.code,
     attempts.c.clip_id,
-    attempts.c.unresolved,  # or SQLite would look at the rows all the same
+    attempts.c.unresolved,  # without it SQLite would also read the rows
     sqlite_where=UNRESOLVED,
     postgresql_where=UNRESOLVED,
 )
@@ -138,7 +138,7 @@ forgotten = sa.Table(
     sa.Column("forgotten_at", sa.Double, nullable=False),
 )
 
-index_versions = sa.Table(  # the last number given to a version of a data set's index
+index_versions = sa.Table(  # the last version number of each data set's index
     "index_versions",
     metadata,
     sa.Column("name", sa.Text, primary_key=True),
@@ -163,7 +163,7 @@ turns = sa.Table(
     sa.Index("ix_turns_at", "service", "session", "at"),
 )
 
-breakers = sa.Table(  # the open ones; `probing`: lapsed, and one worker is trying until `until`
+breakers = sa.Table(  # not yet closed; `probing`: it lapsed, and one worker tries the service until `until`
     "breakers",
     metadata,
     sa.Column("service", sa.Text, primary_key=True),

@@ -1,8 +1,8 @@
 """Turns and circuit breakers: how all workers together stay polite to a service.
 
-A worker asks for a turn before it asks the service, and waits until its turn comes. When the service says no, a breaker
-opens for everybody; after a while one worker may try whether it closes. All times are Unix seconds of the database's
-clock. Never done here: sleeping, or deciding what an answer of the service means.
+A worker takes a turn and waits for it before it sends a request. When the service refuses a request, a breaker opens
+for all workers; when the breaker lapses, one worker may test the service. All times are Unix seconds of the database's
+clock. Never done here: sleeping, or deciding what a response of the service means.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from curation.catalog.tables import breakers, turns
 from curation.failures import FailureCode
 
 HOUR_S = 3600.0
-PROBE_S = 600.0  # how long one worker may find out whether the service answers again, before another one may
+PROBE_S = 600.0  # how long one worker may test the service before another one may
 LADDER_S = (0.25 * HOUR_S, HOUR_S, 4 * HOUR_S, 12 * HOUR_S)  # by consecutive blocks
-LONGEST_S = 7 * 24 * HOUR_S  # what a service may ask for at most
+LONGEST_S = 7 * 24 * HOUR_S  # the longest block that a service may ask for
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """When to go. `until` is the Unix time reserved, by the database's clock, and `wait_s` how far off it is.
+    """When to send a request. `until` is the reserved Unix time by the database's clock, `wait_s` the time until then.
 
-    With `blocked`, nothing was reserved, and `until` is when asking again makes sense.
+    If `blocked` is set, nothing was reserved, and `until` is when to take a turn again.
     """
 
     wait_s: float
@@ -36,9 +36,9 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A service that must be left alone until that Unix time of the database's clock, and what it said.
+    """A service that must not be asked before `until`, a Unix time of the database's clock, and why.
 
-    left_s: how long that was off when it was asked; what a worker goes by, whose own clock may be wrong.
+    left_s: the time until then when this was read; workers use it, because their own clocks may be wrong.
     """
 
     service: str
@@ -49,20 +49,20 @@ class Block:
 
 
 class Turns:
-    """The part of a Catalog that keeps workers polite. A session is whatever the service counts by; it is opaque."""
+    """The part of a Catalog that keeps workers polite. A session is the unit the service counts by; it is opaque."""
 
     _database: Database
 
     def take_turn(
         self, service: str, session: str, *, per_hour: int, pause_s: float, patience_s: float = 900.0
     ) -> Turn:
-        """Reserve the next time that is `pause_s` after the last and leaves at most `per_hour` (0: any) in each hour.
+        """Reserve the next time that is `pause_s` after the last and keeps each hour to `per_hour` turns (0: no limit).
 
-        blocked: the breaker's code while it is open; once it lapsed, one caller gets a turn to try, and the others wait
-        for what it finds, or 10 minutes. RATE_LIMITED where the wait would be longer than `patience_s`.
+        blocked: the breaker's code while it is open. When it lapses, one caller gets a turn to test the service; the
+        others wait for the result, for up to 10 minutes. RATE_LIMITED if the wait would exceed `patience_s`.
         """
         mine = _of(turns, service, session)
-        reserved: list[Turn] = []  # by an earlier call of `work`, of whose commit nothing is known
+        reserved: list[Turn] = []  # by an earlier call of `work` whose commit got no answer
 
         def work(connection: sa.Connection) -> Turn:
             now = self._database.advisory_lock(connection, f"turns\n{service}\n{session}")
@@ -91,13 +91,14 @@ class Turns:
         return self._database.run(work, write=True)
 
     def block(self, service: str, session: str, code: FailureCode, retry_after_s: float | None) -> float:
-        """Open the breaker for 15 min, 1 h, 4 h, 12 h by consecutive blocks, or what was asked for, up to a week.
+        """Open the breaker for 15 min, 1 h, 4 h, 12 h by consecutive blocks, or as long as asked, up to a week.
 
-        The first in a row that says how long is believed, also if that is short; a second one is not.
-        Where it is open already, another block counts as the same one, and can only lengthen it. Returns its end.
+        The first block in a row lasts as long as the service asks, even if that is short; later ones last at least
+        their step. While the breaker is open, another block counts as the same one and can only extend it. Returns its
+        end.
         """
         asked_s = min(retry_after_s or 0.0, LONGEST_S)
-        opened: list[tuple[float, int]] = []  # by an earlier call of `work`, of whose commit nothing is known
+        opened: list[tuple[float, int]] = []  # by an earlier call of `work` whose commit got no answer
 
         def work(connection: sa.Connection) -> float:
             now = self._database.advisory_lock(connection, f"turns\n{service}\n{session}")
@@ -119,7 +120,7 @@ class Turns:
         return self._database.run(work, write=True)
 
     def unblock(self, service: str, session: str, *, force: bool = False) -> None:
-        """The service answered as it should: the breaker closes, and the next block is a first one again.
+        """The service responded normally: close the breaker; the next block is a first one again.
 
         A success reported while the breaker is open belongs to a request sent earlier; it is ignored unless `force`.
         """
@@ -134,7 +135,7 @@ class Turns:
         self._database.run(work, write=True)
 
     def blocks(self) -> list[Block]:
-        """The services that must be left alone now, also while one worker is trying."""
+        """The services that must not be asked now, including those that one worker is testing."""
 
         def work(connection: sa.Connection) -> list[Block]:
             now = self._database.now(connection)

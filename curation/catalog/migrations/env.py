@@ -1,4 +1,4 @@
-"""Runs the migrations in the transaction that `curation.catalog.database` has opened; there is no other way in."""
+"""Runs the migrations in the transaction that `curation.catalog.database` has opened; nothing else runs them."""
 
 from alembic import context
 

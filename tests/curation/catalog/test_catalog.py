@@ -555,19 +555,19 @@ def test_what_is_no_usable_database_is_named_in_a_sentence(tmp_path: Path, monke
     (tmp_path / "folder").mkdir()
     for url, says in {
         f"sqlite:///file:{path}?mode=ro&uri=true": "read-only",
-        f"sqlite:///{tmp_path / 'text'}": "something else",
+        f"sqlite:///{tmp_path / 'text'}": "not a database",
         f"sqlite:///{tmp_path / 'folder'}": "cannot be opened",
-        f"sqlite:///{tmp_path / 'text' / 'catalog.sqlite'}": "folder cannot be made",
+        f"sqlite:///{tmp_path / 'text' / 'catalog.sqlite'}": "folder cannot be created",
         "sqlite://": "in memory",
         "mysql://localhost/x": "SQLite or PostgreSQL",
-        "catalog.sqlite": "not one",
+        "catalog.sqlite": "not valid",
     }.items():
         with pytest.raises(UsageError, match=says):
             Catalog(url)
     catalog = Catalog(f"sqlite:///{path}")
     writer = sqlite3.connect(path, isolation_level=None)
     writer.execute("BEGIN IMMEDIATE")
-    with pytest.raises(OutageError, match="held it for too long"), patience(0.3):
+    with pytest.raises(OutageError, match="locked it for too long"), patience(0.3):
         catalog.register([ref(1)])
     assert catalog.refs([ref(1)]) == {}, "readers do not wait for a writer"
     writer.close()

@@ -19,7 +19,7 @@ def _of_provenance(primary_key: bool = False) -> sa.Column[str]:
 
 
 def upgrade() -> None:
-    """Make every table and index."""
+    """Create every table and index."""
     op.create_table(
         "clips",
         sa.Column("clip_id", ID, primary_key=True),

@@ -8,7 +8,7 @@ down_revision = "0001"
 
 
 def upgrade() -> None:
-    """Add tables and columns, and fill the columns from the rows that are there."""
+    """Add tables and columns, and fill the columns from the existing rows."""
     op.create_table(
         "leases",
         sa.Column("name", sa.Text, primary_key=True),

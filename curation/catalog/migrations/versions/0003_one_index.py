@@ -1,4 +1,4 @@
-"""Where a clip lies is told by the index of its data set alone; the catalog numbers the versions of that index."""
+"""The index of a data set alone knows where a clip is stored; the catalog numbers the versions of that index."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -8,7 +8,7 @@ down_revision = "0002"
 
 
 def upgrade() -> None:
-    """Drop what the index holds too, and add the table of version numbers."""
+    """Drop columns that repeat the index, and add the table of version numbers."""
     op.create_table(
         "index_versions",
         sa.Column("name", sa.Text, primary_key=True),
