@@ -1,17 +1,17 @@
-"""Which clip lies in which file: the only place of the package that opens, locks, renames or deletes files.
+"""Which clip is in which file: the only module of the package that opens, locks, renames or deletes files.
 
-The shard files are the truth, and a file is never changed: what loses clips is written anew under another name. An
-index is a summary that saves reading every footer and holds the hashes. Each change creates the next version of it
-under `.index/`, with a name that must not exist yet; the change happens at that moment. A writer that is not the first,
-or finds a higher version, has worked from an old index: it reads again and starts over. So a writer that was stopped
-for hours and wakes when its lock has gone to others undoes nothing. Readers take the highest version; index.parquet is
-a copy of it for other tools, replaced last.
+The shard files are the truth, and a file is never changed: to remove clips, the rest is written to a file with a new
+name. The index is a summary that holds the hashes and saves reading every footer. Each change creates the index's next
+version under `.index/`, with a name that must not exist yet; the change takes effect at that moment. A writer that is
+not the first, or finds a higher version, worked from an old index: it reads again and starts over. So a writer that was
+stopped for hours, and lost its lock meanwhile, undoes nothing when it continues. Readers take the highest version;
+index.parquet is a copy of it for other tools, replaced last.
 
-A file is deleted only when a version that counts has retired its name, and a retired name is never given again: a file
-with the same clips gets another one. So whoever deletes, however late, deletes nothing that a later version names.
+A file is deleted only after a valid version has retired its name, and a retired name is never reused: a file with the
+same clips gets a new name. So a deletion, however late, never deletes a file that a later version names.
 
-Whatever a crash left, on either side of the new version, is found and put right by the next `commit`. A clip exists
-once in a folder: where two files hold it, the one written last keeps it.
+The next `commit` finds and repairs whatever a crash left, before or after the new version. A clip exists once in a
+folder: if two files hold it, the one written last keeps it.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from curation.files import atomic_path, fsync, sha256_file, sha256_json
 from curation.shards.schema import SCHEMA_VERSION, VERSION_KEY, ShardError, check_schema
 
 INDEX_NAME = "index.parquet"
-VERSIONS = ".index"  # the folder of the index's versions; other tools pass by names that begin with a dot
+VERSIONS = ".index"  # the folder of the index's versions; other tools ignore names that begin with a dot
 REBUILD = "rebuild the index with: curation verify --repair"
 _VERSION = re.compile(r"(\d{8})\.parquet")
-_SHARD = re.compile(r"shard-[^/\\\0]*\.parquet")  # those of shard_paths, and nothing that leads out of the folder
+_SHARD = re.compile(r"shard-[^/\\\0]*\.parquet")  # the names of shard_paths; no path that leaves the folder
 _RETIRED_KEY = b"unish:retired"
-_LOCK_TIMEOUT_S = 600.0  # many writers may stand in line
-LOCK_LEASE_S = 30.0  # without a sign of life for so long, a writer that holds the folder is gone around
-_PATIENCE = 5  # times an index is looked for again while a version of it is listed that is not there
-# What reading damaged Parquet raises, or the use of what was read: the last two for missing keys and values.
+_LOCK_TIMEOUT_S = 600.0  # many writers may queue
+LOCK_LEASE_S = 30.0  # a lock holder that shows no sign of life for this long loses the lock to another writer
+_PATIENCE = 5  # attempts to read the index while a listed version does not exist
+# Errors from reading damaged Parquet or using its contents: the last two for missing keys and values.
 _DAMAGE = (pa.ArrowException, OSError, ValueError, LookupError, TypeError)
-_COLUMNS = pa.schema(  # those of ClipEntry in its order, then those of its shard
+_COLUMNS = pa.schema(  # the fields of ClipEntry in order, then those of its shard
     [
         ("clip_id", pa.string()),
         ("split", pa.string()),
@@ -63,7 +63,7 @@ _COLUMNS = pa.schema(  # those of ClipEntry in its order, then those of its shar
 
 @dataclass(frozen=True, slots=True)
 class ClipEntry:
-    """Where one clip lies: `row_groups` row groups of `file` from `row_group` on, `frames` rows in all."""
+    """The location of one clip: `row_groups` row groups of `file` from `row_group` on, `frames` rows in total."""
 
     clip_id: str
     split: str | None
@@ -75,7 +75,7 @@ class ClipEntry:
 
 @dataclass(frozen=True, slots=True)
 class ShardEntry:
-    """One shard file, its name within the folder, and its clips in the order they lie in it."""
+    """One shard file, by its name within the folder, and its clips in file order."""
 
     file: str
     sha256: str
@@ -89,14 +89,14 @@ def shard_paths(folder: Path) -> list[Path]:
 
 
 def _check_names(names: Iterable[object], path: Path) -> None:
-    """Raise ShardError unless all are names of shards within a folder: an index may come from anybody."""
+    """Raise ShardError unless all are names of shards within a folder: an index may come from an untrusted source."""
     for name in names:
         if not isinstance(name, str) or not _SHARD.fullmatch(name):
             raise ShardError(f"{path} names a file that cannot be a shard, {str(name)[:100]!r}; {REBUILD}.")
 
 
 def open_shard(path: Path) -> pq.ParquetFile:
-    """A memory-mapped shard of the version this program reads. Raises ShardError if it is missing or something else."""
+    """A memory-mapped shard of the version this program reads. Raises ShardError if the file is missing or not one."""
     with reading(path):
         shard = pq.ParquetFile(path, memory_map=True)
         check_schema(shard.schema_arrow, shard.metadata.metadata or {}, str(path))
@@ -105,7 +105,7 @@ def open_shard(path: Path) -> pq.ParquetFile:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Raise ShardError for whatever the libraries raise over a shard that is missing, or damaged, where it is read."""
+    """Turn the libraries' errors for a missing or damaged shard into ShardError."""
     try:
         yield
     except FileNotFoundError as error:
@@ -115,7 +115,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def _lacking(path: Path) -> ShardError:
-    return ShardError(f"{path} is missing; if it was replaced, open the folder anew; or restore it, or {REBUILD}.")
+    return ShardError(f"{path} is missing; if it was replaced, open the folder again; else restore it, or {REBUILD}.")
 
 
 def check_file(folder: Path, shard: ShardEntry) -> None:
@@ -124,11 +124,11 @@ def check_file(folder: Path, shard: ShardEntry) -> None:
     if not path.exists():
         raise _lacking(path)
     if path.stat().st_size != shard.size_bytes:
-        raise ShardError(f"{path} is not the file its index describes; open the folder anew, or {REBUILD}.")
+        raise ShardError(f"{path} is not the file its index describes; open the folder again, or {REBUILD}.")
 
 
 def read_index(folder: Path) -> tuple[ShardEntry, ...]:
-    """All shards of a folder, by file name. Raises ShardError if the index is missing or not one."""
+    """All shards of a folder, by file name. Raises ShardError if the index is missing or not valid."""
     return ShardFolder(folder).index().entries()
 
 
@@ -136,7 +136,7 @@ def read_index(folder: Path) -> tuple[ShardEntry, ...]:
 class Index:
     """One version of an index: a row for each clip, and the names of all files that were ever deleted.
 
-    sound: whether the highest version says so; else that one is damaged, and this is what could be read in its place.
+    sound: whether this is the highest version; if not, that one is damaged, and this is the newest readable one.
     """
 
     version: int
@@ -146,15 +146,15 @@ class Index:
 
     @staticmethod
     def empty(version: int = 0) -> Index:
-        """An index of nothing."""
+        """An index without clips."""
         return Index(version, _COLUMNS.empty_table())
 
     @staticmethod
     def newest(versions: Callable[[], list[int]], fetch: Callable[[str], Path]) -> Index:
-        """The highest version that can be read, else what is in index.parquet. Raises ShardError if there is neither.
+        """The highest version that can be read, else index.parquet. Raises ShardError if neither can be read.
 
         Its number is that of the highest version, readable or not.
-        fetch: gives the path of a file by its name in the folder; of nothing if there is none.
+        fetch: returns the path of a file by its name in the folder; the path does not exist if the file does not.
         """
         listed: list[int] = []
         unchanged = 0
@@ -170,8 +170,8 @@ class Index:
                     return replace(index, version=numbers[0], sound=number == numbers[0])
                 except FileNotFoundError:
                     if unchanged < _PATIENCE:
-                        break  # a writer went on, and dropped what was listed
-                    fault = fault or ShardError(f"{path} is listed and cannot be opened; {REBUILD}.")
+                        break  # a writer made another version, and deleted the listed one
+                    fault = fault or ShardError(f"{path} is listed but cannot be opened; {REBUILD}.")
                 except ShardError as error:
                     fault = fault or error
             else:
@@ -185,7 +185,7 @@ class Index:
 
     @staticmethod
     def read(path: Path, version: int) -> Index:
-        """The index in this file. Raises FileNotFoundError, or ShardError if it is not one."""
+        """The index in this file. Raises FileNotFoundError, or ShardError if it is not an index."""
         try:
             with pq.ParquetFile(path, page_checksum_verification=True) as file:
                 table = file.read()
@@ -210,17 +210,17 @@ class Index:
         return tuple(ShardEntry(*shard, tuple(entries)) for shard, entries in sorted(clips.items()))
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of each file that it names."""
+        """Size in bytes of each file that it names."""
         files = self.table.select(["file", "size_bytes"]).group_by("file").aggregate([("size_bytes", "max")])
         return dict(zip(files["file"].to_pylist(), files["size_bytes_max"].to_pylist(), strict=True))
 
     def rows(self, column: str, values: Iterable[str], *, others: bool = False) -> Index:
-        """Only the clips whose `column` is, or with `others` is not, one of these values."""
+        """The index of only those clips whose `column` is, or with `others` is not, one of these values."""
         found = pc.is_in(self.table[column], pa.array(sorted(values), pa.string()))
         return replace(self, table=self.table.filter(pc.invert(found) if others else found))
 
     def with_entries(self, entries: Iterable[ShardEntry]) -> Index:
-        """With these shards too, in order of their names."""
+        """The index with these shards added, sorted by file name."""
         rows = [
             (*(getattr(clip, name) for name in ClipEntry.__slots__), entry.sha256, entry.size_bytes)
             for entry in entries
@@ -239,24 +239,24 @@ class Index:
 
 
 def index_versions(names: Iterable[str]) -> list[int]:
-    """The versions among the files of the folder VERSIONS."""
+    """The version numbers among these names of files in the folder VERSIONS."""
     return [int(match[1]) for name in names if (match := _VERSION.fullmatch(name))]
 
 
 def version_name(number: int) -> str:
-    """The name of a version below the folder of shards."""
+    """The name of a version's file below the folder of shards."""
     return f"{VERSIONS}/{number:08d}.parquet"
 
 
 def unused_name(name: str, retired: frozenset[str]) -> str:
-    """This name of a shard or, where it is retired, the first one made from it that is not."""
+    """This shard name or, if it is retired, the first name derived from it that is not."""
     while name in retired:
         name = f"shard-{sha256_json(name)[:16]}.parquet"
     return name
 
 
 def rename_retired(folder: Path, entry: ShardEntry, retired: frozenset[str]) -> ShardEntry:
-    """The same file under a name that is not retired, if it has one that is."""
+    """Rename the file if its name is retired, and return its entry."""
     name = unused_name(entry.file, retired)
     if name == entry.file:
         return entry
@@ -265,9 +265,9 @@ def rename_retired(folder: Path, entry: ShardEntry, retired: frozenset[str]) -> 
 
 
 def scan_shard(path: Path, name: str | None = None) -> ShardEntry:
-    """What the index says of a file (to be called `name`), read from the file: hash, size, clips by row group.
+    """The index entry of a file (to be named `name`), read from the file: hash, size, clips by row group.
 
-    Raises ShardError unless every clip has row groups of its own, one after the other.
+    Raises ShardError unless every clip has its own consecutive row groups.
     """
     shard, name = open_shard(path), name or path.name
     _check_names([name], path)
@@ -279,7 +279,7 @@ def scan_shard(path: Path, name: str | None = None) -> ShardEntry:
         clip = clips.get(clip_id, ClipEntry(clip_id, split, name, group, 0, 0))
         if len(rows["clip_id"].unique()) > 1 or clip.row_group + clip.row_groups != group:
             raise ShardError(
-                f"{path} mixes clips in its row groups; write it anew with curation.shards.writer.write_shards."
+                f"{path} mixes clips in its row groups; write it again with curation.shards.writer.write_shards."
             )
         clips[clip_id] = replace(clip, row_groups=clip.row_groups + 1, frames=clip.frames + rows.num_rows)
     return ShardEntry(name, sha256_file(path), path.stat().st_size, tuple(clips.values()))
@@ -287,7 +287,7 @@ def scan_shard(path: Path, name: str | None = None) -> ShardEntry:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock; waits for whoever holds it. Who dies gives it up; who stands still is gone around."""
+    """Hold the folder's lock; waits for other holders. A dead or stopped holder loses the lock."""
     from curation.locks import hold  # POSIX only; reading shards works without it
 
     if not folder.is_dir():
@@ -298,7 +298,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def staged(folder: Path) -> Iterator[Path]:
-    """A temporary file for a shard whose name is not yet known, locked while its writer lives, removed at the end."""
+    """A temporary file for a shard whose name is not yet known, locked while its writer lives and then removed."""
     import fcntl
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -312,15 +312,15 @@ def staged(folder: Path) -> Iterator[Path]:
 
 
 def publish(staging: Path, name: str) -> None:
-    """Give a staged file its final name, flushed to the disk, in place of any file of that name."""
+    """Flush a staged file to disk and give it its final name; replaces any file of that name."""
     with atomic_path(staging.parent / name) as beside:
         staging.replace(beside)
 
 
 class ShardFolder:
-    """A folder of shards on this disk, for `commit`: its files, its versions, and a lock to take turns.
+    """A folder of shards on this disk, for `commit`: its files, its index versions, and a lock for writers.
 
-    The lock saves work that would be done twice. Nothing rests on it: a stopped process may lose it and wake up.
+    The lock only avoids duplicate work. Correctness does not depend on it: a stopped process may lose it and continue.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -328,26 +328,26 @@ class ShardFolder:
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Take turns with other writers, and clean up what killed ones left."""
+        """Hold the lock against other writers, and delete unfinished files of killed writers."""
         with locked(self.folder):
             _sweep(self.folder)
             yield
 
     def files(self) -> dict[str, int]:
-        """Bytes of every shard, the one written last at the end."""
+        """Size in bytes of every shard, by name, in the order they were written."""
         found = []
         for path in shard_paths(self.folder):
-            with suppress(FileNotFoundError):  # another writer may delete beside us
+            with suppress(FileNotFoundError):  # another writer may delete it at the same time
                 status = path.stat()
                 found.append((status.st_mtime_ns, path.name, status.st_size))
         return {name: size for _, name, size in sorted(found)}
 
     def index(self) -> Index:
-        """The newest index. Raises ShardError if there is none that can be read."""
+        """The newest index. Raises ShardError if none can be read."""
         return Index.newest(self.versions, self.local)
 
     def put_aside_damaged(self, names: Iterable[str]) -> frozenset[str]:
-        """Rename those of these files that have no readable end, so that nobody reads them; returns the sound ones."""
+        """Rename those of these files whose footer is unreadable, so that no reader opens them; return the others."""
         sound = set()
         for name in names:
             try:
@@ -368,7 +368,7 @@ class ShardFolder:
         return newest + 1
 
     def create(self, index: Index) -> bool:
-        """Write a version of the index whose name must not exist yet; False if it does."""
+        """Write a version of the index under a name that must not exist yet; False if it exists."""
         target = self.folder / version_name(index.version)
         target.parent.mkdir(exist_ok=True)
         with staged(self.folder) as path:
@@ -383,27 +383,27 @@ class ShardFolder:
         return True
 
     def publish(self, index: Index) -> None:
-        """Make index.parquet the same as this version."""
+        """Replace index.parquet by this version."""
         with staged(self.folder) as path:
             index.write(path)
             publish(path, INDEX_NAME)
 
     def local(self, name: str) -> Path:
-        """A file, to be read here."""
+        """The path of a file, for reading on this disk."""
         return self.folder / name
 
     def publish_shard(self, name: str) -> None:
-        """Make public a file that was written here."""
+        """Publish a file that was written to this disk."""
 
     def delete(self, names: Iterable[str]) -> None:
-        """Take files away; what is not there is no error."""
+        """Delete files; a missing file is not an error."""
         for name in names:
             (self.folder / name).unlink(missing_ok=True)
 
     def published(self) -> bool:
         """Whether index.parquet is the newest version."""
         newest = max(self.versions(), default=0)
-        if not newest:  # a copy of a data set has nothing but index.parquet
+        if not newest:  # a copy of a data set has only index.parquet
             return True
         try:
             return (self.folder / version_name(newest)).read_bytes() == (self.folder / INDEX_NAME).read_bytes()
@@ -413,9 +413,9 @@ class ShardFolder:
 
 @dataclass(slots=True)
 class _Change:
-    """A new version of an index, and what is to be done once it counts.
+    """A new version of an index, and the work to do once it is valid.
 
-    found: the clips to be removed that were there. lost: clips just written that it does not name.
+    found: clips to be removed that existed. lost: clips just written that it does not name.
     doomed: files to delete, all of them retired in it.
     """
 
@@ -432,7 +432,7 @@ Gone = Callable[[frozenset[str]], frozenset[str]]  # clip ids -> those of them t
 
 
 def nobody(_: frozenset[str]) -> frozenset[str]:
-    """For folders without a catalog: none was forgotten."""
+    """The `gone` of folders without a catalog: no clip is forgotten."""
     return frozenset()
 
 
@@ -445,15 +445,15 @@ def commit(
     gone: Gone = nobody,
     trust_index: bool = True,
 ) -> frozenset[str]:
-    """Bring files and index into agreement, and return which clips of `remove` were there.
+    """Make files and index agree, and return which clips of `remove` existed.
 
     fresh: shards just written; their clips replace those of the same id in other files.
-    rewrite: writes a file with only the given clips of another one beside that; called for files that lose some.
-    gone: which of these clips were forgotten; asked of clips that no index names yet, which are then left out.
-    trust_index: False reads every file anew instead of believing the index where sizes agree, and takes back files that
-    it retired.
+    rewrite: writes a new file in the same folder with only the given clips of a file; called for files that lose some.
+    gone: which of these clips were forgotten; called for clips that no index names yet, and its clips are left out.
+    trust_index: False reads every file again instead of trusting the index where sizes agree, and restores files that
+    the index retired.
 
-    Raises ShardError, after all else is done, if somebody took a fresh shard away before it was in the index.
+    Raises ShardError, after everything else is done, if another process removed a fresh shard before it was indexed.
     """
     fresh = list(fresh)
     mine: set[str] = set()
@@ -465,31 +465,31 @@ def commit(
             except ShardError:
                 if place.versions() == before:
                     raise
-                continue  # whoever made another version may have deleted what was to be read
+                continue  # the writer of another version may have deleted a file this attempt needed
             number = change.index.version
             created = not change.needless and place.create(change.index)
             if change.needless or (
                 created and [version for version in place.versions() if version > change.base] == [number]
             ):
                 break
-            # Another version was made meanwhile. Of two writers that look after they wrote, one sees the other.
-            # Shards written for this one stay until the next one retires them: the other may have written the same.
+            # Another version was made meanwhile. Of two writers that check after writing, at least one sees the other.
+            # Shards written for this version stay until the next one retires them: the other writer may need them too.
             place.delete([version_name(number)] if created else [])
         place.delete(change.doomed)
         if not place.published() if change.needless else max(place.versions()) == number:
             place.publish(change.index)
-        # at once: an old version names clips that may have to go
+        # delete at once: an old version names clips that may be forgotten
         place.delete(version_name(old) for old in place.versions() if old < number)
     if change.lost:
         raise ShardError(
-            f"{', '.join(sorted(change.lost))}: taken out of {place.folder} by another process while it was written; "
-            "write it again if it is to stay."
+            f"{', '.join(sorted(change.lost))}: removed from {place.folder} by another process during the write; "
+            "write it again if you want to keep it."
         )
     return change.found
 
 
 def heal(place: ShardFolder, rewrite: Rewrite, gone: Gone) -> Index:
-    """The newest index, made to agree with the files if it does not; reads no more than names and sizes if it does."""
+    """The newest index, repaired if it disagrees with the files; if it agrees, reads only names and sizes."""
     index, files = newest_index(place), place.files()
     named = index.sizes()
     place.put_aside_damaged(name for name, size in files.items() if named.get(name) != size)
@@ -508,11 +508,11 @@ def _plan(
     trust_index: bool,
     mine: set[str],
 ) -> _Change:
-    """The next version, with its shards already written; `mine` collects their names over all attempts."""
+    """The next version; its shards are already written. `mine` collects their names over all attempts."""
     newest = newest_index(place)
     files = place.files()
     written = {entry.file: entry for entry in fresh if entry.file in files}
-    # Of an attempt that came too late, and no part of the folder: it was made from an old index.
+    # Shards of a failed attempt, made from an old index: not part of the folder.
     useless = mine - newest.sizes().keys()
     ignored = (useless | newest.retired if trust_index else useless) - written.keys()
     named = newest.sizes() if trust_index else {}
@@ -525,10 +525,10 @@ def _plan(
     ]
     ids = frozenset(clip.clip_id for entry in new for clip in entry.clips)
     remove |= gone(ids) if ids else frozenset()
-    # the files of the index whose clips are written anew, or go
+    # the indexed files that hold clips which are replaced or removed
     touched = {entry.file: entry for entry in known.rows("file", known.rows("clip_id", ids | remove).sizes()).entries()}
     order = {name: number for number, name in enumerate(files)}
-    # fresh ones beat all, then those written last
+    # fresh files win over all others, then the latest
     entries = sorted([*touched.values(), *new], key=lambda entry: (entry.file in written, order[entry.file]))
     owner = {clip.clip_id: entry.file for entry in entries for clip in entry.clips}
     kept, doomed = [], set(ignored & files.keys())
@@ -559,7 +559,7 @@ def _plan(
 
 
 def newest_index(place: ShardFolder) -> Index:
-    """The newest index of a folder; an empty one where it is missing or damaged."""
+    """The newest index of a folder; an empty one if it is missing or damaged."""
     try:
         return place.index()
     except ShardError:
@@ -573,21 +573,21 @@ def _link(path: Path, target: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
             raise
-        with target.open("xb") as copy, path.open("rb") as whole:  # a disk without links; a torn copy is passed over
+        with target.open("xb") as copy, path.open("rb") as whole:  # no hard links here; readers skip a partial copy
             shutil.copyfileobj(whole, copy)
             copy.flush()
             os.fsync(copy.fileno())
 
 
 def _sweep(folder: Path) -> None:
-    """Delete what killed writers left behind: it can be large, and it holds frames that may have to go.
+    """Delete unfinished files of killed writers: they can be large, and may hold frames of forgotten clips.
 
-    A living writer's file is locked from before its first byte until it has its final name.
+    A live writer's file is locked from before its first byte until it has its final name.
     """
     import fcntl
 
     for path in folder.glob(".*.parquet"):
-        with suppress(FileNotFoundError, BlockingIOError), path.open("r+b") as stream:  # NFS locks what may be written
+        with suppress(FileNotFoundError, BlockingIOError), path.open("r+b") as stream:  # NFS locks only writable files
             if os.fstat(stream.fileno()).st_size:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink()

@@ -1,7 +1,7 @@
-"""Windows of frames out of shards, decoded, without reading any other clip; and a check of everything a folder holds.
+"""Windows of decoded frames from shards, read without touching any other clip.
 
-A reader opens files when first asked for them, maps them into memory and keeps the most recent ones open. It may be
-pickled and forked into data-loading processes; give every thread its own. Nothing in here writes.
+A reader opens files on first use, maps them into memory and keeps the most recent ones open. It may be pickled and
+forked into data-loading processes; give every thread its own. Nothing here writes.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Window:
     human_mask: (N, H, W) bool.
     boxes: (N, 4) float32 xyxy pixels, NaN where not detected.  box_confidence: (N,) float32, NaN likewise.
     intrinsics: (N, 3, 3) float32, pixels, OpenCV camera (x right, y down, z forward), NaN where the teacher had none.
-    What the shard does not hold, or was not asked for, is None.
+    A field is None if the shard does not hold it or it was not requested.
     """
 
     clip_id: str
@@ -65,7 +65,7 @@ class Window:
     provenance: Mapping[str, Any]
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The arrays that are there, by name, as torch tensors that share their memory."""
+        """The arrays that are not None, by name, as torch tensors that share their memory."""
         import torch
 
         arrays = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -90,7 +90,7 @@ class ShardReader:
     def frames(
         self, clip_id: str, start: int = 0, stop: int | None = None, *, rgb: bool = True, depth: bool = True
     ) -> Window:
-        """Frames [start, stop) of a clip, stop None for its end, decoded; rgb and depth only if asked for.
+        """Decoded frames [start, stop) of a clip, stop None for its end; rgb and depth only if requested.
 
         Raises ShardError for an unknown clip, frames it does not have, and damaged data.
         """
@@ -125,13 +125,13 @@ class ShardReader:
         )
 
     def table(self, clip_id: str, start: int = 0, stop: int | None = None, *, without: Sequence[str] = ()) -> pa.Table:
-        """Frames [start, stop) of a clip as they are stored, with any further columns the file has, less `without`."""
+        """Frames [start, stop) of a clip as stored, with all columns of the file except `without`."""
         clip = self.clips.get(clip_id)
         if clip is None:
-            raise ShardError(f"Clip {clip_id} is not in {self.folder}; choose one of its index.")
+            raise ShardError(f"Clip {clip_id} is not in {self.folder}; choose one from its index.")
         stop = clip.frames if stop is None else stop
         if not 0 <= start < stop <= clip.frames:
-            raise ShardError(f"Clip {clip_id} has frames 0 to {clip.frames}; frames {start} to {stop} were asked for.")
+            raise ShardError(f"Clip {clip_id} has frames 0 to {clip.frames}; frames {start} to {stop} were requested.")
         shard = self._shard(clip).parquet
         groups, skipped, offset = [], 0, 0
         with reading(self.folder / clip.file):
@@ -150,7 +150,7 @@ class ShardReader:
 
 
 def _sound_index(folder: Path) -> tuple[ShardEntry, ...]:
-    """The shards of the newest index, all of which are there. Raises ShardError if one is not."""
+    """The shards of the newest index. Raises ShardError if one of their files is missing or has another size."""
     shards = read_index(folder)
     while True:
         try:
@@ -170,15 +170,15 @@ class _Open(NamedTuple):
 
 
 def open_clips(folder: Path, shard: ShardEntry) -> _Open:
-    """A shard file for reading, with the provenance of its clips. Raises ShardError where it is not the one indexed."""
-    check_file(folder, shard)  # or a shard rewritten since the index was read would give another clip's frames
+    """A shard file for reading, with the provenance of its clips. Raises ShardError if it is not the indexed file."""
+    check_file(folder, shard)  # a shard rewritten since the index was read would return another clip's frames
     parquet = open_shard(folder / shard.file)
     with reading(folder / shard.file):
         return _Open(parquet, json.loads(parquet.metadata.metadata.get(PROVENANCE_KEY, b"{}")))
 
 
 def depth_bounds(rows: pa.Table) -> DepthRange:
-    """The range of depth that the codes of a clip stand for."""
+    """The depth range of a clip's codes."""
     return DepthRange(rows["depth_log_min"][0].as_py(), rows["depth_log_max"][0].as_py())
 
 

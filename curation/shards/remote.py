@@ -1,4 +1,4 @@
-"""The shards of a data set behind a URL: written and rewritten on this disk, sent when whole, the index last."""
+"""The shards of a data set behind a URL: written and rewritten on this disk, uploaded when complete, the index last."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from curation.storage import Store
 
 T = TypeVar("T")
 
-_COPIED = re.compile(r"(\.)?(shard-[0-9a-f]{16})(?(1)\..+)\.parquet")  # a shard, or what a killed `pull` had of it
+_COPIED = re.compile(r"(\.)?(shard-[0-9a-f]{16})(?(1)\..+)\.parquet")  # a shard, or a partial copy by a killed `pull`
 
 
 class RemoteShardFolder(ShardFolder):
-    """A folder of a shared Store. `turn` gives a lock that all machines know, for as long as it is open.
+    """A folder of a shared Store. `turn` returns a context that holds a lock shared by all machines.
 
-    number: gives a number over that of the newest version, and never the same one twice; by the catalog, because not
-    every storage can create a file only if it does not exist.
+    number: returns a number greater than the newest version's, never the same one twice. The catalog provides it,
+    because not every storage can create a file only if it does not exist.
     """
 
     def __init__(
@@ -56,26 +56,26 @@ class RemoteShardFolder(ShardFolder):
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Take turns with writers of all machines."""
+        """Hold the lock against writers of all machines."""
         with self._turn():
             try:
                 yield
-            finally:  # a copy that stayed could later be taken for what is there by then
+            finally:  # a remaining copy could later be mistaken for the current file
                 for name in self._brought:
                     (self.folder / name).unlink(missing_ok=True)
                 self._brought.clear()
 
     def files(self) -> dict[str, int]:
-        """Bytes of every shard, by name."""
+        """Size in bytes of every shard, by name."""
         self._sizes = self._store.sizes(self._name)
         return {name: self._sizes[name] for name in sorted(self._sizes) if name.startswith("shard-")}
 
     def put_aside_damaged(self, names: Iterable[str]) -> frozenset[str]:
-        """Nothing: what is there was compared with what was sent."""
+        """Do nothing: every upload was compared with the original."""
         return frozenset(names)
 
     def index(self) -> Index:
-        """The newest index. Raises ShardError if there is none that can be read."""
+        """The newest index. Raises ShardError if none can be read."""
         return fetch_index(self._store, f"{self._name}/")
 
     def versions(self) -> list[int]:
@@ -83,15 +83,15 @@ class RemoteShardFolder(ShardFolder):
         return index_versions(self._store.sizes(f"{self._name}/{VERSIONS}"))
 
     def next_version(self, newest: int) -> int:
-        """A number for a version after the newest, given to nobody else."""
+        """A number for a version after the newest, given to no other writer."""
         return self._number(newest)
 
     def create(self, index: Index) -> bool:
-        """Send a version of the index that does not exist yet; False if it does."""
+        """Upload a version of the index under a name that must not exist yet; False if it exists."""
         return self._send_index(index, version_name(index.version), self._store.create)
 
     def publish(self, index: Index) -> None:
-        """Make index.parquet the same as this version."""
+        """Replace index.parquet by this version."""
         self._send_index(index, INDEX_NAME, self._store.put)
 
     def published(self) -> bool:
@@ -102,7 +102,7 @@ class RemoteShardFolder(ShardFolder):
             if names[0] == version_name(0):
                 return True
             version, copy = (scratch.get(f"{self._name}/{name}") for name in names)
-            with suppress(FileNotFoundError):  # who takes forgotten clips away may take the scratch folder too
+            with suppress(FileNotFoundError):  # a removal of forgotten clips may delete this scratch folder too
                 return version is not None and copy is not None and version.read_bytes() == copy.read_bytes()
             return False
 
@@ -116,22 +116,22 @@ class RemoteShardFolder(ShardFolder):
             self._store.path(name).unlink(missing_ok=True)
 
     def local(self, name: str) -> Path:
-        """A file, brought here; the path of nothing if there is none."""
+        """The path of a file after download; it does not exist if the file does not."""
         self._brought.add(name)
         return self._store.get(f"{self._name}/{name}", self._sizes.get(name)) or self.folder / name
 
     def publish_shard(self, name: str) -> None:
-        """Send what was written here."""
+        """Upload a file that was written to this disk."""
         self._brought.add(name)
         self._store.put(f"{self._name}/{name}")
 
     def delete(self, names: Iterable[str]) -> None:
-        """Take files away, here and there; what is not there is no error."""
+        """Delete files on this disk and behind the URL; a missing file is not an error."""
         self._store.drop([f"{self._name}/{name}" for name in names])
 
 
 def add_shards(place: RemoteShardFolder, staging: Path, entries: Iterable[ShardEntry], gone: Gone = nobody) -> None:
-    """Send shards that were written to `staging`, then the index. gone: as for `commit`."""
+    """Upload shards that were written to `staging`, then the index. gone: as for `commit`."""
     import fcntl
 
     place.folder.mkdir(parents=True, exist_ok=True)
@@ -139,17 +139,17 @@ def add_shards(place: RemoteShardFolder, staging: Path, entries: Iterable[ShardE
     entries = [rename_retired(staging, entry, retired) for entry in entries]
     for entry in entries:
         with (staging / entry.file).open("r+b") as living:
-            fcntl.flock(living, fcntl.LOCK_EX)  # who takes forgotten clips away spares it
+            fcntl.flock(living, fcntl.LOCK_EX)  # a removal of forgotten clips skips locked files
             path = (staging / entry.file).replace(place.folder / entry.file)
             place.publish_shard(entry.file)
-            path.unlink()  # what is there decides from now on: others may rewrite it
+            path.unlink()  # from now on the uploaded file counts: other workers may rewrite it
     commit(place, rewrite, fresh=entries, gone=gone)
 
 
 def fetch_index(store: Store, folder: str, missing: str = "There is no index.") -> Index:
     """The newest index of a folder (a name that ends with "/", or "") of a Store; leaves no copy on this disk.
 
-    Raises ShardError if there is none that can be read, with these words if there is none at all.
+    Raises ShardError if none can be read, with the message `missing` if there is none at all.
     """
     store.root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".index.", dir=store.root) as beside:
@@ -167,20 +167,20 @@ def fetch_index(store: Store, folder: str, missing: str = "There is no index.") 
 def pull(source: str, folder: Path, progress: Callable[[int, int], None] | None = None) -> tuple[ShardEntry, ...]:
     """Copy the data set behind an fsspec URL to a folder, each file checked against the index, the index last.
 
-    Shards that the data set no longer has go, also those of an earlier copy that was cut short; other files stay.
-    Raises ShardError where the index is missing, or a file is not the one that it describes.
+    Deletes shards that the data set no longer has, also those of an earlier incomplete copy; other files stay.
+    Raises ShardError if the index is missing, or a file is not the one it describes.
     """
     store = Store(folder, source)
     if (
         source.removeprefix("file://").startswith("/")
         and Path(source.removeprefix("file://")).resolve() == folder.resolve()
     ):
-        raise ShardError(f"{folder} is the data set itself; name another folder to copy it to.")
+        raise ShardError(f"{folder} is the data set itself; give another folder for the copy.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         earlier = {shard.file for shard in read_index(folder)}
     except FileExistsError as error:
-        raise ShardError(f"{folder} is a file; name a folder.") from error
+        raise ShardError(f"{folder} is a file; give a folder.") from error
     except ShardError:
         earlier = set()
     index = fetch_index(store, "", f"There is no data set at {source}; give the folder of shards that a run prints.")
@@ -192,11 +192,11 @@ def pull(source: str, folder: Path, progress: Callable[[int, int], None] | None 
         if path is None or sha256_file(path) != shard.sha256:
             if path is not None:
                 path.unlink()
-            raise ShardError(f"{shard.file} is not the file its index describes; run again when no run writes to it.")
+            raise ShardError(f"{shard.file} is not the file its index describes; try again when no run writes to it.")
         if progress is not None:
             progress(done, len(shards))
     named = {shard.file for shard in shards}
-    for path in folder.iterdir():  # taken out of the data set since an earlier copy, whole or cut short
+    for path in folder.iterdir():  # removed from the data set since an earlier, possibly incomplete copy
         ours = _COPIED.fullmatch(path.name)
         if path.name in earlier - named or (ours and f"{ours[2]}.parquet" not in named):
             path.unlink(missing_ok=True)

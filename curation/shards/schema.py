@@ -1,6 +1,6 @@
-"""The columns of a shard, version 2: names, types, units and frames, in one table the documentation is checked against.
+"""The columns of a shard, version 2: names, types, units and frames, in one table that a test compares with the docs.
 
-A file may carry further columns (ground truth of synthetic clips, say); readers ignore what they do not know.
+A file may have further columns (such as ground truth of synthetic clips); readers ignore columns they do not know.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PROVENANCE_KEY = b"unish:provenance"
 
 
 class ShardError(UsageError):
-    """A shard, its index or what should go into one is not as it must be; the text says what to do."""
+    """A shard, its index or data for it is missing or invalid; the message says what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,12 +99,12 @@ def check_schema(columns: pa.Schema, metadata: Mapping[bytes, bytes], name: str)
     """Raise ShardError unless `columns` and a file's key-value `metadata` are those of a shard of this version."""
     version = metadata.get(VERSION_KEY)
     if version is None:
-        raise ShardError(f"{name} carries no shard schema version; it is not a shard: move it out of the folder.")
+        raise ShardError(f"{name} has no shard schema version; it is not a shard: move it out of the folder.")
     if version != str(SCHEMA_VERSION).encode():
         raise ShardError(
             f"{name} has shard schema version {version.decode()}, this program reads version {SCHEMA_VERSION}; "
-            "use the release that wrote it, or write the shards anew."
+            "use the release that wrote it, or write the shards again."
         )
     for field in FIELDS:
         if field.name not in columns.names or columns.field(field.name).type != field.type:
-            raise ShardError(f"{name} has no column {field.name} of type {field.type}; write the shard anew.")
+            raise ShardError(f"{name} has no column {field.name} of type {field.type}; write the shard again.")

@@ -26,7 +26,7 @@ from curation.shards.schema import ShardError
 
 
 def verify(folder: Path, *, decode: bool = True) -> tuple[ShardEntry, ...]:
-    """Check every file of a folder against its index and hash and, with `decode`, every frame; returns the shards.
+    """Check every file of a folder against its index and hash and, with `decode`, every frame; return the shards.
 
     Raises one ShardError with a line for every problem found.
     """
@@ -43,11 +43,11 @@ def verify(folder: Path, *, decode: bool = True) -> tuple[ShardEntry, ...]:
             continue
         if found.sha256 != shard.sha256:
             problems.append(
-                f"{path} has SHA-256 {found.sha256}, its index says {shard.sha256}; restore the file or, if it "
+                f"{path} has SHA-256 {found.sha256}, but its index has {shard.sha256}; restore the file or, if it "
                 f"was replaced on purpose, {REBUILD}."
             )
         elif found != shard:
-            problems.append(f"{path} does not hold its clips where the index says; {REBUILD}.")
+            problems.append(f"{path} does not hold its clips at the positions in the index; {REBUILD}.")
         elif decode:
             problems += [f"{path}: {fault}" for fault in _faults(folder, shard)]
     if problems:
@@ -73,7 +73,7 @@ def _faults(folder: Path, shard: ShardEntry) -> Iterator[str]:
 
 
 def _fault(rows: pa.Table, provenance: Mapping[str, Any]) -> str | None:
-    """The first thing wrong with a clip's rows; None if all is as the schema says."""
+    """The first error in a clip's rows; None if they all match the schema."""
     height, width, key = (rows[name][0].as_py() for name in ("height", "width", "provenance"))
     for name in ("clip_id", "split", "width", "height", "stretch", "depth_log_min", "depth_log_max", "provenance"):
         if len(rows[name].unique()) != 1:
@@ -87,19 +87,19 @@ def _fault(rows: pa.Table, provenance: Mapping[str, Any]) -> str | None:
     if any(decode_jpeg(image).shape != (height, width, 3) for image in rows["jpeg"].to_pylist()):
         return f"a frame is not {width}x{height}."
     if rows["human_mask"].null_count not in (0, rows.num_rows):
-        return "some frames have a human mask and some have not."
+        return "some frames have a human mask and some do not."
     for mask in rows["human_mask"].drop_null().to_pylist():
         unpack_mask(mask, height, width)
     nulls = {rows[name].null_count for name in ("depth", "depth_log_min", "depth_log_max", "depth_valid")}
     if nulls == {rows.num_rows}:
         return None
     if nulls != {0}:
-        return "some frames have depth and some have not."
+        return "some frames have depth and some do not."
     levels = depth_bounds(rows).levels
     for blob, mask in zip(rows["depth"].to_pylist(), rows["depth_valid"].to_pylist(), strict=True):
         codes = decode_codes(blob, height, width)
         if codes.max() > levels:
-            return f"depth code {codes.max()} lies beyond the clip's {levels} levels."
+            return f"depth code {codes.max()} is beyond the clip's {levels} levels."
         if not np.array_equal(codes > 0, unpack_mask(mask, height, width)):
-            return "depth_valid is not where depth is."
+            return "depth_valid does not match depth."
     return None

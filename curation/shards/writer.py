@@ -1,6 +1,6 @@
-"""Clips into shards, and clips out of them again. The same clips in the same order give the same bytes.
+"""Writes clips into shards and removes them again. The same clips in the same order give the same bytes.
 
-"Same" holds for one version of pyarrow and blosc2: pyarrow's version stands in every file as Parquet's `created_by`.
+This holds for one version of pyarrow and blosc2: pyarrow's version is in every file, as Parquet's `created_by`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from curation.shards.schema import (
     check_schema,
 )
 
-# Generous: what a footer takes for one column of one row group, and for the schema with its documentation.
+# Generous: the footer's bytes for one column of one row group, and for the schema with its documentation.
 _COLUMN_BYTES = 256
 _SCHEMA_BYTES = 2**14
 
@@ -55,16 +55,16 @@ def write_shards(
 ) -> list[ShardEntry]:
     """Write clips, in the order given, into as many shards as needed, then the index. Holds one clip in memory.
 
-    A shard is closed before it would exceed `max_bytes`; only a clip that alone is larger gets a larger file.
-    Clips that the folder already holds are replaced. gone: which of these clips were forgotten, asked when all are
-    written; none of them stays. Raises ShardError for a sample that contradicts itself; shards
-    that were complete by then stay, and the next call adds them to the index.
+    A shard is closed before it would exceed `max_bytes`; only a single clip larger than that gets a larger file.
+    Clips that the folder already holds are replaced. gone: which of these clips were forgotten; called after all are
+    written, and its clips are removed. Raises ShardError for an inconsistent sample; shards that were complete by then
+    stay, and the next call adds them to the index.
     """
     return write_tables(map(encode_clip, samples), folder, max_bytes=max_bytes, gone=gone)
 
 
 def write_tables(clips: Iterable[pa.Table], folder: Path, *, max_bytes: int, gone: Gone = nobody) -> list[ShardEntry]:
-    """As write_shards, for clips already encoded by encode_clip, to which columns may have been added or filled in."""
+    """Like write_shards, for clips encoded by encode_clip, possibly with columns added or filled in."""
     entries: list[ShardEntry] = []
     tables = _checked(clips)
     table = next(tables, None)
@@ -80,12 +80,12 @@ def write_tables(clips: Iterable[pa.Table], folder: Path, *, max_bytes: int, gon
 
 
 def update_index(folder: Path, entries: Iterable[ShardEntry], gone: Gone = nobody) -> None:
-    """Add shards to the folder's index, with any complete shard a crash kept out of it. Safe to repeat."""
+    """Add shards to the folder's index, and any complete shard that a crash kept out of it. Safe to repeat."""
     commit(ShardFolder(folder), rewrite, fresh=entries, gone=gone)
 
 
 def rebuild_index(folder: Path) -> None:
-    """Make the index anew from the shard files, believing nothing else.
+    """Rebuild the index from the shard files alone.
 
     Raises ShardError for a folder with neither shards nor an index.
     """
@@ -94,23 +94,23 @@ def rebuild_index(folder: Path) -> None:
 
 
 def remove_clips(folder: Path, clip_ids: Iterable[str]) -> frozenset[str]:
-    """Take clips out of the folder for good; returns those that were there.
+    """Remove clips from the folder permanently; return those that existed.
 
-    What else their files hold is written to new files, and the old ones are deleted. Open readers hold the old bytes
-    until they close. After a crash, call it again. Raises ShardError for a folder with neither shards nor an index.
+    The other clips of their files are written to new files, and the old files are deleted. Open readers keep the old
+    bytes until they close. After a crash, call it again. Raises ShardError for a folder with neither shards nor index.
     """
     _exists(folder)
     return drop_clips(ShardFolder(folder), clip_ids)
 
 
 def _exists(folder: Path) -> None:
-    """Raise ShardError where a mistyped path would be made an empty data set."""
+    """Raise ShardError for a mistyped path, which would otherwise become an empty data set."""
     if not (shard_paths(folder) or (folder / INDEX_NAME).exists() or ShardFolder(folder).versions()):
-        raise ShardError(f"{folder} is not a folder of shards: it holds no shard and no index; check the path.")
+        raise ShardError(f"{folder} is not a folder of shards: it has no shard and no index; check the path.")
 
 
 def drop_clips(place: ShardFolder, clip_ids: Iterable[str]) -> frozenset[str]:
-    """`remove_clips`, wherever the folder is."""
+    """`remove_clips` for a folder on this disk or behind a URL."""
     return commit(place, rewrite, remove=frozenset(clip_ids))
 
 
@@ -170,7 +170,7 @@ def _check(sample: ClipSample) -> None:
     if not wrong and (shape := decode_jpeg(frames.jpeg[0]).shape) != (*size, 3):
         wrong = [f"its first JPEG has shape {shape}, not {(*size, 3)}"]
     if wrong:
-        raise ShardError(f"Clip {sample.clip_id} cannot go into a shard: {'; '.join(wrong)}. Make the sample anew.")
+        raise ShardError(f"Clip {sample.clip_id} cannot go into a shard: {'; '.join(wrong)}. Make the sample again.")
 
 
 def _rows_or_null(values: NDArray[np.float32]) -> list[list[float] | None]:
@@ -192,7 +192,7 @@ def _checked(clips: Iterable[pa.Table]) -> Iterator[pa.Table]:
         check_schema(table.schema, table.schema.metadata or {}, "A clip to be written")
         clip_id = table["clip_id"][0].as_py()
         if clip_id in seen:
-            raise ShardError(f"Clip {clip_id} was given twice; give every clip once.")
+            raise ShardError(f"Clip {clip_id} is given twice; give every clip once.")
         seen.add(clip_id)
         yield table
 
@@ -210,7 +210,7 @@ class _Shard:
         self._groups = 0
 
     def add(self, table: pa.Table) -> None:
-        """Append one clip in row groups of its own."""
+        """Append one clip in its own row groups."""
         self._writer.write_table(table.cast(self._schema), row_group_size=ROWS_PER_GROUP)
         key, record = _provenance_of(table)
         self._clips.append((table["clip_id"][0].as_py(), key))
@@ -218,16 +218,16 @@ class _Shard:
         self._groups += -(-table.num_rows // ROWS_PER_GROUP)
 
     def size_with(self, table: pa.Table) -> int:
-        """No less than the bytes the finished file would have after this clip too."""
+        """An upper bound for the finished file's bytes with this clip added."""
         groups = self._groups + -(-table.num_rows // ROWS_PER_GROUP)
         footer = _SCHEMA_BYTES + groups * len(table.schema) * _COLUMN_BYTES
         provenance = len(_provenance_json(self._provenance)) + len(table.schema.metadata[PROVENANCE_KEY])
         return self._sink.tell() + table.nbytes + provenance + footer
 
     def publish(self) -> ShardEntry:
-        """Finish the file and give it its final name, made from its clips and their provenance.
+        """Finish the file and give it its final name, derived from its clips and their provenance.
 
-        Where a file of that name was deleted from the folder, it gets another: whoever deletes may do so twice.
+        If that name is retired, the file gets another: a late deletion may delete the retired name again.
         """
         self._writer.add_key_value_metadata({PROVENANCE_KEY.decode(): _provenance_json(self._provenance)})
         self.close()
@@ -238,19 +238,19 @@ class _Shard:
         return entry
 
     def close(self) -> None:
-        """Close the file; again does nothing."""
+        """Close the file. Safe to repeat."""
         self._writer.close()
         self._sink.close()
 
 
 def _file_schema(schema: pa.Schema) -> pa.Schema:
-    """The schema that a file of these columns gets, the same whether they were just made or read from another shard."""
+    """The schema of a file with these columns, the same for new columns and for those read from another shard."""
     columns = [field.with_type(_plain(field.type)) for field in schema]
     return pa.schema(columns, {VERSION_KEY: SCHEMA.metadata[VERSION_KEY]})
 
 
 def _plain(kind: pa.DataType) -> pa.DataType:
-    """A type whose lists call their values "item", as Arrow does; read from Parquet, they are called "element"."""
+    """The type with list values named "item", as in Arrow; when read from Parquet, they are named "element"."""
     if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
         return kind
     value = kind.value_field.with_name("item").with_type(_plain(kind.value_type))
@@ -270,7 +270,7 @@ def _open(folder: Path, schema: pa.Schema) -> Iterator[_Shard]:
 
 
 def _options(schema: pa.Schema) -> dict[str, Any]:
-    """Everything that decides the bytes, pinned. Packed pixels do not compress again; all else does."""
+    """All writer options that affect the bytes, pinned. Packed pixels do not compress again; other columns do."""
     packed = {"jpeg", "depth"}
     leaves = [f"{f.name}.list.element" if pa.types.is_nested(f.type) else f.name for f in schema]
     return {
@@ -285,7 +285,7 @@ def _options(schema: pa.Schema) -> dict[str, Any]:
 
 
 def rewrite(path: Path, keep: frozenset[str]) -> ShardEntry:
-    """Write a shard beside this one that holds only the clips in `keep`."""
+    """Write a shard in the same folder with only the clips in `keep`."""
     source = open_shard(path)
     metadata = source.metadata.metadata
     with _open(path.parent, source.schema_arrow) as shard:
@@ -295,6 +295,6 @@ def rewrite(path: Path, keep: frozenset[str]) -> ShardEntry:
                 with reading(path):
                     table = source.read_row_groups(groups, use_threads=False).replace_schema_metadata(metadata)
                     table.validate(full=True)
-                    _provenance_of(table)  # is there
+                    _provenance_of(table)  # raises if it is missing
                 shard.add(table)
         return shard.publish()

@@ -376,7 +376,7 @@ def test_a_fresh_shard_that_somebody_took_away_is_no_success(make_clip, tmp_path
         update(folder, entries, gone)
 
     monkeypatch.setattr(writer, "update_index", taken)
-    with pytest.raises(ShardError, match=f"{make_clip(0).clip_id}: taken out of .* write it again"):
+    with pytest.raises(ShardError, match=f"{make_clip(0).clip_id}: removed from .* write it again"):
         write_shards([make_clip(0), make_clip(1)], tmp_path, max_bytes=1)
     assert clips_of(tmp_path) == {make_clip(1).clip_id}
     write_shards([make_clip(0)], tmp_path, max_bytes=1, gone=lambda ids: ids)  # forgotten: meant to be away
@@ -427,7 +427,7 @@ def test_a_version_that_is_listed_and_not_there_is_passed_over(make_clip, tmp_pa
     newest.symlink_to("nowhere")
     assert read_index(tmp_path) == whole, "from index.parquet"
     (tmp_path / INDEX_NAME).unlink()
-    with pytest.raises(ShardError, match="listed and cannot be opened; rebuild the index"):
+    with pytest.raises(ShardError, match="listed but cannot be opened; rebuild the index"):
         read_index(tmp_path)
     rebuild_index(tmp_path)
     assert verify(tmp_path) == whole

@@ -133,7 +133,7 @@ def test_a_shard_rewritten_under_an_open_reader_never_gives_another_clip(make_cl
     before = mapped.frames(make_clip(1).clip_id)
     remove_clips(tmp_path, [make_clip(0).clip_id])
     assert np.array_equal(mapped.frames(make_clip(1).clip_id).rgb, before.rgb)
-    with pytest.raises(ShardError, match="open the folder anew"):
+    with pytest.raises(ShardError, match="open the folder again"):
         idle.frames(make_clip(0).clip_id)
 
 
@@ -200,9 +200,9 @@ def _with_column(table: pa.Table, name: str, values: list) -> pa.Table:
         ("width", [57] * 5, "a frame is not 57x42"),
         ("width", [56, 56, 56, 56, 57], "width differs between frames"),
         ("stretch", [1.0, 1.0, 1.1, 1.0, 1.0], "stretch differs between frames"),
-        ("depth", [None] * 5, "some frames have depth and some have not"),
-        ("depth_log_max", [-5.0] * 5, "lies beyond the clip's"),
-        ("depth_valid", [bytes(294)] * 5, "depth_valid is not where depth is"),
+        ("depth", [None] * 5, "some frames have depth and some do not"),
+        ("depth_log_max", [-5.0] * 5, "is beyond the clip's"),
+        ("depth_valid", [bytes(294)] * 5, "depth_valid does not match depth"),
         ("depth_valid", [b"short"] * 5, "is not one of 56x42"),
         ("human_mask", [bytes(294), *[None] * 4], "some frames have a human mask"),
         ("provenance", ["0" * 64] * 5, "provenance is missing or altered"),

@@ -339,7 +339,7 @@ def test_a_shard_written_anew_without_some_clips_has_the_bytes_of_one_written_wi
 
 def test_a_mistyped_folder_is_not_made_an_empty_data_set(make_clip, tmp_path: Path) -> None:
     for change in (rebuild_index, lambda folder: remove_clips(folder, ["f" * 16])):
-        with pytest.raises(ShardError, match="holds no shard and no index; check the path"):
+        with pytest.raises(ShardError, match="has no shard and no index; check the path"):
             change(tmp_path)
     assert not list(tmp_path.iterdir())
     write_shards([make_clip(0)], tmp_path, max_bytes=PLENTY)
