@@ -1,4 +1,4 @@
-"""A time limit for work in this very process, which cannot be killed: it is looked at between two steps."""
+"""A time limit for work in this process, which cannot be killed: the work checks the limit between two steps."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from contextvars import ContextVar
 
 from curation.failures import ClipFailure, FailureCode
 
-TOO_SLOW = "the work on it was ended after {:.0f} s"
+TOO_SLOW = "the work on it was stopped after {:.0f} s"
 
 _limit: ContextVar[tuple[float, float] | None] = ContextVar("time limit", default=None)
 
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Within this block, and on this thread, `check_time` raises once so many seconds are over."""
+    """Within this block and thread, `check_time` raises once `seconds` have passed."""
     token = _limit.set((time.monotonic() + seconds, seconds))
     try:
         yield
@@ -25,7 +25,7 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def check_time() -> None:
-    """Raise ClipFailure(TOO_SLOW) where the limit that this thread works under is over; without a limit do nothing."""
+    """Raise ClipFailure(TOO_SLOW) if this thread's time limit has passed; without a limit do nothing."""
     limit = _limit.get()
     if limit is not None and time.monotonic() > limit[0]:
         raise ClipFailure(FailureCode.TOO_SLOW, TOO_SLOW.format(limit[1]))

@@ -1,4 +1,4 @@
-"""Write beside, fsync, rename; and content hashes. Nothing else touches a final file name."""
+"""Atomic writes (temporary file, fsync, rename) and content hashes. Nothing else touches a final file name."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from typing import Any
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`; on success it is fsynced and renamed onto `path`, on error removed.
+    """Yield a temporary path in the folder of `path`; on success fsync and rename it to `path`, on error remove it.
 
-    The temporary name starts with "." and keeps the suffix, so that libraries that look at suffixes still work.
+    The temporary name starts with "." and keeps the suffix, because some libraries depend on suffixes.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
@@ -24,7 +24,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        temporary.chmod(0o644)  # mkstemp makes 0600, which other users of a shared folder could not read
+        temporary.chmod(0o644)  # mkstemp sets 0600, which other users of a shared folder cannot read
         fsync(temporary)
         temporary.replace(path)
     except BaseException:
@@ -43,7 +43,7 @@ def fsync(path: Path) -> None:
 
 
 def cut_short(handle: int) -> bool:
-    """Whether the last line of an open text file lacks its end, because a crash or a full disk cut it short."""
+    """Whether the last line of an open text file has no newline, because a crash or a full disk cut it short."""
     size = os.fstat(handle).st_size
     return size > 0 and os.pread(handle, 1, size - 1) != b"\n"
 

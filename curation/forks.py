@@ -1,4 +1,4 @@
-"""Imported once, by the process that the pool is forked from: what takes longest to import, without threads."""
+"""Imported once, by the process that the pool is forked from: the slowest import, without starting threads."""
 
 import os
 

@@ -1,7 +1,7 @@
-"""What becomes of an exception that nobody expected: a typed failure of one clip, in fixed words.
+"""Turns an unexpected exception into a typed failure of one clip, with a fixed message.
 
-Its text may hold a title, an address or a path, so it goes nowhere, unless the user names a debug file. There every
-entry begins with the clips and the video it is about, so that it can be found when they are to be forgotten.
+The exception's own text may hold a title, an address or a path, so it is stored only if the user names a debug file.
+There every entry begins with the ids of its clips and video, so that it can be found when they are forgotten.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from curation.failures import DISK_ERRORS, ClipFailure, FailureCode, UsageError
 from curation.files import cut_short, fsync
 from curation.records import ClipRef
 
-_FULL = re.compile(  # pyarrow, torch and SQLite have the system's error in their text alone
+_FULL = re.compile(  # pyarrow, torch and SQLite give the system's error only in their text
     rf"\[errno (?:{'|'.join(str(number) for number in sorted(DISK_ERRORS))})\]"
     r"|no space left on device|disk quota exceeded|file too large|disk is full",
     re.IGNORECASE,
 )
 _NO_MEMORY = re.compile(r"^CUDA out of memory|Insufficient memory|DefaultCPUAllocator: can't allocate memory")
-_ENTRY = re.compile(rb'\{"clips": \[')  # no line of a traceback begins so: they are indented
-_UNFINISHED = ".unfinished"  # how the name of a file ends that is to take the debug file's place
+_ENTRY = re.compile(rb'\{"clips": \[')  # no line of a traceback matches, because those are indented
+_UNFINISHED = ".unfinished"  # suffix of a new file before it replaces the debug file
 
 
 def failure_of(error: BaseException) -> ClipFailure:
-    """The typed failure that any exception of a stage is; a ClipFailure is itself.
+    """The typed failure for any exception of a stage; a ClipFailure is returned unchanged.
 
-    DISK_FULL or OUT_OF_MEMORY where that is at the root of it; else INTERNAL, with the name of the class where that is
-    Python's or this program's own, and never with the exception's text.
+    DISK_FULL or OUT_OF_MEMORY if that is the cause; else INTERNAL, with the name of the class if that is Python's or
+    this program's own, and never with the exception's text.
     """
     if isinstance(error, ClipFailure):
         return error
@@ -45,13 +45,13 @@ def failure_of(error: BaseException) -> ClipFailure:
     if any(isinstance(link, OSError) and link.errno in DISK_ERRORS for link in chain):
         return ClipFailure(FailureCode.DISK_FULL)
     if any(isinstance(link, MemoryError) or _NO_MEMORY.search(str(link)) for link in chain):
-        return ClipFailure(FailureCode.OUT_OF_MEMORY, "the memory did not suffice")
+        return ClipFailure(FailureCode.OUT_OF_MEMORY, "there was not enough memory")
     if any(not isinstance(link, ClipFailure | UsageError) and _FULL.search(str(link)) for link in chain):
         return ClipFailure(FailureCode.DISK_FULL)
     kind = type(error)
     known = kind.__module__ == "builtins" or kind.__module__.partition(".")[0] == "curation"
     named = f" ({kind.__name__})" if known else ""
-    return ClipFailure(FailureCode.INTERNAL, f"an unexpected error{named}; --debug-file PATH keeps what it said")
+    return ClipFailure(FailureCode.INTERNAL, f"an unexpected error{named}; --debug-file PATH records its traceback")
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
@@ -66,12 +66,12 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def check_debug_file(path: Path) -> None:
-    """Raise UsageError unless entries can be appended to this file, and nobody but its owner can read them."""
+    """Raise UsageError unless entries can be appended to this file, and only its owner can read them."""
     os.close(_open(path))
 
 
 def keep_text(path: Path, refs: Sequence[ClipRef], stage: str, error: BaseException) -> None:
-    """Append an exception with all it says, headed by the clips and the video it is about. Raises UsageError."""
+    """Append an exception with its full traceback, under the ids of its clips and video. Raises UsageError."""
     head = {
         "clips": [ref.clip_id for ref in refs],
         "video": refs[0].video_key if refs else "",
@@ -85,11 +85,11 @@ def keep_text(path: Path, refs: Sequence[ClipRef], stage: str, error: BaseExcept
 
 
 def remove_entries(path: Path, gone: Callable[[frozenset[str]], frozenset[str] | set[str]]) -> int:
-    """Take all entries about clips or videos that are gone out of a debug file; how many there were. No file, no entry.
+    """Remove all entries about forgotten clips or videos from a debug file, and return how many; 0 without a file.
 
-    gone: which of these clip ids and video keys, those of all entries, are to go. An entry whose first line a full disk
-    or a crash cut short goes as well. A new file takes the old one's place in one step. Writers of other processes wait
-    meanwhile.
+    gone: given the clip ids and video keys of all entries, returns those to remove. An entry whose first line was cut
+    short by a full disk or a crash is removed too. A new file replaces the old one in one step. Other processes wait to
+    write until then.
     """
     if not path.exists():
         _drop_unfinished(path)
@@ -126,7 +126,7 @@ def remove_entries(path: Path, gone: Callable[[frozenset[str]], frozenset[str] |
 
 
 def _about(head: bytes) -> frozenset[str] | None:
-    """The ids of the clips and of the video that an entry is about; None if its first line was cut short."""
+    """The ids of an entry's clips and video; None if its first line was cut short."""
     try:
         value = json.loads(head)
     except ValueError:
@@ -135,14 +135,14 @@ def _about(head: bytes) -> frozenset[str] | None:
 
 
 def _drop_unfinished(path: Path) -> None:
-    """Delete what a removal that was killed left: it holds entries. Nobody lives who writes one: the caller waited."""
+    """Delete files of killed removals, which hold entries. The caller has the lock, so no live process uses them."""
     for beside in path.parent.glob(f"{glob.escape(f'.{path.name}.')}*{_UNFINISHED}"):
         beside.unlink(missing_ok=True)
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[int]:
-    """The file, held alone; where another process replaced it meanwhile, the new one."""
+    """The file under an exclusive lock; if another process replaced it meanwhile, the new file."""
     while True:
         handle = _open(path)
         try:
@@ -161,11 +161,11 @@ def _open(path: Path) -> int:
         handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
     except OSError as error:
         said = "it is a link" if path.is_symlink() else error.strerror
-        raise UsageError(f"The debug file {path} cannot be written ({said}); name another one.") from error
+        raise UsageError(f"The debug file {path} cannot be written ({said}); give another path.") from error
     found = os.fstat(handle)
     if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
         os.close(handle)
         raise UsageError(
-            f"The debug file {path} must be a file of yours that nobody else can read; chmod 600 it, or name another."
+            f"The debug file {path} must be your own file, readable only by you; chmod 600 it, or give another path."
         )
     return handle

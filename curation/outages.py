@@ -1,8 +1,7 @@
-"""Waiting for what is away for a moment: a database that restarts, a storage that does not answer.
+"""Waiting out short outages: a database that restarts, a storage that does not respond.
 
-What is safe to do again is done again, with pauses that grow and differ between workers, up to a limit; then the run
-ends with an OutageError. One line is logged for each outage, however many threads meet it. Never known here: which
-errors pass by themselves; callers say that.
+Work that is safe to repeat is repeated, with growing random pauses, up to a time limit; then the run ends with an
+OutageError. Each outage logs one line, however many threads meet it. The callers decide which errors are temporary.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_de
 
 from curation.failures import OutageError
 
-OUTAGE_S = 300.0  # how long a database or a storage that is away is waited for
-_FIRST_S, _LONGEST_S = 0.2, 10.0  # pauses are drawn from 0 to these: from the first to the longest ones
+OUTAGE_S = 300.0  # how long to wait for an unavailable database or storage
+_FIRST_S, _LONGEST_S = 0.2, 10.0  # upper bounds of the random pauses: of the first one, and of all
 
 _logger = logging.getLogger(__name__)
 _patience: ContextVar[float | None] = ContextVar("patience", default=None)
-_waiting: Counter[str] = Counter()  # how many calls have met an outage of this and wait
+_waiting: Counter[str] = Counter()  # number of calls that wait because of an outage, by what is unavailable
 _lock = threading.Lock()
 
 T = TypeVar("T")
@@ -32,7 +31,7 @@ T = TypeVar("T")
 
 @contextmanager
 def patience(seconds: float) -> Iterator[None]:
-    """Wait for so many seconds instead of OUTAGE_S, within this block and thread."""
+    """Wait for `seconds` instead of OUTAGE_S, within this block and thread."""
     token = _patience.set(seconds)
     try:
         yield
@@ -41,12 +40,11 @@ def patience(seconds: float) -> Iterator[None]:
 
 
 def wait_for(what: str, work: Callable[[], T], passing: Callable[[BaseException], str | None]) -> T:
-    """The result of `work`, which is done again while it fails with an error that `passing` gives a reason for.
+    """The result of `work`, which is repeated while it fails with an error for which `passing` returns a reason.
 
-    what: what may be away, to begin a sentence with. passing: why it is away, in words that name no host, user or
-    path; None for an error that waiting does not mend, which is raised as it is. `work` must be safe to repeat, also
-    when it was done and only its answer was lost. Raises OutageError, which tells nothing of the error itself, after
-    OUTAGE_S.
+    what: what may be unavailable, as the start of a sentence. passing: why it is unavailable, without naming a host,
+    user or path; None for an error that waiting does not fix, which is raised unchanged. `work` must be safe to repeat,
+    even if it succeeded and only its answer was lost. Raises OutageError, without the error's own text, after OUTAGE_S.
     """
     limit = _patience.get()
     limit_s = OUTAGE_S if limit is None else limit
@@ -88,7 +86,7 @@ def wait_for(what: str, work: Callable[[], T], passing: Callable[[BaseException]
         reason = passing(error)
         if reason is None:
             raise
-        # the error's own text names hosts, users and paths: none of them may reach a log
+        # the error's own text names hosts, users and paths, which must not reach a log
         raise OutageError(
             f"{what} was away for longer than {limit_s:.0f} s ({reason}); what is done is kept: run again when it is "
             "back."

@@ -57,7 +57,7 @@ def preflight(settings: Settings) -> Settings:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UsageError(f"The output folder {out} is not writable: {error.strerror}.") from error
+        raise UsageError(f"The output folder {out} cannot be written: {error.strerror}.") from error
     for name in FOLDERS:
         if (out / name).exists() and not (out / name).is_dir():
             raise UsageError(

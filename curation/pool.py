@@ -1,9 +1,9 @@
-"""A pool of processes, one per core, that observe clips; each loads its detector once and keeps it.
+"""A pool of observing processes, one per core; each loads its detector once and keeps it.
 
-Results travel back as small records; frames go through files. Knows nothing of the catalog.
+Results come back as small records; frames go through files. Knows nothing of the catalog.
 
-Every process has a pipe and a thread of its own, and shares no lock with others: one that dies, or is stopped in the
-middle of anything, costs its own task and no more. It is killed by its id and another one takes its place.
+Every process has its own pipe and thread, and shares no lock with others: if it dies or is stopped at any point, only
+its own task is lost. It is then killed by its id, and a new process replaces it.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 DIED = "the process that worked on it died: out of memory, or a crash in a decoder"
-_LONGEST_S = 1e6  # what a timer can wait for
-_SOCKET = 74  # bytes of a temporary folder's path in which the socket of a fork server has a name short enough
+_LONGEST_S = 1e6  # the longest time a timer supports
+_SOCKET = 74  # longest path, in bytes, of a temporary folder in which the fork server's socket name still fits
 
 
 class WorkerError(Exception):
-    """Stands for an exception that could not be sent from its process; its traceback is in the notes."""
+    """Replaces an exception that could not be sent from its process; its traceback is in the notes."""
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -49,12 +49,11 @@ def run_all(
     workers: int | None,
     limit_s: Callable[[Task], float] | None = None,
 ) -> Iterator[tuple[Task, Result | BaseException]]:
-    """Run function(task) in the pool; yields (task, result or exception) as they end.
+    """Run function(task) in the pool; yield (task, result or exception) as tasks end.
 
-    limit_s: the seconds after which the process that has the task is killed, the start of a new process included;
-    without it a task may take for ever. An exception has the traceback of its process in its notes. Two ends have a
-    ClipFailure for their result: INTERNAL where the process died (out of memory, a crash in a decoder), TOO_SLOW where
-    it was killed. Other tasks never notice.
+    limit_s: seconds after which the task's process is killed, including the start of a new process; without it a task
+    may take forever. An exception has the traceback of its process in its notes. The result is a ClipFailure if the
+    process died (INTERNAL: out of memory, a crash in a decoder) or was killed (TOO_SLOW). Other tasks are unaffected.
     """
     if not tasks:
         return
@@ -74,7 +73,7 @@ def run_all(
 
 
 class _Pool:
-    """So many threads, each with a process that it starts when it is first needed, and anew after its death."""
+    """`workers` threads, each with a process that it starts when first needed, and again after the process dies."""
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
@@ -99,19 +98,19 @@ class _Pool:
                 if child is None or not child.alive():
                     child = self._replace(child)
                 result, error = child.run(function, task, limit_s)
-            except BaseException as failed:  # whatever it is, it is the answer to whoever waits for this future
+            except BaseException as failed:  # any error is the result for the caller that waits for this future
                 result, error = None, failed
             if error is None:
                 future.set_result(result)
             else:
                 future.set_exception(error)
-            del order, future, task, result, error  # nothing is held while waiting for the next
+            del order, future, task, result, error  # keep no reference while waiting for the next
         if child is not None:
             self._children.discard(child)
             child.kill()
 
     def close(self) -> None:
-        """Take no more orders; those that wait are still done."""
+        """Accept no more tasks; queued ones are still done."""
         for _ in range(self.workers):
             self._orders.put(None)
 
@@ -124,7 +123,7 @@ class _Pool:
         return new
 
     def _kill(self) -> None:
-        """At the end of this process: also those that were stopped, and would be waited for in vain."""
+        """Kill all children when this process exits, also stopped ones, which would never end by themselves."""
         for child in tuple(self._children):
             child.kill()
 
@@ -134,7 +133,7 @@ _changing = threading.Lock()
 
 
 def _pool(workers: int) -> _Pool:
-    """The pool of this many; one of another number ends when it has done what it was given."""
+    """The pool with `workers` processes; a pool of another size ends when its queued tasks are done."""
     global _current
     with _changing:
         if _current is None or _current.workers != workers:
@@ -145,9 +144,9 @@ def _pool(workers: int) -> _Pool:
 
 
 def _context() -> Any:
-    """How processes are made. Never as a fork of this one: decoders and OpenVINO hold threads and their locks.
+    """How processes are started. Never as a fork of this one: decoders and OpenVINO hold threads and locks.
 
-    On Linux as a fork of one that has no threads and has imported torch already, which takes each of them seconds.
+    On Linux, as a fork of a process without threads that has already imported torch, because that import takes seconds.
     """
     if sys.platform != "linux" or len(os.fsencode(tempfile.gettempdir())) > _SOCKET:
         return multiprocessing.get_context("spawn")
@@ -157,9 +156,9 @@ def _context() -> Any:
 
 
 class _Child:
-    """One process and this end of its pipe. One thread uses it; any may kill it."""
+    """One process and this end of its pipe. One thread uses it; any thread may kill it."""
 
-    _start = threading.Lock()  # multiprocessing's list of children is not for several threads
+    _start = threading.Lock()  # multiprocessing's list of children is not thread-safe
 
     def __init__(self) -> None:
         context = _context()
@@ -167,14 +166,14 @@ class _Child:
         self._process = context.Process(target=_work, args=(theirs,), name="worker", daemon=True)
         with self._start:
             self._process.start()
-        theirs.close()  # the only other end is the process's: its death ends every wait here
+        theirs.close()  # now only the process has the other end: its death ends every wait here
 
     def alive(self) -> bool:
         with self._start:
             return self._process.is_alive() and not self._pipe.closed
 
     def run(self, function: Callable[[Any], Any], task: Any, limit_s: float | None) -> tuple[Any, BaseException | None]:
-        """(result, None) or (None, exception) of function(task); a ClipFailure where the process died before."""
+        """(result, None) or (None, exception) of function(task); the exception is a ClipFailure if the process died."""
         order = pickle.dumps((function, task))
         timer = None if limit_s is None else _Timer(limit_s, self._process.kill)
         try:
@@ -199,7 +198,7 @@ class _Child:
 
 
 class _Timer:
-    """Calls `end` after so many seconds, unless it was stopped; `stop` tells whether it had been called by then."""
+    """Calls `end` after `seconds`, unless stopped before; `stop` returns whether `end` was called."""
 
     def __init__(self, seconds: float, end: Callable[[], None]) -> None:
         self._end = end
@@ -223,7 +222,7 @@ class _Timer:
 
 
 def _work(pipe: Connection) -> None:
-    """What a process of the pool does until its parent is gone."""
+    """The loop of a process of the pool, until its parent is gone."""
     _one_core()
     while True:
         try:
@@ -235,13 +234,13 @@ def _work(pipe: Connection) -> None:
             function, task = pickle.loads(order)
             answer = function(task), None
             packed = pickle.dumps(answer)
-        except BaseException as error:  # the parent's to judge
+        except BaseException as error:  # the parent decides what to do with it
             packed = _packed(error)
         pipe.send_bytes(packed)
 
 
 def _packed(error: BaseException) -> bytes:
-    """An exception as bytes, its traceback in its notes; one that cannot travel is replaced."""
+    """An exception as bytes, with its traceback in its notes; replaced by a WorkerError if it cannot be pickled."""
     said = "".join(traceback.format_exception(error))
     try:
         error.add_note(said)
@@ -255,11 +254,11 @@ def _packed(error: BaseException) -> bytes:
 
 
 def _one_core() -> None:
-    """One process per core: no library may start threads of its own."""
+    """One process per core: no library may start its own threads."""
     os.environ["OMP_NUM_THREADS"] = "1"  # read once, when numpy's linear algebra and torch are first imported
     import cv2
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer; workers end with it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C; these processes end with it
     cv2.setNumThreads(1)
     parent = multiprocessing.parent_process()
     if parent is not None:
@@ -267,7 +266,7 @@ def _one_core() -> None:
 
 
 def _die_with(sentinel: Any) -> None:
-    """End this worker when its parent is gone, however the parent died: no orphan keeps a core busy."""
+    """End this process when its parent is gone, however it died: no orphan may keep a core busy."""
     from multiprocessing.connection import wait as wait_for
 
     def watch() -> None:

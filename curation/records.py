@@ -1,4 +1,4 @@
-"""What travels between the stages: one frozen dataclass each, no behaviour.
+"""The records passed between the stages: one frozen dataclass each, no behaviour.
 
 ClipRef -> VideoFile -> Observations -> Verdict -> ClipSample -> shard.
 """
@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 Outcome = Literal["pass", "fail", "unknown"]
 Decision = Literal["accept", "reject", "unknown"]
-Transfer = Literal["sdr", "pq", "hlg"]  # how code values become light
-Part = tuple[float, float, float, float]  # x1, y1, x2, y2 of a part of the picture as displayed, fractions of it
+Transfer = Literal["sdr", "pq", "hlg"]  # the transfer function: how code values become light
+Part = tuple[float, float, float, float]  # x1, y1, x2, y2 of a part of the displayed picture, as fractions
 WHOLE: Part = (0.0, 0.0, 1.0, 1.0)
 
 
@@ -36,7 +36,7 @@ class VideoFile:
 
 @dataclass(frozen=True, slots=True)
 class CriterionResult:
-    """One criterion's outcome with every reason, each a short sentence with the measured figure."""
+    """One criterion's outcome with every reason, each a short sentence with the measured value."""
 
     criterion: str
     outcome: Outcome
@@ -46,7 +46,7 @@ class CriterionResult:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a policy says of one clip's observations: accept only if every criterion passes, reject if any fails."""
+    """A policy's answer for one clip's observations: accept if every criterion passes, reject if any fails."""
 
     clip_id: str
     policy_name: str
@@ -69,7 +69,7 @@ class Frames:
     """Sampled frames of one clip on the training grid (6 fps, longer side 518, sides multiples of 14 by default).
 
     times_s: (N,) float64 presentation times relative to the video's first frame.
-    jpeg: N encoded RGB frames of height x width. What trains and what the teacher sees are these same bytes, decoded.
+    jpeg: N encoded RGB frames of height x width. Training and the teacher both decode these same bytes.
     stretch: horizontal over vertical scale of the grid against the displayed picture, whose pixels are square: fx / fy,
         in pixels of the grid, of a camera with square pixels.
     """
@@ -83,7 +83,7 @@ class Frames:
 
 @dataclass(frozen=True, slots=True)
 class TeacherDepth:
-    """A teacher's answer on the training grid.
+    """A teacher's output on the training grid.
 
     depth_m: (N, H, W) float32 metres along the optical axis, 0 where invalid.
     valid: (N, H, W) bool.
@@ -136,7 +136,7 @@ class ClipRef:
 
     @property
     def video_key(self) -> str:
-        """16 hex digits that name the video whatever the span; the name of its folder on disk."""
+        """16 hex digits that name the video, independent of the span; also the name of its folder on disk."""
         return _short_hash(self.platform, self.video_id)
 
     @property

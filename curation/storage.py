@@ -1,9 +1,9 @@
-"""Where the files of a run live: its folder on this disk alone, or also behind a URL that other machines share.
+"""The files of a run: in its folder on this disk alone, or also behind a URL that other machines share.
 
-A name is a file's path below the folder, the same below the URL. Work is always done on this disk; `put` sends a
-finished file, `get` brings one. An upload counts only when what arrived was compared with what was sent; a download
-gets its final name only when it is whole. A storage that is away for a moment is waited for. Never decides what is
-kept, and knows nothing of clips.
+A name is a file's path below the folder, and below the URL. All work is done on this disk; `put` uploads a finished
+file, `get` downloads one. An upload counts only after it was compared with the original; a download gets its final
+name only when it is complete. If the storage is unavailable for a moment, calls wait. This module never decides what
+is kept, and knows nothing of clips.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from curation.outages import wait_for
 
 T = TypeVar("T")
 
-_LANES = 16  # transfers at once: small files wait for the answer, not for the line
+_LANES = 16  # parallel transfers: small files are limited by latency, not by bandwidth
 _MD5 = re.compile(r"[0-9a-f]{32}")
 
 
 class Store:
     """Files of a run by name. `root`: the folder on this disk; `url`: None, or any fsspec URL, such as s3://bucket/run.
 
-    Safe to pickle and to share between threads. Raises UsageError where the URL's storage cannot be used, OutageError
-    where it is away for longer than it is waited for; credentials and endpoints are fsspec's own business (its
-    configuration files and environment variables).
+    Safe to pickle and to share between threads. Raises UsageError if the URL's storage cannot be used, OutageError if
+    it stays unavailable for too long. Credentials and endpoints are configured in fsspec (its configuration files and
+    environment variables).
     """
 
     def __init__(self, root: Path, url: str | None = None) -> None:
@@ -51,11 +51,11 @@ class Store:
         return self.url is not None
 
     def path(self, name: str) -> Path:
-        """Where the file is, or would be, on this disk."""
+        """The file's path on this disk, whether it exists or not."""
         return self.root / name
 
     def get(self, name: str, size: int | None = None) -> Path | None:
-        """The file on this disk, brought here if need be; None if it is nowhere, or not of this size in bytes."""
+        """The file on this disk, downloaded if needed; None if it does not exist, or not with this size in bytes."""
         path = self.path(name)
         if path.is_file() and size in (None, path.stat().st_size):
             return path
@@ -75,13 +75,13 @@ class Store:
             return None
 
     def get_all(self, names: Sequence[str]) -> list[Path | None]:
-        """`get` for several files, many at once, in their order."""
+        """`get` for several files in parallel; results in the order of the names."""
         return self._spread(self.get, names)
 
     def put(self, name: str) -> None:
-        """Send a finished file of this disk to the URL, in place of any earlier one; it is there whole or not at all.
+        """Upload a finished file, replacing any earlier one; it appears complete or not at all.
 
-        Object stores show an object only when it is complete; elsewhere it is sent beside its name and moved.
+        Object stores show an object only when it is complete; elsewhere the file gets a temporary name and is renamed.
         """
         if not self.has_url:
             return
@@ -94,14 +94,14 @@ class Store:
                 self._compare(path, target)
                 return
             folder, _, file = target.rpartition("/")
-            beside = f"{folder}/.{file}.{secrets.token_hex(4)}"  # two workers may send the same file
+            beside = f"{folder}/.{file}.{secrets.token_hex(4)}"  # two workers may upload the same file
             self._fs.makedirs(folder, exist_ok=True)
             try:
                 self._fs.put_file(str(path), beside)
                 try:
                     self._compare(path, beside)
                     self._fs.mv(beside, target)
-                except FileNotFoundError:  # who takes forgotten clips away took this too: it is sent once more
+                except FileNotFoundError:  # a removal of forgotten clips deleted the temporary file: upload it again
                     raise _Garbled from None
             except BaseException:
                 with suppress(Exception):
@@ -112,13 +112,13 @@ class Store:
             self._try(send)
         except FileNotFoundError as error:
             raise UsageError(
-                f"The storage {self._scheme} has no such bucket or folder; make it, and run again."
+                f"The storage {self._scheme} has no such bucket or folder; create it and run again."
             ) from error
 
     def create(self, name: str) -> bool:
-        """`put`, but False, with nothing sent, where there is such a file already.
+        """`put` only if no such file exists; else upload nothing and return False.
 
-        Only S3 does both in one step; elsewhere two who ask at once may both get True.
+        Only S3 does this in one atomic step; elsewhere two simultaneous callers may both get True.
         """
         if "s3" not in self._protocols:
             if self._remote_size(name) is not None:
@@ -137,11 +137,11 @@ class Store:
         return self._try(send)
 
     def put_all(self, names: Sequence[str]) -> None:
-        """`put` for several files, many at once."""
+        """`put` for several files in parallel."""
         self._spread(self.put, names)
 
     def drop(self, names: Iterable[str]) -> None:
-        """Delete files here and behind the URL; what is not there is no error."""
+        """Delete files on this disk and behind the URL; a missing file is not an error."""
         names = list(names)
         for name in names:
             self.path(name).unlink(missing_ok=True)
@@ -149,7 +149,7 @@ class Store:
             self._spread(lambda name: self._try(lambda: self._remove(name)), names)
 
     def release(self, names: Iterable[str]) -> None:
-        """Delete the copies on this disk of files that are also behind the URL, and nothing else."""
+        """Delete the local copies of files that are also behind the URL, and nothing else."""
         if self.has_url:
             here = [name for name in names if self.path(name).is_file()]
             for name, there in zip(here, self._spread(self._remote_size, here), strict=True):
@@ -158,7 +158,7 @@ class Store:
                         self.path(name).unlink()
 
     def release_older(self, pattern: str, seconds: float) -> None:
-        """`release` every file of this disk whose name fits the pattern and that was written so long ago."""
+        """`release` every local file whose name matches the pattern and that was written more than `seconds` ago."""
         if self.has_url:
             old = []
             for path in self.root.glob(pattern):
@@ -168,13 +168,13 @@ class Store:
             self.release(old)
 
     def sizes(self, folder: str) -> dict[str, int]:
-        """The files directly in a folder, by name within it, with their bytes: behind the URL, or without one here."""
+        """Sizes in bytes of the files directly in a folder, by name within it: behind the URL, or here without one."""
         if not self.has_url:
             here = self.path(folder)
             return {path.name: path.stat().st_size for path in here.iterdir()} if here.is_dir() else {}
 
         def look() -> dict[str, int]:
-            self._fs.invalidate_cache()  # another machine may have written since
+            self._fs.invalidate_cache()  # another machine may have written in the meantime
             try:
                 entries = self._fs.ls(self._at(folder), detail=True)
             except FileNotFoundError:
@@ -185,7 +185,7 @@ class Store:
         return self._try(look)
 
     def names(self, folder: str) -> list[str]:
-        """All files below a folder, at any depth, by their names below it, here and behind the URL."""
+        """Names of all files below a folder, at any depth, relative to it; on this disk and behind the URL."""
         here = self.path(folder)
         found = {path.relative_to(here).as_posix() for path in here.rglob("*") if path.is_file()}
         if self.has_url:
@@ -200,7 +200,7 @@ class Store:
         return sorted(found)
 
     def sizes_of(self, names: Sequence[str]) -> list[int | None]:
-        """Bytes of these files, in their order, here or behind the URL; None for one that is nowhere."""
+        """Sizes in bytes of these files, in order, on this disk or behind the URL; None for one that does not exist."""
 
         def size(name: str) -> int | None:
             path = self.path(name)
@@ -220,17 +220,17 @@ class Store:
             return
         name = f".writable-{secrets.token_hex(4)}"
         with atomic_path(self.path(name)) as path:
-            path.write_bytes(b"written to see whether it can be\n")
+            path.write_bytes(b"test of write access\n")
         self.put(name)
         self.path(name).unlink()
         if self.get(name) is None:
-            raise UsageError("The storage took a file and does not give it back; check its settings and run again.")
+            raise UsageError("The storage accepted a file but does not return it; check its settings and run again.")
         self.drop([name])
 
     @property
     def _fs(self) -> Any:
         if self._remote is None:
-            self._remote = self._try(self._connect)  # some connect at once
+            self._remote = self._try(self._connect)  # some file systems connect when created
         return self._remote
 
     def _connect(self) -> Any:
@@ -239,8 +239,8 @@ class Store:
         try:
             return fsspec.url_to_fs(self.url, use_listings_cache=False)[0]
         except (ImportError, ValueError) as error:
-            # not the error's text, which may quote a part of a password
-            why = "its library is not installed" if isinstance(error, ImportError) else "no library knows such a URL"
+            # not the error's message, which may quote part of a password
+            why = "its library is not installed" if isinstance(error, ImportError) else "no library supports this URL"
             raise UsageError(
                 f"The storage {self._scheme} cannot be used: {why}. For S3: pip install 'unish[s3]'."
             ) from None
@@ -262,7 +262,7 @@ class Store:
             self._fs.rm_file(self._at(name))
 
     def _compare(self, path: Path, target: str) -> None:
-        """Raise _Garbled unless the file behind the URL is the one on this disk: by its MD5 if the storage tells it."""
+        """Raise _Garbled unless the uploaded file equals the local one: by MD5 if the storage provides it."""
         info = self._fs.info(target)
         told = str(info.get("ETag", "")).strip('"')
         if int(info["size"]) != path.stat().st_size:
@@ -271,12 +271,12 @@ class Store:
             with path.open("rb") as stream:
                 if hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False)).hexdigest() == told:
                     return
-        # sent in parts, encrypted there, or a storage that tells no hash: read it back
+        # a multipart upload, encryption by the storage, or a storage without hashes: read the file back
         if _digest(self._fs.open(target, "rb")) != _digest(path.open("rb")):
             raise _Garbled
 
     def _try(self, work: Callable[[], T]) -> T:
-        """Run a transfer, again while the storage is away; the libraries below give up after some seconds."""
+        """Run a transfer; repeat it while the storage is unavailable, because the libraries give up after seconds."""
         try:
             return wait_for(f"The storage {self._scheme}", work, _away)
         except (FileNotFoundError, UsageError, OutageError, _Different):
@@ -285,11 +285,11 @@ class Store:
             if error.errno in _FULL:
                 raise OutageError("The disk is full; free some space and run again: what is done is kept.") from None
             raise self._unusable(error) from None
-        except Exception as error:  # whatever library speaks to the storage has exceptions of its own
+        except Exception as error:  # each storage library has its own exceptions
             raise self._unusable(error) from None
 
     def _unusable(self, error: Exception) -> UsageError:
-        # their texts may name hosts and keys
+        # the libraries' messages may name hosts and keys
         return UsageError(
             f"The storage {self._scheme} failed ({type(error).__name__}); check its address and the credentials, and "
             "run again: what is done is kept."
@@ -302,8 +302,8 @@ class Store:
             return list(lanes.map(work, names))
 
 
-# What the libraries of the storages raise where a line broke or a server was not there, by name: they are not installed
-# everywhere, and few of these are OSErrors. Botocore's, aiohttp's, google-auth's, azure-core's.
+# Exceptions of storage libraries for a broken connection or an unavailable server, by name, because the libraries are
+# not installed everywhere and few of these are OSErrors: botocore, aiohttp, google-auth, azure-core.
 _BROKEN_LINES = {
     "HTTPClientError",
     "ConnectionError",
@@ -319,27 +319,27 @@ _BROKEN_LINES = {
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _FOR_GOOD = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError)
 _FOR_GOOD_NUMBERS = _FULL | {errno.EROFS, errno.ENAMETOOLONG, errno.EINVAL}
-_ASK_AGAIN = {408, 409, 425, 429}  # statuses below 500 that say nothing of the request itself
+_ASK_AGAIN = {408, 409, 425, 429}  # statuses below 500 after which the same request may succeed
 
 
 def _away(error: BaseException) -> str | None:
-    """Why the storage is away, if this error says that it is and may be back soon."""
+    """Why the storage is unavailable, if this error means that it may be back soon; else None."""
     if isinstance(error, _Garbled):
-        return "what arrived there was not what was sent"
+        return "an uploaded file arrived changed"
     if isinstance(error, TimeoutError):
-        return "it does not answer in time"
+        return "it does not respond in time"
     status = _status(error)
     if status is not None:
-        return f"it answers with status {status}" if status >= 500 or status in _ASK_AGAIN else None
+        return f"it responds with status {status}" if status >= 500 or status in _ASK_AGAIN else None
     if isinstance(error, OSError):
-        return None if isinstance(error, _FOR_GOOD) or error.errno in _FOR_GOOD_NUMBERS else "the line broke"
+        return None if isinstance(error, _FOR_GOOD) or error.errno in _FOR_GOOD_NUMBERS else "the connection broke"
     if any(kind.__name__ in _BROKEN_LINES for kind in type(error).__mro__):
-        return "the line broke"
+        return "the connection broke"
     return None
 
 
 def _status(error: BaseException) -> int | None:
-    """The HTTP status behind an error, where there is one; fsspec's translations keep the original as the cause."""
+    """The HTTP status of an error, if it has one; fsspec's own errors keep the original as their cause."""
     for each in (error, error.__cause__):
         response = getattr(each, "response", None)
         told = response.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(response, dict) else None
@@ -351,11 +351,11 @@ def _status(error: BaseException) -> int | None:
 
 
 class _Different(Exception):
-    """What came is not what was asked for."""
+    """A downloaded file does not have the expected size."""
 
 
 class _Garbled(Exception):
-    """What the storage took is not what was sent."""
+    """An uploaded file differs from the original."""
 
 
 def _digest(stream: Any) -> str:

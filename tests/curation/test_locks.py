@@ -78,7 +78,7 @@ def test_one_at_a_time_and_a_dead_holder_is_no_holder(tmp_path: Path, child: Cal
     with pytest.raises(LockTimeoutError) as refused, hold(tmp_path / ".lock", "The thing", 0.3, 60):
         pass
     assert time.monotonic() - began < 5
-    assert f"The thing is still held by process {first.process.pid} after" in str(refused.value)
+    assert f"The thing is still locked by process {first.process.pid} after" in str(refused.value)
     assert isinstance(refused.value, OutageError)  # nothing of the set-up is wrong
     first.process.kill()
     first.process.wait()
@@ -134,6 +134,6 @@ def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with pytest.raises(UsageError, match="knows no locks") as refused, hold(tmp_path / ".lock", "The thing", 1, 1):
+    with pytest.raises(UsageError, match="has no locks") as refused, hold(tmp_path / ".lock", "The thing", 1, 1):
         pass
     assert str(tmp_path) not in str(refused.value)

@@ -196,14 +196,14 @@ WRONG_ADDRESSES = {
     "postgresql://user:secret@secret:secret@secret-host/base": "The catalog URL is not valid",
     "postgresql://user@secret-host:secret/base": "The catalog URL is not valid",
     "sqlite:///secret%00secret/base": "The catalog URL is not valid",
-    "postgresql://127.0.0.1:99999/base": "an option of the connection is wrong",
-    "postgresql:///?service=secret": "an option of the connection is wrong",
+    "postgresql://127.0.0.1:99999/base": "a connection option is wrong",
+    "postgresql:///?service=secret": "a connection option is wrong",
     **dict.fromkeys(
         (
             f"postgresql://user@127.0.0.1:1/base?{option}=secret"
             for option in ("sslmode", "target_session_attrs", "keepalives", "hostaddr", "tcp_user_timeout")
         ),
-        "an option of the connection is wrong",
+        "a connection option is wrong",
     ),
 }
 

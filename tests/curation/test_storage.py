@@ -186,7 +186,7 @@ def test_an_upload_that_arrives_changed_is_noticed(tmp_path: Path, url: str, mon
         return whole(str(wrong), target, **options)
 
     monkeypatch.setattr(store._fs, "put_file", falsify)
-    with pytest.raises(OutageError, match="not what was sent"), patience(0.5):
+    with pytest.raises(OutageError, match="arrived changed"), patience(0.5):
         store.put("x")
 
 
