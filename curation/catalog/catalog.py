@@ -250,7 +250,7 @@ class Catalog(Leases, Turns):
         self._database.run(lambda connection: self._database.upsert(connection, provenance, rows, ()), write=True)
         return digest
 
-    # what a run asks
+    # what a run reads
 
     def refs(self, of: Iterable[ClipRef | str]) -> dict[str, ClipRef]:
         """Those of these clips that are registered, by id."""
@@ -482,7 +482,7 @@ class Catalog(Leases, Turns):
             scrubbed=self._database.scrub(),
         )
 
-    # how it is done
+    # internals
 
     def _rows(
         self, table: sa.Table, column: sa.Column[str], keys: Iterable[str], *conditions: sa.ColumnElement[bool]

@@ -80,7 +80,7 @@ def download(
     for ref in wanted:
         by_video.setdefault(ref.video_key, []).append(ref)
     gate = Gate(context.catalog, settings.download)
-    context.store.release_older("videos/*/video.*", _SCRATCH_S)  # on a cluster, another machine may observe them
+    context.store.release_older("videos/*/video.*", _SCRATCH_S)  # another machine may have observed them
     for clips in by_video.values():
         check()
         began = time.time()

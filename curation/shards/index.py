@@ -136,7 +136,7 @@ def read_index(folder: Path) -> tuple[ShardEntry, ...]:
 class Index:
     """One version of an index: a row for each clip, and the names of all files that were ever deleted.
 
-    sound: whether this is the highest version; if not, that one is damaged, and this is the newest readable one.
+    sound: False if the highest version is damaged; this is then the newest readable one.
     """
 
     version: int
@@ -347,7 +347,7 @@ class ShardFolder:
         return Index.newest(self.versions, self.local)
 
     def put_aside_damaged(self, names: Iterable[str]) -> frozenset[str]:
-        """Rename those of these files whose footer is unreadable, so that no reader opens them; return the others."""
+        """Rename those of these files whose footer is unreadable, so that no reader opens them; return the sound ones."""
         sound = set()
         for name in names:
             try:
