@@ -347,7 +347,7 @@ class ShardFolder:
         return Index.newest(self.versions, self.local)
 
     def put_aside_damaged(self, names: Iterable[str]) -> frozenset[str]:
-        """Rename those of these files whose footer is unreadable, so that no reader opens them; return the sound ones."""
+        """Rename files whose footer is unreadable, so that no reader opens them; return the names of sound ones."""
         sound = set()
         for name in names:
             try:
