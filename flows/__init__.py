@@ -1,1 +1,1 @@
-"""Thin Prefect flows over `curation`. Nothing is decided here; the same jobs run without Prefect from Python."""
+"""Thin Prefect flows over `curation`. Nothing is decided here; `curation.pipeline` does the same without Prefect."""

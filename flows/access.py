@@ -1,9 +1,9 @@
-"""Who may talk to the Prefect server that this checkout starts: whoever can read one file of its owner.
+"""The authentication string of the Prefect server that this checkout starts.
 
-A run's parameters name weights, which are unpickled, so whoever may create runs may run code as the owner. The server
-therefore asks every request for an authentication string ("user:password"). It is made at the first start and kept in
-PREFECT_HOME, where nobody else may look; the environment variable PREFECT_API_AUTH_STRING, Prefect's own, comes first.
-This module never puts the string on a command line, into a log or into anything but that file and environments.
+A run's parameters name weights, which are unpickled, so anyone who can create a run can run code as the owner. The
+server therefore requires an authentication string ("user:password") with every request. The first start creates it in
+PREFECT_HOME, which only the owner can read; Prefect's own environment variable PREFECT_API_AUTH_STRING overrides it.
+This module writes the string only to that file and to environments, never to a command line or a log.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from curation.failures import UsageError
 
 VARIABLE = "PREFECT_API_AUTH_STRING"
 FILE = "auth-string"
-_RETRY = "delete it, and a new one is made by: python -m flows.service start"
+_RETRY = "delete it, then create a new one with: python -m flows.service start"
 
 
 def make_private(home: Path) -> None:
-    """Make the folder if need be, and keep other users out of it and of every file that lies in it.
+    """Create the folder if it does not exist, and deny other users access to it and to every file in it.
 
-    Raises UsageError if it belongs to somebody else.
+    Raises UsageError if it belongs to another user.
     """
     home.mkdir(parents=True, exist_ok=True)
     try:
@@ -38,12 +38,12 @@ def make_private(home: Path) -> None:
 
 
 def not_yours(home: Path) -> str:
-    """What to do about a PREFECT_HOME that belongs to somebody else."""
-    return f"{home} is another user's folder; choose your own with: export PREFECT_HOME=FOLDER"
+    """The error message for a PREFECT_HOME that belongs to another user."""
+    return f"{home} belongs to another user; choose your own folder with: export PREFECT_HOME=FOLDER"
 
 
 def write_private(path: Path, text: str) -> None:
-    """Write a whole file that nobody else may read, under its name only when it is complete."""
+    """Write a file that no other user can read, atomically."""
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # mkstemp makes it 0600
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as stream:
@@ -55,9 +55,9 @@ def write_private(path: Path, text: str) -> None:
 
 
 def auth_string(home: Path) -> str | None:
-    """The string to use: that of the environment, or that of the file; None if there is neither.
+    """The string from the environment, or else from the file; None if there is neither.
 
-    Raises UsageError for one that cannot be read, or cannot go into an HTTP header as Prefect sends it.
+    Raises UsageError if it cannot be read, or is not valid in the HTTP header that Prefect sends.
     """
     where, string = VARIABLE, os.environ.get(VARIABLE, "")
     if not string:
@@ -66,15 +66,15 @@ def auth_string(home: Path) -> str | None:
             where, string = f"{path}; {_RETRY}", path.read_text(encoding="utf-8").strip()
         except FileNotFoundError:
             return None
-        except (OSError, UnicodeDecodeError):  # a folder, or bytes that are no text
+        except (OSError, UnicodeDecodeError):  # a folder, or bytes that are not text
             raise UsageError(f"The authentication string cannot be read from {path}; {_RETRY}") from None
     if not (":" in string and string.isascii() and string.isprintable()):
-        raise UsageError(f"An authentication string reads USER:PASSWORD, in ASCII. It is not so in {where}")
+        raise UsageError(f"The authentication string must be USER:PASSWORD in ASCII; check {where}")
     return string
 
 
 def make_auth_string(home: Path) -> str:
-    """The string to use; the first call makes it. `home` must be private already."""
+    """The string to use; the first call creates it. `home` must already be private."""
     string = auth_string(home)
     if string is None:
         string = f"unish:{secrets.token_urlsafe(32)}"
@@ -83,15 +83,15 @@ def make_auth_string(home: Path) -> str:
 
 
 def fingerprint(string: str | None) -> str:
-    """What tells two strings apart and says nothing about them to who may not read them; empty for None."""
+    """A hash of the string, to compare two strings without storing them; empty for None."""
     return hashlib.sha256(string.encode()).hexdigest() if string else ""
 
 
 def server_environment(string: str, api_url: str) -> dict[str, str]:
-    """Settings of a server at `api_url` that takes requests with the string alone, and answers no page but its own.
+    """Settings for a server at `api_url` that requires the string and accepts only its own web pages.
 
-    No cross-site tokens: they protect credentials that a browser sends by itself, and it sends none here. Prefect's own
-    pages add the string to each request, and a refusal does not make a browser ask for it and keep it.
+    Cross-site tokens stay off: they protect credentials that a browser sends automatically, and it sends none here.
+    Prefect's own pages add the string to each request, and a refusal does not make a browser ask for it and keep it.
     """
     port = f":{number}" if (number := urlsplit(api_url).port) else ""
     return {

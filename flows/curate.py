@@ -1,7 +1,7 @@
-"""The flow `curate`: a manifest of ids and times becomes verdicts and shards, batch by batch, watched by Prefect.
+"""The flow `curate`: turns a manifest of ids and times into verdicts and shards, batch by batch, under Prefect.
 
-It decides nothing: settings, order of work and outcome are those of curation.pipeline.run, which does the same job
-without Prefect. The catalog, not Prefect, knows what is done; running the flow again does only what is missing.
+It decides nothing: settings, order of work and outcome are those of curation.pipeline.run, which does the same
+without Prefect. The catalog, not Prefect, records what is done; running the flow again does only what is missing.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ _PATHS = ("local_root", "cookies", "proxy_file", "debug_file")
 
 
 def _parameter(option: Option) -> Any:
-    """The type of an option with its bounds, for Prefect's form and its check of parameters."""
+    """The type of an option with its bounds, for Prefect's form and parameter validation."""
     kind = list[FailureCode] if option.name == "retry" else option.type
     return Annotated[(kind, *option.field.metadata)] if option.field.metadata else kind
 
 
 def _described(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options to the docstring, from which Prefect takes what its form says of each parameter."""
+    """Add the options to the docstring, from which Prefect takes the description of each parameter."""
     lines = [f"        {option.name}: {option.field.description}\n" for option in options().values()]
     before, mark, after = (function.__doc__ or "").partition("        parallel_batches:")
     function.__doc__ = "".join([before, *lines, mark, after])
@@ -71,13 +71,13 @@ def curate(
         manifest: The .csv, .jsonl or .parquet list of platform, video_id, start_s, end_s.
         out: The folder for catalog, videos, observations and shards.
         parallel_batches: Batches observed at once; more than 1 only on a Dask or Ray cluster.
-        stage_timeout_hours: A stage that takes longer for one batch is stopped and tried again.
-        task_runner: threads, dask or ray; empty takes UNISH_TASK_RUNNER, or threads.
-        cluster: The address of a running Dask or Ray cluster; empty starts a local one.
+        stage_timeout_hours: A stage that takes longer for one batch is stopped and retried.
+        task_runner: threads, dask or ray; if empty, the value of UNISH_TASK_RUNNER, or threads.
+        cluster: The address of a running Dask or Ray cluster; if empty, a local one is started.
 
     Returns:
-        Completed when the run went through, whatever the verdicts. Failed if the set-up is wrong, if nothing could be
-        measured, or if a batch could not be finished.
+        Completed when all batches are finished, whatever the verdicts. Failed if the set-up is wrong, if no clip could
+        be measured, or if a batch could not be finished.
     """
     logger = get_run_logger()
     try:
@@ -108,18 +108,18 @@ def _refuse_relative(*paths: Path | None) -> None:
 
 
 class _Chain(NamedTuple):
-    """One batch on its way: the futures of its four stages, in order."""
+    """One batch in progress: the futures of its four stages, in order."""
 
     batch: Batch
     futures: dict[str, PrefectFuture[Any]]
 
 
 def _work(runner: TaskRunner[Any], settings: Settings, batches: list[Batch], lanes: int, timeout_s: float) -> list[str]:
-    """Take every batch through the stages; what batches could not be finished, a sentence each.
+    """Take every batch through the stages; returns one sentence for each unfinished batch.
 
-    Stages overlap between batches, never within one: while batch k is observed, k + 1 is fetched and k - 1 has its
-    teacher. `lanes` batches are observed at once; downloads go one after the other, because platforms count them.
-    Runs that share a catalog share the batches: each takes what no other is at, and what a dead one held.
+    Stages overlap between batches, never within one: while batch k is observed, k + 1 is downloaded and k - 1 is
+    taught. `lanes` batches are observed at once; downloads run one after the other, because platforms count them.
+    Runs that share a catalog share the batches: each takes batches that no live run holds.
     """
     total = sum(len(batch.refs) for batch in batches)
     bars = {
@@ -166,10 +166,10 @@ def _work(runner: TaskRunner[Any], settings: Settings, batches: list[Batch], lan
 
 
 def _finish(chain: _Chain) -> list[str]:
-    """Wait for a batch; a sentence if it did not go through.
+    """Wait for a batch; returns a sentence if it was not finished.
 
-    Raises UsageError if the set-up turned out wrong, OutageError if something was away for too long, and LostError if
-    another worker has taken the batch over.
+    Raises UsageError if the set-up is wrong, OutageError if an outage lasted too long, and LostError if another worker
+    has taken over the batch.
     """
     for stage, future in chain.futures.items():
         future.wait()
@@ -183,13 +183,13 @@ def _finish(chain: _Chain) -> list[str]:
 
 
 def _conclude(settings: Settings, refs: list[ClipRef], unfinished: list[str]) -> State[None]:
-    """Publish the funnel and the failures, and say how the run ended."""
+    """Publish the funnel and the failures, and return the final state."""
     funnel = pipeline.funnel(settings, refs)
     create_table_artifact(funnel.table(), "curate-funnel", f"What became of {funnel.clips} clips")
     create_markdown_artifact(_failures(settings, funnel, unfinished), "curate-failures", "What failed, and what to do")
     if unfinished:
         return _failed(
-            f"{len(unfinished)} batches were not finished ({unfinished[0]}); run again, what is done is kept."
+            f"{len(unfinished)} batches were not finished ({unfinished[0]}); run again: finished work is kept."
         )
     if not funnel.observed:
         code, clips = max(funnel.failed_by_code.items(), key=lambda item: item[1], default=("internal", funnel.clips))
@@ -200,12 +200,12 @@ def _conclude(settings: Settings, refs: list[ClipRef], unfinished: list[str]) ->
     failed = sum(funnel.failed_by_code.values())
     get_run_logger().info(message)
     for handler in logging.getLogger("prefect.flow_runs").handlers:
-        handler.flush()  # who watches a run reads its warnings before its end
+        handler.flush()  # so that --watch shows the warnings before the run ends
     return Completed(message=f"{message}; {failed} failed, see the artifact curate-failures" if failed else message)
 
 
 def _failures(settings: Settings, funnel: Funnel, unfinished: list[str]) -> str:
-    lines = ["| failure | clips | again by itself | what to do |", "|---|---|---|---|"]
+    lines = ["| failure | clips | retried by the next run | what to do |", "|---|---|---|---|"]
     for code, clips in sorted(funnel.failed_by_code.items(), key=lambda item: (-item[1], item[0])):
         known = FailureCode(code)
         again = f"up to {TRIES} times" if Trait.THRICE in known.traits else "may work" if known.transient else "no"
@@ -213,7 +213,7 @@ def _failures(settings: Settings, funnel: Funnel, unfinished: list[str]) -> str:
     if not funnel.failed_by_code:
         lines = ["No clip failed."]
     if unfinished:
-        lines += ["", "Not finished; run again, what is done is kept:", ""] + [f"- {line}" for line in unfinished]
+        lines += ["", "Not finished; run again, finished work is kept:", ""] + [f"- {line}" for line in unfinished]
     return "\n".join([*lines, "", f"Clip by clip: `curation failures --out {settings.out}`"])
 
 
@@ -225,5 +225,5 @@ def _failed(message: str) -> State[None]:
 
 
 def _said_already(record: logging.LogRecord) -> bool:
-    """Prefect logs a long traceback of its own when a flow ends as Failed; the sentence is in the log already."""
+    """Drop the traceback that Prefect logs when a flow ends as Failed; the log already has the sentence."""
     return not (record.exc_info and isinstance(record.exc_info[1], FailedRun))

@@ -1,11 +1,11 @@
-"""The whole job on an embedded world: clips are rendered, served like a platform's, curated by Prefect, and checked.
+"""The whole pipeline on the embedded world: render clips, serve them like a platform, curate them, check the results.
 
     python -m flows.demo [FOLDER] [--teacher oracle]
 
-Nothing is downloaded from anywhere but this machine. The last table compares every clip's fate with what geometry says
-is true; the exit code is 0 only if every decision agrees (the first of several reasons may differ: the demonstration's
-detector is small). A second run does only what is missing. The Prefect service goes on after a demonstration that went
-well; one that fails or is stopped leaves it as it was found.
+All downloads come from this machine. The last table compares each result with the known truth; the exit code is 0 only
+if every decision is right (the first of several reasons may differ, because the demonstration's detector is small). A
+second run does only what is missing. After a success the Prefect service keeps running; if the demonstration fails or
+is stopped, it leaves the service as it was before.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 SEED = 7
 SECONDS = 3.0
-FPS = 15  # more than the six a second that are looked at; rendering is most of the demonstration's time
+FPS = 15  # more than the six samples per second; rendering takes most of the demonstration's time
 LIMITED = "limited.mp4"
 GONE = ("gone.mp4", "lost.mp4")
 console = Console()
@@ -50,7 +50,7 @@ console = Console()
 
 @dataclass(frozen=True)
 class Expected:
-    """What should become of one file of the demonstration: accept, reject or error, and why."""
+    """The expected result for one file of the demonstration: accept, reject or error, and the reason."""
 
     file: str
     decision: str
@@ -58,7 +58,7 @@ class Expected:
 
 
 class _Platform(SimpleHTTPRequestHandler):
-    """Serves the clips; two ids are gone, and one is asked for too often until the folder says otherwise."""
+    """Serves the clips. Two ids are gone; one is rate-limited unless `forgiving`."""
 
     protocol_version = "HTTP/1.1"
     forgiving = False
@@ -76,12 +76,12 @@ class _Platform(SimpleHTTPRequestHandler):
             super().do_GET()
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing: the pipeline says what happened."""
+        """Log nothing: the pipeline reports what happened."""
 
 
 @contextmanager
 def platform(folder: Path, port: int, forgiving: bool) -> Iterator[str]:
-    """Serve a folder on loopback; gives host:port. The port stays the same, so that ids do too."""
+    """Serve a folder on loopback; yields host:port. The port stays the same, so the clip ids do too."""
     handler = type("Handler", (_Platform,), {"forgiving": forgiving})
     with ThreadingHTTPServer(("127.0.0.1", port), lambda *a: handler(*a, directory=str(folder))) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -92,7 +92,7 @@ def platform(folder: Path, port: int, forgiving: bool) -> Iterator[str]:
 
 
 def prepare(folder: Path, clips: int) -> tuple[list[ClipPlan], list[Expected], int]:
-    """Render the clips once; returns their plans, what is true of every file, and the platform's port."""
+    """Render the clips once; returns their plans, the expected result of every file, and the platform's port."""
     from curation.synthetic.clips import make_clips, plan_clips
 
     plans = plan_clips(clips, SEED, fps=FPS, seconds=SECONDS)
@@ -116,9 +116,9 @@ def prepare(folder: Path, clips: int) -> tuple[list[ClipPlan], list[Expected], i
 
 
 def demo(folder: Path, clips: int = 28, teacher: Literal["small", "oracle"] = "small") -> bool:
-    """Run the demonstration; True if every clip's fate is the true one. Otherwise a service started for it is stopped.
+    """Run the demonstration; True if every decision is right. Otherwise it stops the service if it started it.
 
-    teacher: `small` is a MoGe-2 of 2.3 M parameters that was trained on this world, `oracle` the world's own depth.
+    teacher: `small` is a MoGe-2 of 2.3 M parameters trained on this world, `oracle` is the world's exact depth.
     Raises UsageError if the service cannot be started.
     """
     from flows import service
@@ -129,7 +129,7 @@ def demo(folder: Path, clips: int = 28, teacher: Literal["small", "oracle"] = "s
         agreed = _demonstrate(folder.absolute(), clips, teacher)
     finally:
         if not agreed and not found_running:
-            console.print("Stopping the Prefect service that was started for this.")
+            console.print("Stopping the Prefect service that this demonstration started.")
             service.stop()
     return agreed
 
@@ -145,7 +145,7 @@ def _demonstrate(folder: Path, clips: int, teacher: Literal["small", "oracle"]) 
     folder.mkdir(parents=True, exist_ok=True)
     out = folder / "data"
     forgiving = (out / "catalog.sqlite").is_file()
-    console.rule("1. clips of an embedded world, with known truth")
+    console.rule("1. render clips of the embedded world")
     with _started_beside() as starting:
         plans, truth, port = prepare(folder, clips)
         if forgiving:
@@ -180,10 +180,10 @@ def _demonstrate(folder: Path, clips: int, teacher: Literal["small", "oracle"]) 
         checkout = Path(__file__).resolve().parents[1]
         ran = subprocess.run(command, cwd=checkout, env=service.environment("worker"), check=False)
     if ran.returncode:
-        console.print("[red]The run failed; what it said is above.")
+        console.print("[red]The run failed; its messages are above.")
         return False
 
-    console.rule("3. what became of every clip, beside what is true")
+    console.rule("3. compare each result with the truth")
     catalog = Catalog(Settings(out=out).database)
     verdicts = catalog.verdicts(refs.values(), load_policy(POLICY).hash)
     failed = {attempt.clip_id: attempt for attempt in catalog.failures(refs.values())}
@@ -204,18 +204,18 @@ def _demonstrate(folder: Path, clips: int, teacher: Literal["small", "oracle"]) 
     shards = sorted((out / "shards").glob("*/shard-*.parquet"))
     counts = catalog.funnel(refs.values(), load_policy(POLICY).hash)
     console.print(
-        f"{agreed} of {len(truth)} clips as they should be, {named} with the true first reason: "
+        f"{agreed} of {len(truth)} decisions are right, {named} with the true first reason: "
         f"{counts.accepted} accepted, {counts.rejected} rejected, {sum(counts.failed.values())} failed; "
         f"{counts.sharded} in {len(shards)} shards"
     )
     console.rule("next")
     here = Path(os.path.relpath(folder))
     for line in (
-        f"the shards:          {shards[0].parent if shards else out}",
-        f"every reason:        curation inspect CLIP_ID --out {here / 'data'}",
+        f"shards:              {shards[0].parent if shards else out}",
+        f"all reasons:         curation inspect CLIP_ID --out {here / 'data'}",
         f"Prefect's pages:     {service.ui_url}   (stop: make stop)",
         f"                     {login(service)}",
-        "once more:           make demo   (the rate-limited clip is fetched, the rest is not touched)",
+        "run it again:        make demo   (downloads the rate-limited clip, and repeats nothing else)",
         "your own videos:     make curate MANIFEST=my.csv OUT=data",
     ):
         console.print(line, soft_wrap=True, highlight=False)
@@ -224,9 +224,9 @@ def _demonstrate(folder: Path, clips: int, teacher: Literal["small", "oracle"]) 
 
 @contextmanager
 def _started_beside() -> Iterator[Future[Service]]:
-    """The Prefect service, started while something else goes on; the start is given up if that fails.
+    """Start the Prefect service in a thread while the body runs; give up the start when the body fails.
 
-    Raises UsageError before anything else goes on if it is soon clear that the service cannot be started.
+    Raises UsageError before the body runs if the start fails within a second.
     """
     from flows.service import start
 
@@ -242,13 +242,13 @@ def _started_beside() -> Iterator[Future[Service]]:
 
 
 def _true_depth(folder: Path, plans: list[ClipPlan], truth: list[Expected], refs: dict[str, ClipRef]) -> Path:
-    """A depth folder with the world's own depth of every clip that should be accepted."""
+    """A depth folder with the exact depth of every clip that should be accepted."""
     from curation.synthetic.clips import write_oracle
 
     folder.mkdir(exist_ok=True)
     files = {f"{plan.name}.mp4": plan for plan in plans}
     wanted = [e.file for e in truth if e.decision == "accept" and e.file != LIMITED]
-    files[LIMITED] = files[wanted[0]]  # its bytes are that clip's
+    files[LIMITED] = files[wanted[0]]  # it is a copy of that clip
     with _bar("true depth") as show:
         for done, file in enumerate([*wanted, LIMITED], 1):
             if not (folder / f"{refs[file].clip_id}.npz").is_file():
@@ -266,14 +266,14 @@ def _bar(what: str) -> Iterator[Any]:
 
 
 def main(
-    folder: Annotated[Path, typer.Argument(help="Where clips, depth and data go.")] = Path("demo"),
-    clips: Annotated[int, typer.Option(help="Clips to render; 28 go through every case.")] = 28,
+    folder: Annotated[Path, typer.Argument(help="Folder for clips, depth and data.")] = Path("demo"),
+    clips: Annotated[int, typer.Option(help="Clips to render; 28 cover every case.")] = 28,
     teacher: Annotated[
         Literal["small", "oracle"], typer.Option(help="A small MoGe-2 trained on this world, or exact depth.")
     ] = "small",
 ) -> None:
-    """Show the whole job on an embedded world, and check it against what is true."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends in order, as Ctrl-C does
+    """Run the whole pipeline on the embedded world, and compare the results with the truth."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # clean up, as after Ctrl-C
     try:
         agreed = demo(folder, clips, teacher)
     except UsageError as error:

@@ -1,9 +1,9 @@
-"""Lets `prefect deployment run curate` mean `prefect deployment run curate/curate` in a checkout, watched calmly.
+"""Makes `prefect deployment run curate` mean `prefect deployment run curate/curate` in a checkout, with calm progress.
 
-Prefect's own client asks for FLOW/DEPLOYMENT. This `prefect.plugins` hook runs before the command line is parsed and
-completes exactly that one positional argument; with `--watch`, flows.watch shows that run instead of a line for every
-event. Every other command line is left as it is. It is active only where `[tool.prefect.plugins]` of pyproject.toml
-allows it.
+Prefect's own client requires FLOW/DEPLOYMENT. This `prefect.plugins` hook runs before the command line is parsed and
+completes exactly that one positional argument. With `--watch`, flows.watch shows the run instead of a line for every
+event. Every other command line stays unchanged. The hook is active only where `[tool.prefect.plugins]` of
+pyproject.toml allows it.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from flows.access import VARIABLE
 
 DEPLOYMENTS = {"curate": "curate/curate"}
 
-# The options of `prefect deployment run`, and the global ones, by whether a value follows. An option that is not
-# listed may or may not take a value, so nothing after it can be told apart and the arguments stay as they are.
+# The options of `prefect deployment run`, and the global ones, by whether a value follows. An unlisted option may or
+# may not take a value, so what follows it is ambiguous and the arguments stay unchanged.
 TAKES_VALUE = {"--profile", "--name", "--id", "--job-variable", "-jv", "--param", "-p", "--params", "--tag"}
 TAKES_VALUE |= {"--start-in", "--start-at", "--watch-interval", "--watch-timeout", "--flow-run-name"}
 FLAGS = {"--watch", "--no-watch", "--prompt", "--no-prompt", "--help"}
@@ -33,10 +33,10 @@ FLAGS = {"--watch", "--no-watch", "--prompt", "--no-prompt", "--help"}
 
 @register_hook
 def setup_environment(*, ctx: HookContext) -> SetupResult:
-    """Complete the deployment's name in `sys.argv`, have it watched calmly, and switch the client's usage reports off.
+    """Complete the deployment's name in `sys.argv`, replace `--watch`, and switch the client's usage reports off.
 
-    Every program in the checkout that uses Prefect gets the authentication string of the server that runs there. Ends
-    the command with a sentence if it is completed and no server of this machine would take it.
+    Every program in the checkout that uses Prefect gets the authentication string of the server that runs there. If
+    the name was completed and no local server would accept the command, it exits with a sentence.
     """
     from flows.service import credentials
 
@@ -52,7 +52,7 @@ def setup_environment(*, ctx: HookContext) -> SetupResult:
 
 
 def completed(arguments: Sequence[str]) -> list[str]:
-    """The arguments of the `prefect` command with the name of a known deployment completed."""
+    """The arguments of the `prefect` command, with the name of a known deployment completed."""
     result = list(arguments)
     words = _positional(result)
     if len(words) == 3 and result[words[0]] in ("deployment", "deployments") and result[words[1]] == "run":
@@ -67,7 +67,7 @@ def watched(arguments: Sequence[str]) -> bool:
 
 
 def _watch_calmly() -> None:
-    from prefect.cli import flow_runs_watching  # the command's module takes the function from there when it is loaded
+    from prefect.cli import flow_runs_watching  # the command imports the function from this module
 
     from flows.watch import watch_flow_run
 
@@ -75,7 +75,7 @@ def _watch_calmly() -> None:
 
 
 def _positional(arguments: Sequence[str]) -> list[int]:
-    """Where the positional arguments are, or nothing if an unknown option makes that unknowable."""
+    """The indices of the positional arguments; empty if an unknown option makes them ambiguous."""
     found: list[int] = []
     index = 0
     while index < len(arguments):
@@ -102,7 +102,7 @@ def _is_prefect_cli(argv: Sequence[str], original: Sequence[str]) -> bool:
 def _need_server(api_url: str | None, environment: Mapping[str, str]) -> None:
     address = urlsplit(api_url or "")
     if address.hostname not in ("127.0.0.1", "localhost"):
-        return  # another machine's server; Prefect itself says what is wrong with it
+        return  # a server on another machine: Prefect itself reports its errors
     request = Request(f"{api_url}/admin/version")
     if string := environment.get(VARIABLE):
         request.add_header("Authorization", f"Basic {b64encode(string.encode()).decode()}")
@@ -111,9 +111,9 @@ def _need_server(api_url: str | None, environment: Mapping[str, str]) -> None:
     except HTTPError as error:
         if error.code == 401:
             sys.exit(
-                f"Error: The Prefect server at {api_url} wants another authentication string; set {VARIABLE} to it."
+                f"Error: The Prefect server at {api_url} requires another authentication string; set {VARIABLE} to it."
             )
     except URLError:
         sys.exit(f"Error: No Prefect server runs at {api_url}; start it with: python -m flows.service start")
     except (OSError, HTTPException):
-        return  # it is there but slow; Prefect is more patient
+        return  # the server is only slow: Prefect waits longer

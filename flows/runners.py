@@ -1,6 +1,6 @@
-"""Where the stage tasks of a flow run: threads of the flow's process, or a Dask or Ray cluster, by configuration.
+"""Where a flow's stage tasks run: in threads of the flow's process, or on a Dask or Ray cluster, by configuration.
 
-Threads are right on one machine, because the stages spread over the cores by themselves. Dask and Ray are for several.
+Threads are right on one machine, because the stages already use all cores. Dask and Ray are for several machines.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ TASKS_PER_LANE = 4  # download, observe, judge and teach of different batches ov
 def make_task_runner(name: str | None, address: str | None, lanes: int) -> TaskRunner[Any]:
     """A task runner that is not started yet.
 
-    name: threads, dask or ray; None takes the environment variable UNISH_TASK_RUNNER, or threads.
+    name: threads, dask or ray; for None, the environment variable UNISH_TASK_RUNNER, or threads.
     address: a running cluster, such as tcp://HOST:8786 (Dask) or ray://HOST:10001 (Ray); None starts a local one.
     lanes: batches observed at the same time.
-    Raises UsageError for an unknown name, an extra that is not installed, and an address that would be ignored.
+    Raises UsageError for an unknown name, an extra that is not installed, and an address that threads would ignore.
     """
     name = name or os.environ.get(VARIABLE) or "threads"
     if name not in ("threads", "dask", "ray"):
@@ -32,7 +32,7 @@ def make_task_runner(name: str | None, address: str | None, lanes: int) -> TaskR
     if name == "threads":
         if address:
             raise UsageError("A cluster address needs the task runner dask or ray; choose one or drop the address.")
-        # two more lanes than are observed: one batch being fetched ahead, one with its teacher
+        # two more lanes than observed batches: one batch is downloaded ahead, one is taught
         return ThreadPoolTaskRunner(max_workers=TASKS_PER_LANE * (lanes + 2))
     if find_spec(f"prefect_{name}") is None:
         raise UsageError(f"The task runner {name} is not installed; install it with: pip install 'unish[{name}]'")
@@ -45,7 +45,7 @@ def _dask(address: str | None, lanes: int) -> TaskRunner[Any]:
 
     if address:
         return DaskTaskRunner(address=address)
-    # a daemonic worker may not have children, and observing starts a process per core
+    # a daemonic worker cannot have children, and observing starts one process per core
     dask.config.set({"distributed.worker.daemon": False})
     return DaskTaskRunner(
         cluster_kwargs={"n_workers": lanes, "threads_per_worker": TASKS_PER_LANE, "dashboard_address": None}

@@ -1,12 +1,12 @@
-"""One command starts the Prefect server and serves the deployments of this checkout, one stops them.
+"""Starts the Prefect server, serves the deployments of this checkout, and stops both.
 
     python -m flows.service start | status | stop | watch
 
-The server listens on loopback only; its database, logs and the record of what was started lie in PREFECT_HOME
-(.state of the checkout), which nobody else may read, and it takes requests with the authentication string of
-flows.access alone. Every process started here, and every process they start, carries a token of this
-service in its environment; only processes with that token are ever signalled. What survives a killed server, worker or
-machine is put right by the next `start`. This module never runs a flow and never talks to another machine.
+The server listens on loopback only, and requires the authentication string of flows.access. Its database, logs and the
+list of started processes are in PREFECT_HOME (.state of the checkout), which no other user can read. Every process
+started here carries a token of this service in its environment, and so do its children; only processes with that token
+are ever signalled. After a killed server, worker or machine, the next `start` repairs the state. This module never runs
+a flow and never talks to another machine.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ if TYPE_CHECKING:
     from prefect.deployments.runner import RunnerDeployment
 
 _CHECKOUT = Path(__file__).resolve().parents[1]
-ROOT = _CHECKOUT if (_CHECKOUT / "pyproject.toml").is_file() else Path.cwd()  # installed without a checkout: here
+ROOT = _CHECKOUT if (_CHECKOUT / "pyproject.toml").is_file() else Path.cwd()  # no checkout: the current folder
 TOKEN = "UNISH_SERVICE"  # environment variable, "<token>:<role>"
 POLL_S = 0.25
-_AGAIN = "run it again, what is done is kept."
+_AGAIN = "run it again: finished work is kept."
 GRACE_S = 20.0  # from SIGTERM to SIGKILL
 Role = Literal["server", "worker"]
 
@@ -55,10 +55,10 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pret
 
 @dataclass(frozen=True)
 class Service:
-    """What was started: enough to find it again, and nothing else.
+    """The processes that were started: only what is needed to find them again.
 
     home: absolute PREFECT_HOME; api_url: of the server; token: in the environment of every process of this service;
-    server, worker: process ids, None if not started; fingerprint: of the authentication string the server asks for.
+    server, worker: process ids, None if not started; fingerprint: of the server's authentication string.
     """
 
     home: Path
@@ -70,11 +70,11 @@ class Service:
 
     @property
     def ui_url(self) -> str:
-        """The address for a browser."""
+        """The address of Prefect's pages."""
         return self.api_url.removesuffix("/api")
 
     def alive(self, role: Role) -> bool:
-        """Whether the recorded process lives and is ours: a reused process id does not carry the token."""
+        """Whether the recorded process is alive and ours: a reused process id does not carry the token."""
         pid = self.server if role == "server" else self.worker
         try:
             return pid is not None and _role(psutil.Process(pid), self.token) == role
@@ -82,7 +82,7 @@ class Service:
             return False
 
     def members(self, role: Role) -> list[psutil.Process]:
-        """Every living process of the role: those with the token, and their children."""
+        """Every live process of the role: those with the token, and their children."""
         found = {process for process in psutil.process_iter() if _role(process, self.token) == role}
         for process in list(found):
             with suppress(psutil.Error):
@@ -96,7 +96,7 @@ class Service:
         return False
 
     def serves(self) -> bool:
-        """Whether the recorded server itself answers at the address; a program of somebody else must get no string."""
+        """Whether the recorded server itself answers at the address; no other program may get the string."""
         port = urlsplit(self.api_url).port or 80
         with suppress(psutil.Error):
             ends = psutil.Process(self.server).net_connections("tcp") if self.alive("server") else []
@@ -104,17 +104,17 @@ class Service:
         return False
 
     def admits(self) -> bool:
-        """Whether the server was started with the authentication string that counts now."""
+        """Whether the server was started with the current authentication string."""
         with suppress(UsageError):
             return self.fingerprint == access.fingerprint(access.auth_string(self.home)) != ""
         return False
 
     def save(self) -> None:
-        """Record the service."""
+        """Write the service to its record."""
         access.write_private(_record(self.home), json.dumps(asdict(self) | {"home": str(self.home)}))
 
     def environment(self, role: Role) -> dict[str, str]:
-        """The environment of a process of this service. Nothing in it lets usage figures leave the machine."""
+        """The environment of a process of this service. It switches all usage reports off."""
         string = access.make_auth_string(self.home)
         extra = {
             TOKEN: f"{self.token}:{role}",
@@ -123,7 +123,7 @@ class Service:
             access.VARIABLE: string,
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
             "PREFECT_SERVER_EPHEMERAL_ENABLED": "false",
-            "PREFECT_SERVER_LOGS_STREAM_OUT_ENABLED": "true",  # both, so that --watch shows what a run says
+            "PREFECT_SERVER_LOGS_STREAM_OUT_ENABLED": "true",  # both are needed for --watch to show a run's logs
             "PREFECT_SERVER_LOGS_STREAM_PUBLISHING_ENABLED": "true",
             "DO_NOT_TRACK": "1",
             "RAY_USAGE_STATS_ENABLED": "0",
@@ -132,17 +132,17 @@ class Service:
             extra[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1", "localhost"]))
         if role == "server":
             extra |= access.server_environment(string, self.api_url)
-            # Prefect looks its collections up on the web and has a local copy; there is no setting. A proxy that
-            # refuses every connection keeps the server, which has nothing else to fetch, from leaving the machine.
+            # Prefect downloads its list of collections although it has a local copy, and has no setting against it. A
+            # proxy that refuses every connection blocks this; the server needs nothing else from the web.
             extra |= dict.fromkeys(("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy"), "http://127.0.0.1:9")
         return os.environ | extra
 
 
 def start(timeout_s: float = 180.0, given_up: threading.Event | None = None) -> Service:
-    """Start what does not run, put right what a killed process left, and wait until runs would be taken.
+    """Start the server and the worker if needed, repair the state after a crash, and wait until both are ready.
 
-    Raises UsageError if the port is taken, if something does not come up within `timeout_s` seconds, or if another
-    thread has given the start up; `stop` then ends what was started.
+    Raises UsageError if the port is in use, if a process is not ready within `timeout_s` seconds, or if another thread
+    gives up the start; `stop` then ends what was started.
     """
     given_up = given_up or threading.Event()
     deadline = time.monotonic() + timeout_s
@@ -150,7 +150,7 @@ def start(timeout_s: float = 180.0, given_up: threading.Event | None = None) -> 
         service = _load() or Service(home=_home(), api_url=_api_url(), token=uuid.uuid4().hex)
         wanted = access.fingerprint(access.make_auth_string(service.home))
         if not service.alive("server"):
-            _end(service, "worker")  # a flow whose server vanished cannot report; the catalog keeps what it did
+            _end(service, "worker")  # without its server a flow cannot report; the catalog keeps its work
             _end(service, "server")
             service = replace(service, api_url=_api_url(), server=None, worker=None, fingerprint=wanted)
             _refuse_taken_port(service)
@@ -159,10 +159,10 @@ def start(timeout_s: float = 180.0, given_up: threading.Event | None = None) -> 
             service = _spawn(service, "server", command)
         elif service.fingerprint != wanted:
             raise UsageError(
-                f"The Prefect server that runs asks for another authentication string than {access.VARIABLE} or"
-                f" {service.home / access.FILE} says, or for none; stop it first: python -m flows.service stop"
+                f"The running Prefect server uses another authentication string than {access.VARIABLE} or"
+                f" {service.home / access.FILE}, or none; stop it first: python -m flows.service stop"
             )
-        if not service.alive("worker"):  # it loads what it needs while the server comes up
+        if not service.alive("worker"):  # it imports its modules while the server starts
             _end(service, "worker")
             _ready(service).unlink(missing_ok=True)
             service = _spawn(service, "worker", ["flows.service", "serve"])
@@ -172,15 +172,15 @@ def start(timeout_s: float = 180.0, given_up: threading.Event | None = None) -> 
 
 
 def running() -> bool:
-    """Whether anything that an earlier `start` brought up still lives."""
+    """Whether any process of an earlier `start` is still alive."""
     service = _load()
     return service is not None and bool(service.members("server") + service.members("worker"))
 
 
 def stop() -> bool:
-    """Stop exactly the processes that `start` started, and theirs; False if there were none.
+    """Stop exactly the processes that `start` started, and their children; False if there were none.
 
-    Runs in progress are marked as Crashed by the next start.
+    The next start marks runs in progress as Crashed.
     """
     with _locked():
         service = _load()
@@ -195,9 +195,9 @@ def stop() -> bool:
 
 
 def credentials(api_url: str | None) -> dict[str, str]:
-    """The authentication string for a server that `start` brought up and that lives, as an environment.
+    """The authentication string of a live server that `start` started, as an environment.
 
-    Empty for every other server, which must not learn it, and where the environment has a string already.
+    Empty for every other server, which must not learn the string, and if the environment already has one.
     """
     if os.environ.get(access.VARIABLE):
         return {}
@@ -210,9 +210,10 @@ def credentials(api_url: str | None) -> dict[str, str]:
 
 
 def watch(silence_s: float = 90.0) -> None:
-    """Have the server of PREFECT_API_URL mark runs as Crashed that were silent for so long; safe to repeat.
+    """Tell the server of PREFECT_API_URL to mark runs without a heartbeat as Crashed; safe to repeat.
 
     For workers of work pools, whose machines may vanish. They must run with PREFECT_FLOWS_HEARTBEAT_FREQUENCY=30.
+    silence_s: seconds since a run's last heartbeat.
     """
     os.environ |= credentials(_api_url())
     from prefect.client.orchestration import get_client
@@ -234,7 +235,7 @@ def watch(silence_s: float = 90.0) -> None:
             threshold=1,
             within=timedelta(seconds=silence_s),
         ),
-        actions=[ChangeFlowRunState(state=StateType.CRASHED, message=f"Silent for {silence_s:.0f} s; {_AGAIN}")],
+        actions=[ChangeFlowRunState(state=StateType.CRASHED, message=f"No heartbeat for {silence_s:.0f} s; {_AGAIN}")],
     )
     try:
         with get_client(sync_client=True) as client:
@@ -243,14 +244,14 @@ def watch(silence_s: float = 90.0) -> None:
             client.create_automation(automation)
     except PrefectHTTPStatusError as error:
         if error.response.status_code == 401:
-            raise UsageError(f"The server wants another authentication string: set {access.VARIABLE}.") from None
+            raise UsageError(f"The server requires another authentication string: set {access.VARIABLE}.") from None
         raise
 
 
 def serve() -> None:
-    """Serve the deployments in this process until it is told to stop. `start` runs this in the background.
+    """Serve the deployments in this process until it is stopped. `start` runs this in the background.
 
-    If `start` does, it first waits for the server, and puts right what a killed process left there.
+    In that case it first waits for the server, and marks the runs of a killed worker as Crashed.
     """
     import asyncio
 
@@ -269,14 +270,14 @@ def serve() -> None:
     if service is not None and started:
         while not service.serves():
             if not service.alive("server"):
-                raise UsageError("The Prefect server ended before anything was served.")
+                raise UsageError("The Prefect server ended before the deployments were served.")
             time.sleep(POLL_S)
         with get_client(sync_client=True) as client:
-            _close_stale_runs(client, f"What ran it was stopped or killed; {_AGAIN}")
+            _close_stale_runs(client, f"The process of this run was stopped or killed; {_AGAIN}")
 
-    # one run at a time: a run uses every core of the machine by itself
+    # one run at a time: each run uses every core of the machine
     runner = Runner(name="unish", limit=1, query_seconds=2, pause_on_shutdown=False)
-    # by module, so that Dask and Ray workers, which get the flow with each task, find it under the same name
+    # by module, so that Dask and Ray workers, which get the flow with each task, can import it by the same name
     deployment = curate.to_deployment("curate", tags=["unish"], entrypoint_type=EntrypointType.MODULE_PATH)
     runner.add_deployment(cast("RunnerDeployment", deployment))
     access.write_private(_home() / "worker.ready", str(os.getpid()))
@@ -294,7 +295,7 @@ def _api_url() -> str:
 
 
 def _prefect_table() -> dict[str, Any]:
-    """[tool.prefect] of the checkout, which the `prefect` command reads there too."""
+    """[tool.prefect] in pyproject.toml of the checkout; the `prefect` command reads it too."""
     path = ROOT / "pyproject.toml"
     table: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return table.get("tool", {}).get("prefect", {})
@@ -329,7 +330,7 @@ def _locked() -> Iterator[None]:
 
 
 def _private(path: str, flags: int) -> int:
-    """Opens a file that nobody else may read."""
+    """Open a file that no other user can read."""
     return os.open(path, flags, 0o600)
 
 
@@ -337,7 +338,7 @@ def _address(api_url: str) -> tuple[str, int]:
     parts = urlsplit(api_url)
     if parts.hostname not in ("127.0.0.1", "localhost") or parts.scheme != "http" or parts.path != "/api":
         raise UsageError(
-            f"PREFECT_API_URL is {api_url}, which is no server this command can start; unset it,"
+            f"PREFECT_API_URL is {api_url}, where this command cannot start a server; unset it,"
             " or set it to http://127.0.0.1:PORT/api."
         )
     return "127.0.0.1", parts.port or 80
@@ -357,13 +358,13 @@ def _refuse_taken_port(service: Service) -> None:
             ) from None
 
 
-def _open(url: str) -> Any:  # an HTTPResponse, which typeshed does not promise
+def _open(url: str) -> Any:  # an HTTPResponse, but typeshed does not say so
     # never through a proxy: the address is this machine
     return urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=5)
 
 
 def _spawn(service: Service, role: Role, module: list[str]) -> Service:
-    service.save()  # the token first: whatever happens next, the process can be found again
+    service.save()  # save the token first, so that the process can be found whatever happens next
     log = _log(service, role)
     with suppress(FileNotFoundError):
         log.replace(log.with_suffix(".log.1"))
@@ -376,7 +377,7 @@ def _spawn(service: Service, role: Role, module: list[str]) -> Service:
             stdout=stream,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            # the server writes here alone; the worker's runs write the user's data, with the user's permissions
+            # the server writes only to PREFECT_HOME; the worker's runs write user data, with the user's permissions
             umask=0o077 if role == "server" else -1,
         )
     service = replace(service, server=process.pid) if role == "server" else replace(service, worker=process.pid)
@@ -391,24 +392,24 @@ def _log(service: Service, role: Role) -> Path:
 def _wait(service: Service, role: Role, ready: Callable[[], bool], deadline: float, given_up: threading.Event) -> None:
     while not ready():
         if given_up.is_set():
-            raise UsageError(f"The start of the Prefect {role} was given up.")
+            raise UsageError(f"The start of the Prefect {role} was cancelled.")
         if not service.alive(role):
             tail = "\n".join(_log(service, role).read_text(errors="replace").splitlines()[-5:])
             raise UsageError(f"The Prefect {role} ended while starting; see {_log(service, role)}:\n{tail}")
         if time.monotonic() > deadline:
-            raise UsageError(f"The Prefect {role} is not ready in time; see {_log(service, role)}, and start again.")
+            raise UsageError(f"The Prefect {role} was not ready in time; see {_log(service, role)}, and start again.")
         time.sleep(POLL_S)
 
 
 def _serving(service: Service) -> bool:
-    """The worker has registered its deployments: this worker, not an earlier one whose deployment is still known."""
+    """Whether this worker has registered its deployments; the server may still know those of an earlier worker."""
     with suppress(FileNotFoundError):
         return _ready(service).read_text() == str(service.worker)
     return False
 
 
 def _role(process: psutil.Process, token: str) -> str | None:
-    """The role of a living process of this service, None for every other process."""
+    """The role of a live process of this service, None for every other process."""
     try:
         value = process.environ().get(TOKEN, "")
         alive = process.status() != psutil.STATUS_ZOMBIE
@@ -419,7 +420,7 @@ def _role(process: psutil.Process, token: str) -> str | None:
 
 
 def _end(service: Service, role: Role) -> None:
-    """End every process of the role: the recorded one is asked first, so that it can end its children in order."""
+    """End every process of the role: the recorded one first, so that it can end its children in order."""
     if service.alive(role):
         members = service.members(role)
         for process in members:
@@ -436,9 +437,9 @@ def _end(service: Service, role: Role) -> None:
 
 
 def _close_stale_runs(client: SyncPrefectClient, message: str) -> None:
-    """Mark served runs that nothing runs any more as Crashed, with their tasks.
+    """Mark served runs that have lost their process as Crashed, with their tasks.
 
-    Runs of a work pool belong to workers that may live on other machines; runs called from Python have no deployment.
+    Runs of a work pool belong to workers that may be alive elsewhere; runs called from Python have no deployment.
     """
     from prefect.client.schemas import filters
     from prefect.client.schemas.objects import StateType
@@ -465,17 +466,17 @@ def _close_stale_runs(client: SyncPrefectClient, message: str) -> None:
 
 
 def login(service: Service) -> str:
-    """How a person gets into the pages, in one sentence without the string itself."""
+    """How to log in to Prefect's pages, in one sentence without the string itself."""
     path = service.home / access.FILE
     kept = path.is_file() and path.read_text(encoding="utf-8").strip() == access.auth_string(service.home)
-    return f"Its login asks once for {f'the line in {os.path.relpath(path)}' if kept else f'your {access.VARIABLE}'}"
+    return f"Log in once with {f'the line in {os.path.relpath(path)}' if kept else f'your {access.VARIABLE}'}"
 
 
 @app.command("start")
 def _start(
-    timeout: Annotated[float, typer.Option(help="Seconds to wait until runs are taken.")] = 180.0,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait until the service is ready.")] = 180.0,
 ) -> None:
-    """Start the server and serve the deployments, in the background; harmless when they run."""
+    """Start the server and serve the deployments, in the background; does nothing if they already run."""
     typer.echo("Starting the Prefect server and the deployments (about 20 seconds) ...")
     service = start(timeout)
     typer.echo(f"Running. UI: {service.ui_url}   logs: {service.home}/server.log, worker.log")
@@ -487,13 +488,13 @@ def _start(
 
 @app.command("stop")
 def _stop() -> None:
-    """Stop what start started, running flows included; their catalog keeps what was done."""
+    """Stop what `start` started, including running flows; the catalog keeps their finished work."""
     typer.echo("Stopped." if stop() else "Nothing is running.")
 
 
 @app.command("status")
 def _status() -> None:
-    """Say what is running; exit code 1 if not everything is."""
+    """Show what is running; exit code 1 unless everything is."""
     service = _load()
     server = service is not None and service.alive("server") and service.healthy()
     worker = service is not None and service.alive("worker") and _serving(service)
@@ -505,9 +506,11 @@ def _status() -> None:
 
 @app.command("watch")
 def _watch() -> None:
-    """Have the server of PREFECT_API_URL end runs of work pools that fell silent; once, and before the first run."""
+    """Tell the server of PREFECT_API_URL to end silent runs of work pools; call it once, before the first run."""
     watch()
-    typer.echo("Runs that are silent for 90 s become Crashed. Start workers with PREFECT_FLOWS_HEARTBEAT_FREQUENCY=30.")
+    typer.echo(
+        "A run becomes Crashed after 90 s without a heartbeat. Start workers with PREFECT_FLOWS_HEARTBEAT_FREQUENCY=30."
+    )
 
 
 @app.command("serve", hidden=True)
@@ -516,7 +519,7 @@ def _serve() -> None:
 
 
 def main() -> None:
-    """The console command; an error the user can put right is one sentence, without a traceback."""
+    """The console command; an error that the user can fix is one sentence, without a traceback."""
     try:
         app()
     except UsageError as error:

@@ -1,8 +1,8 @@
 """The stages of curation as Prefect tasks: each takes one batch of clips and calls one function of curation.run.stages.
 
-What fails for a clip is recorded in the catalog and is no failure of a task; a task fails only when something dies
-unexpectedly, and is then tried again, which is safe because the stages do only what is missing. The tasks live at
-module level so that Dask and Ray workers can import them.
+A clip's failure is recorded in the catalog and does not fail the task. A task fails only after an unexpected error, and
+is then retried, which is safe because the stages do only what is missing. The tasks are at module level so that Dask
+and Ray workers can import them.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from curation.run.batches import Batch, StageReport, StageStopped
 from curation.settings import Settings
 
 RETRY_DELAYS_S = [5.0, 60.0]
-REFRESH_S = 1.0  # how often a progress bar is written
-SAY_S = 60.0  # how often progress is logged
+REFRESH_S = 1.0  # interval between updates of a progress bar
+SAY_S = 60.0  # interval between log lines about progress
 
 
 @dataclass(frozen=True)
 class Bar:
-    """The progress artifact of one stage of a run, and where a batch lies in it.
+    """The progress artifact of one stage of a run, and the position of a batch in it.
 
     before: clips of earlier batches; clips: clips of this batch; total: clips of the run.
     """
@@ -47,7 +47,7 @@ class Bar:
     total: int
 
     async def show(self, done: int) -> None:
-        """Write that `done` clips of this batch are done. A server that does not answer costs only the bar."""
+        """Write that `done` clips of this batch are done. If the server does not answer, only the bar is lost."""
         clips = self.before + done
         try:
             await aupdate_progress_artifact(self.artifact, 100.0 * clips / self.total, f"{clips} of {self.total} clips")
@@ -56,7 +56,7 @@ class Bar:
 
 
 def worth_retrying(_task: Any, _run: TaskRun, state: State[Any]) -> bool:
-    """A wrong set-up stays wrong however often it is tried, an outage was waited for, and what was lost stays lost."""
+    """A retry helps neither a wrong set-up, nor an outage that already lasted too long, nor a lost batch."""
     return not isinstance(state.data, UsageError | OutageError | LostError)
 
 
@@ -78,13 +78,13 @@ async def download(settings: Settings, batch: Batch, bar: Bar, check: work.Check
 
 @_stage(name="observe")
 async def observe(settings: Settings, batch: Batch, bar: Bar, check: work.Check = work.nobody_else) -> StageReport:
-    """Decode each clip once and store what is seen."""
+    """Decode each clip once and store its observations."""
     return await _in_thread(partial(work.observe, settings, batch, check=check), bar)
 
 
 @_stage(name="judge")
 async def judge(settings: Settings, batch: Batch) -> StageReport:
-    """Apply the policy to what was observed."""
+    """Apply the policy to the observations."""
     return await _in_thread(partial(work.judge, settings, batch), None)
 
 
@@ -96,19 +96,19 @@ async def teach(settings: Settings, batch: Batch, bar: Bar, check: work.Check = 
 
 @dataclass
 class _Progress:
-    """What the pipeline calls with (done, total): no waiting there, only a number for the event loop to show."""
+    """The pipeline's callback for (done, total): it only stores the number, which the event loop shows."""
 
     done: int = 0
     given_up: bool = False
 
     def __call__(self, done: int, total: int) -> None:
-        if self.given_up:  # ends a stage whose task has timed out, at its next clip
-            raise StageStopped("the task that ran this stage was given up")
+        if self.given_up:  # the task has timed out: end the stage at its next clip
+            raise StageStopped("the task that ran this stage was stopped")
         self.done = done
 
 
 async def _in_thread(stage: Callable[..., StageReport], bar: Bar | None) -> StageReport:
-    """Run a blocking stage beside the event loop: so a task's timeout takes effect whatever the stage waits for."""
+    """Run a blocking stage in a thread, so that the task's timeout takes effect whatever the stage waits for."""
     logger = get_run_logger()
     progress = _Progress()
     refresh = asyncio.create_task(_refresh(progress, bar)) if bar else None
@@ -124,7 +124,7 @@ async def _in_thread(stage: Callable[..., StageReport], bar: Bar | None) -> Stag
     if bar:
         await bar.show(bar.clips)
     failed = ", ".join(f"{code} {clips}" for code, clips in sorted(report.failed.items())) or "none"
-    logger.info("%s: %d done, %d already there, failed: %s", report.stage, report.done, report.skipped, failed)
+    logger.info("%s: %d done, %d done before, failed: %s", report.stage, report.done, report.skipped, failed)
     return report
 
 

@@ -1,8 +1,8 @@
-"""What `prefect deployment run curate --watch` shows: one line a stage that renews itself, and what goes wrong.
+"""What `prefect deployment run curate --watch` shows: one live line per stage, and warnings and errors.
 
 Prefect's own watch prints every event and log of a run, several lines a second. This one asks the server for the run's
-state, the progress that its stages publish, and its warnings and errors. Where the output is no terminal it prints a
-plain line now and then. It reads the run and never changes it.
+state, the progress that its stages publish, and its warnings and errors. Without a terminal, it prints a plain line
+from time to time. It reads the run and never changes it.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ if TYPE_CHECKING:
     from prefect.client.schemas.objects import Artifact, FlowRun, State
 
 POLL_S = 1.0
-SAY_S, SAY_SHARE = 30.0, 0.05  # at least so far apart are two plain lines about one stage
-QUIET_S = 600.0  # after so long it is named however little it moved
-RECENT_S = 30.0  # the least stretch of time that a forecast is made from
-DEAF_S = 15.0  # for so long the server may refuse every answer before the watch ends
-LAST_WORDS_S = 3.0  # the logs of a run that failed may come this much later than its end
+SAY_S, SAY_SHARE = 30.0, 0.05  # minimum time and progress between two plain lines about one stage
+QUIET_S = 600.0  # after this time a plain line follows any progress, however small
+RECENT_S = 30.0  # minimum time span that a forecast is based on
+DEAF_S = 15.0  # the watch ends if the server does not answer for this long
+LAST_WORDS_S = 3.0  # the logs of a failed run may arrive this long after its end
 STAGES = ("download", "observe", "teach")
-_ENDED = "Finished in state "  # begins what Prefect itself logs last; the command says the same
+_ENDED = "Finished in state "  # start of Prefect's own last log line; the command says the same
 
 
 class Pace:
-    """Forecasts when a stage ends from how fast its recent part went: half of the time so far, but at least RECENT_S.
+    """Forecasts the end of a stage from its recent speed: over half of the time so far, but at least RECENT_S.
 
-    The first sign of progress is left out: it holds what an earlier run did, or the time that starting took.
+    The first progress value does not count: it includes the work of an earlier run, or the time for starting.
     """
 
     def __init__(self) -> None:
@@ -56,7 +56,7 @@ class Pace:
         self._share = 0.0
 
     def add(self, now_s: float, share: float) -> None:
-        """Note that `share` (0 to 1) of the stage is done at a time."""
+        """Record that `share` (0 to 1) of the stage is done at `now_s`."""
         if share > self._share:
             self._share = share
             if self._began is not None:
@@ -69,12 +69,12 @@ class Pace:
                 self._seen.popleft()
 
     def left_s(self, now_s: float) -> float | None:
-        """Seconds until the stage is done, None while too little is known."""
+        """Seconds until the stage is done, None while there is too little data."""
         if len(self._seen) < 2:
             return None
         (first_s, first), (last_s, share) = self._seen[0], self._seen[-1]
         steps, took_s, idle_s = len(self._seen) - 1, last_s - first_s, now_s - last_s
-        if idle_s > took_s / steps:  # the next step is overdue: it is slower than those before
+        if idle_s > took_s / steps:  # the next step is overdue, so it is slower than the ones before
             each_s, gain = (took_s + idle_s) / (steps + 1), (share - first) / steps
             return max(0.0, (1 - share) / gain * each_s - each_s)
         return max(0.0, (1 - share) / (share - first) * took_s - idle_s)
@@ -82,7 +82,7 @@ class Pace:
 
 @dataclass
 class Stage:
-    """What is known of one stage. share: done, from 0 to 1; clips: the same in words; left_s: seconds, None unknown."""
+    """One stage. share: done, from 0 to 1; clips: the same in words; left_s: seconds left, None if unknown."""
 
     name: str
     share: float = 0.0
@@ -91,19 +91,19 @@ class Stage:
     pace: Pace = field(default_factory=Pace)
 
     def left(self) -> str:
-        """The forecast in words, empty where there is none."""
+        """The forecast in words, empty if there is none."""
         return "" if self.left_s is None or self.share >= 1 else f"about {_duration(self.left_s)} left"
 
 
 class Board:
-    """The stages of a run, and the sentence that stands there before they begin."""
+    """The stages of a run, and the sentence that is shown before they begin."""
 
     def __init__(self) -> None:
         self.stages: dict[str, Stage] = {}
         self.status = ""
 
     def update(self, artifacts: list[Artifact], now_s: float) -> None:
-        """Take over the progress that the run has published. now_s: a clock in seconds that never goes back."""
+        """Update from the progress that the run has published. now_s: a monotonic clock, in seconds."""
         published = {str(artifact.key).removeprefix("curate-"): artifact for artifact in artifacts}
         before: Stage | None = None
         for name in STAGES:
@@ -114,7 +114,7 @@ class Board:
                 stage.pace.add(now_s, stage.share)
                 stage.left_s = stage.pace.left_s(now_s)
                 if before is not None and before.share < 1 and stage.left_s is not None and before.left_s is not None:
-                    stage.left_s = max(stage.left_s, before.left_s)  # no stage ends before the one that feeds it
+                    stage.left_s = max(stage.left_s, before.left_s)  # a stage cannot end before the previous one
                 before = stage
 
     def __rich__(self) -> Table | Text:
@@ -132,9 +132,9 @@ class Board:
 
 
 async def watch_flow_run(flow_run_id: UUID, console: Console, timeout: int | None = None) -> FlowRun:
-    """Show a run until it has ended, and return it; stands in for Prefect's function of this name.
+    """Show a run until it ends, and return it; replaces Prefect's function of the same name.
 
-    timeout: seconds. Raises FlowRunWaitTimeout, and FlowRunWatchError when the server is gone.
+    timeout: seconds. Raises FlowRunWaitTimeout, and FlowRunWatchError if the server does not answer any more.
     """
     try:
         async with asyncio.timeout(timeout):
@@ -144,8 +144,8 @@ async def watch_flow_run(flow_run_id: UUID, console: Console, timeout: int | Non
             f"Flow run with ID {flow_run_id} exceeded watch timeout of {timeout} seconds"
         ) from None
     except asyncio.CancelledError:  # Ctrl-C
-        advice = f"to end it: prefect flow-run cancel {flow_run_id}"
-        console.print(f"No longer watched. The run goes on while its service does; {advice}", soft_wrap=True)
+        advice = f"to end the run: prefect flow-run cancel {flow_run_id}"
+        console.print(f"Stopped watching. The run continues as long as its service runs; {advice}", soft_wrap=True)
         raise
 
 
@@ -167,8 +167,8 @@ async def _watch(flow_run_id: UUID, console: Console) -> FlowRun:
                     deaf_since = deaf_since or now_s
                     if now_s - deaf_since > DEAF_S:
                         raise FlowRunWatchError(
-                            f"The Prefect server does not answer any more ({type(error).__name__}); what the run has "
-                            "done is kept. See: python -m flows.service status"
+                            f"The Prefect server does not answer any more ({type(error).__name__}); finished work is "
+                            "kept. See: python -m flows.service status"
                         ) from error
                 else:
                     say(now_s)
@@ -184,7 +184,9 @@ def _status(run: FlowRun) -> str:
     if state is None or state.type == StateType.SCHEDULED:
         late = state is not None and state.name == "Late"
         return (
-            "waiting: another run goes, or nothing takes runs (python -m flows.service status)" if late else "waiting"
+            "waiting: another run is active, or no worker is running (python -m flows.service status)"
+            if late
+            else "waiting"
         )
     return "checking the set-up" if state.type == StateType.RUNNING else "starting"
 
@@ -200,7 +202,7 @@ async def _progress(client: PrefectClient, flow_run_id: UUID) -> list[Artifact]:
 
 
 class _Words:
-    """Prints the warnings and errors of a run, each once."""
+    """Prints each warning and error of a run once."""
 
     def __init__(self, client: PrefectClient, flow_run_id: UUID, console: Console) -> None:
         self._client, self._flow_run_id, self._console = client, flow_run_id, console
@@ -209,7 +211,7 @@ class _Words:
         self._said = ""
 
     async def read(self) -> None:
-        """Print what is new. Several processes send logs, so older ones may still come."""
+        """Print new messages. Several processes send logs, so older ones may arrive late."""
         wanted = filters.LogFilter(
             flow_run_id=filters.LogFilterFlowRunId(any_=[self._flow_run_id]),
             level=filters.LogFilterLevel(ge_=logging.WARNING),
@@ -228,7 +230,7 @@ class _Words:
                 self._newest = max(self._newest or log.timestamp, log.timestamp)
 
     async def last(self, state: State) -> None:
-        """Print what comes after the end, and how the run ended if nothing has said so."""
+        """Print the messages that arrive after the end, and the final state unless a message already gave it."""
         await self.read()
         message = (state.message or "").strip()
         deadline = time.monotonic() + (0 if state.is_completed() else LAST_WORDS_S)
@@ -244,7 +246,7 @@ class _Words:
 
 @contextmanager
 def _shown(board: Board, console: Console) -> Iterator[Callable[[float], None]]:
-    """Show the board for as long as this lasts; gives what to call, with the time, when the board has changed."""
+    """Show the board inside the context; yields a function to call, with the time, when the board has changed."""
     if console.is_terminal and not console.is_dumb_terminal:
         with Live(board, console=console, refresh_per_second=2) as live:
             yield lambda _: live.update(board)
@@ -254,7 +256,7 @@ def _shown(board: Board, console: Console) -> Iterator[Callable[[float], None]]:
 
 
 class _Plain:
-    """The board as lines for a log: a stage is named now and then while it moves, and when it is done."""
+    """The board as lines for a log: one from time to time while a stage progresses, and one when it is done."""
 
     def __init__(self, board: Board, console: Console) -> None:
         self._board, self._console = board, console
@@ -276,7 +278,7 @@ class _Plain:
 
 
 def _duration(seconds: float) -> str:
-    """In words, no more exact than a forecast is."""
+    """In words, rounded to the precision of a forecast."""
     if seconds < 90:
         return f"{max(1, round(seconds))} s" if seconds < 20 else f"{round(seconds / 5) * 5} s"
     if seconds < 90 * 60:

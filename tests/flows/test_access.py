@@ -132,7 +132,7 @@ def test_prefect_in_the_checkout_has_the_string_and_says_when_it_is_another(
     context = HookContext(prefect_version="3", api_url=service.api_url, logger_factory=logging.getLogger)
     monkeypatch.setattr(sys, "argv", ["prefect", "deployment", "run", "curate"])
     monkeypatch.setenv(access.VARIABLE, "unish:guessed")
-    with pytest.raises(SystemExit, match="wants another authentication string; set PREFECT_API_AUTH_STRING"):
+    with pytest.raises(SystemExit, match="requires another authentication string; set PREFECT_API_AUTH_STRING"):
         setup_environment(ctx=context)
     monkeypatch.delenv(access.VARIABLE)
     assert setup_environment(ctx=context).env[access.VARIABLE] == service.string
@@ -141,7 +141,7 @@ def test_prefect_in_the_checkout_has_the_string_and_says_when_it_is_another(
 def test_a_running_server_is_not_ended_for_another_string(service: Place):
     before = service.record
     again = command("python", "-m", "flows.service", "start", PREFECT_API_AUTH_STRING="unish:mine")
-    assert again.returncode == 1 and "asks for another authentication string" in again.stderr
+    assert again.returncode == 1 and "uses another authentication string" in again.stderr
     assert service.record == before and service.running()
 
 
@@ -206,7 +206,7 @@ def test_a_string_that_cannot_be_read_is_one_sentence(tmp_path: Path, monkeypatc
         path.mkdir()
     else:
         path.symlink_to(path)
-    with pytest.raises(UsageError, match="and a new one is made by") as raised:
+    with pytest.raises(UsageError, match="then create a new one with") as raised:
         access.auth_string(tmp_path)
     assert str(path) in str(raised.value) and raised.value.__suppress_context__
 
