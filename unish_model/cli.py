@@ -1,7 +1,7 @@
-"""The `unish` command: self-check against golden numbers, compose a starting checkpoint, look into one.
+"""The `unish` command: check the network against golden files, compose a checkpoint to start from, describe one.
 
-Exit codes: 0 done; 1 what was asked for failed, such as a self-check that finds differences; 2 the user's mistake, such
-as a file that is missing or wrong; 130 interrupted. A mistake is one sentence, without a traceback.
+Exit codes: 0 done; 1 the command failed, for example a self-check that finds differences; 2 a user error, for example
+a missing or wrong file; 130 interrupted. A user error prints one sentence, without a traceback.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from unish_model.network.config import Preset, UniSHConfig
 
 FAILED, MISTAKE, INTERRUPTED = 1, 2, 130
 
-app = typer.Typer(help="The UniSH network: check it, start it, look into it.", no_args_is_help=True)
+app = typer.Typer(help="Check the UniSH network, and compose and describe its checkpoints.", no_args_is_help=True)
 console = Console()
 errors = Console(stderr=True)
 
@@ -32,10 +32,10 @@ def _stop(message: object, code: int = MISTAKE) -> typer.Exit:
 @app.command()
 def selfcheck(
     golden: Annotated[Path, typer.Option(help="folder of golden .npz files", exists=True, file_okay=False)],
-    salt: Annotated[str, typer.Option(help="what the golden weights were made with")] = "public-1",
-    only: Annotated[str | None, typer.Option(help="regular expression that file names must match")] = None,
+    salt: Annotated[str, typer.Option(help="salt that the golden weights were made with")] = "public-1",
+    only: Annotated[str | None, typer.Option(help="check only file names that match this regular expression")] = None,
 ) -> None:
-    """Run every golden file in a folder against this network; exit with 1 if an output misses its gate."""
+    """Compare this network with every golden file in a folder; exit with 1 if an error exceeds its gate."""
     from unish_model.selfcheck.compare import Check, GoldenError
     from unish_model.selfcheck.run import run_selfcheck
 
@@ -47,7 +47,7 @@ def selfcheck(
             word = "pass" if check.passed else "FAIL"
             errors.print(f"{word} {check.file} {check.output} {check.error:.1e}", markup=False, highlight=False)
     except re.error as error:
-        raise _stop(f"--only {only} is no regular expression: {error}") from error
+        raise _stop(f"--only {only} is not a regular expression: {error}") from error
     except GoldenError as error:
         raise _stop(error) from error
     table = Table("file", "output", "largest relative error", "gate", "")
@@ -67,10 +67,10 @@ def init(
     camerahmr: Annotated[str, typer.Option(help="CameraHMR checkpoint: a file or a Hugging Face id with :file")],
     out: Annotated[Path, typer.Option(help="the .safetensors file to write")],
     config: Annotated[Preset, typer.Option(help="the network's sizes")] = "released",
-    seed: Annotated[int, typer.Option(help="of AlignNet's fresh weights")] = 42,
-    ignore: Annotated[list[str] | None, typer.Option(help="more CameraHMR name prefixes to leave behind")] = None,
+    seed: Annotated[int, typer.Option(help="seed of AlignNet's random weights")] = 42,
+    ignore: Annotated[list[str] | None, typer.Option(help="further CameraHMR name prefixes to ignore")] = None,
 ) -> None:
-    """Compose Pi3, CameraHMR and a fresh AlignNet into a checkpoint to start training from."""
+    """Combine Pi3, CameraHMR and a randomly initialised AlignNet into a checkpoint to start training from."""
     from unish_model.network.checkpoint import (
         CAMERAHMR_IGNORED,
         CheckpointError,
@@ -81,7 +81,7 @@ def init(
     )
 
     try:
-        check_target(out)  # before minutes of reading
+        check_target(out)  # before reading, which takes minutes
         ignored = CAMERAHMR_IGNORED + tuple(ignore or ())
         network = compose(pi3, camerahmr, UniSHConfig.named(config), seed=seed, ignored=ignored)
         save_unish(network, out)
@@ -94,7 +94,7 @@ def init(
 
 @app.command()
 def info(checkpoint: Annotated[str, typer.Argument(help="a file or a Hugging Face id")]) -> None:
-    """Tell what a checkpoint is by its names and shapes, without reading its values."""
+    """Describe a checkpoint by its names and shapes, without reading its values."""
     from unish_model.network.checkpoint import CheckpointError, FetchError, open_tensors, resolve, summarise
 
     try:
@@ -113,7 +113,7 @@ def info(checkpoint: Annotated[str, typer.Argument(help="a file or a Hugging Fac
 
 
 def main() -> None:
-    """Entry point: Ctrl-C ends it with one line."""
+    """Entry point; Ctrl-C prints one line."""
     try:
         app()
     except SystemExit as ended:

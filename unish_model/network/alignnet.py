@@ -1,6 +1,6 @@
-"""AlignNet: how many metres the scene is, and where in it the body stands. Always float32.
+"""AlignNet: the metric scale of the scene, and the position of the body in it. Always float32.
 
-A scale token and one token per frame read the scene's features; time enters only through a rotary embedding.
+A scale token and one token per frame attend to the scene's features; time enters only through a rotary embedding.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from unish_model.network.layers import Branch, Rotary, frequencies, full_precisi
 
 @dataclass(frozen=True)
 class AlignOutput:
-    """Float32."""
+    """The result of AlignNet, float32."""
 
     scale: Float32[Tensor, " B"]
     """Metres: the mean distance of the scene's valid points from their cameras."""
@@ -39,8 +39,8 @@ def time_rotary(
 ) -> Rotary:
     """Tables (..., 1, head_dim / 2) for integer positions in 0..length-1.
 
-    Up to `table` positions the angles are the trained ones. For a longer `length` the tables of `table` entries are
-    stretched linearly, ends on ends, over all of it, so that no position leaves the trained range.
+    Up to `table` positions, the angles are those of training. For a longer `length`, the table of `table` entries is
+    stretched linearly over all positions, first to first and last to last, so no position leaves the trained range.
     """
     wave = frequencies(head_dim // 2, base, positions.device)
     if length <= table:
@@ -78,7 +78,7 @@ class AlignLayer(nn.Module):
         time: Rotary,
         memory_time: Rotary,
     ) -> Float[Tensor, "B queries width"]:
-        """One attention, values never rotated."""
+        """One attention; values are not rotated."""
         sources = {"q": x, "k": memory, "v": memory}
         projected = (getattr(self, f"{kind}_{name}_proj")(source) for name, source in sources.items())
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in projected)
@@ -95,11 +95,11 @@ class AlignLayer(nn.Module):
         y = self.norm1(x + self.attend("self", x, x, time, time))
         y = self.norm2(y + self.attend("cross", y, memory, time, memory_time))
         y = self.norm3(y + self.dropout(self.feed_forward(y)))
-        return y + x  # the released stack adds a layer's input once more
+        return y + x  # as in the released network, which adds a layer's input once more
 
 
 class AlignNet(Branch):
-    """The whole branch; parameter names are the released ones."""
+    """All of AlignNet, with the released parameter names."""
 
     def __init__(self, config: UniSHConfig) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class AlignNet(Branch):
         self.decoder_layers = nn.ModuleList(AlignLayer(config.align) for _ in range(size.depth))
         self.scale_head = nn.Linear(size.width, 1)
         self.trans_head = nn.Linear(size.width, 3)
-        # never read here, but part of every released checkpoint
+        # unused, but part of every released checkpoint
         register_mean_body(self, config.human)
 
     def rotary(self, frames: int, fps: float, tokens: int, device: torch.device) -> tuple[Rotary, Rotary]:
@@ -133,7 +133,7 @@ class AlignNet(Branch):
     def forward(
         self, hidden: Float[Tensor, "B S tokens hidden"], body: Float[Tensor, "B S width"], fps: float
     ) -> AlignOutput:
-        """hidden: the scene's tokens, registers first; body: the human branch's; fps: frames per second."""
+        """hidden: the scene's tokens, registers first; body: the human branch's tokens; fps: frames per second."""
         if not fps > 0:
             raise ValueError(f"fps must be positive, not {fps}")
         batch, frames, tokens, _ = hidden.shape

@@ -1,7 +1,7 @@
 """SMPL through smplx: rotations, shape and translation to vertices and joints in metres.
 
-The body model's files are licensed and not part of this project. Reading one never runs code from it: a pickle is
-opened with an allow-list, and the array wrappers that old files carry become plain arrays.
+The body model's files are licensed and not part of this project. Reading a file never runs code from it: a pickle is
+read with an allow-list, and the array wrappers in old files become plain arrays.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 FIELDS = ("v_template", "shapedirs", "posedirs", "J_regressor", "weights", "kintree_table", "f")
-ADVICE = "get SMPL_NEUTRAL (version 1.1.0) from smpl.is.tue.mpg.de and give its .pkl or .npz, or its folder"
+ADVICE = "download SMPL_NEUTRAL (version 1.1.0) from smpl.is.tue.mpg.de and give its .pkl or .npz, or its folder"
 
 
 class BodyModelError(Exception):
-    """The SMPL file is missing or not what it should be; the message says what to do."""
+    """The SMPL file is missing or invalid; the message says what to do."""
 
 
 class _Wrapped:
-    """Stands for an object of a library that is not needed: keeps its state and does nothing."""
+    """Placeholder for an object of a library that is not needed: keeps its state and does nothing."""
 
     def __init__(self, *_: object) -> None:
         self.state: dict[str, Any] = {}
@@ -76,7 +76,7 @@ def read_smpl(path: Path, gender: str = "neutral") -> dict[str, np.ndarray]:
         found = [path / f"SMPL_{gender.upper()}{suffix}" for suffix in (".npz", ".pkl")]
         existing = [candidate for candidate in found if candidate.exists()]
         if not existing:
-            raise BodyModelError(f"{path} holds neither {found[0].name} nor {found[1].name}: {ADVICE}")
+            raise BodyModelError(f"{path} contains neither {found[0].name} nor {found[1].name}: {ADVICE}")
         path = existing[0]
     if not path.exists():
         raise BodyModelError(f"no SMPL model at {path}: {ADVICE}")
@@ -95,14 +95,14 @@ def read_smpl(path: Path, gender: str = "neutral") -> dict[str, np.ndarray]:
 
 
 class Body(nn.Module):
-    """SMPL with 6890 vertices, 24 joints and 10 shape numbers; it turns about its rest pelvis J0."""
+    """SMPL with 6890 vertices, 24 joints and 10 shape numbers; it rotates about its rest pelvis J0."""
 
     def __init__(self, arrays: dict[str, np.ndarray], gender: str = "neutral") -> None:
         super().__init__()
         import smplx
         from smplx.utils import Struct
 
-        with redirect_stdout(io.StringIO()):  # smplx prints a warning about ten shape numbers, which is what we want
+        with redirect_stdout(io.StringIO()):  # smplx warns about ten shape numbers, which is intended here
             self.smpl = smplx.SMPL(
                 "",
                 data_struct=Struct(**arrays),
@@ -126,7 +126,7 @@ class Body(nn.Module):
         return self.smpl.faces_tensor
 
     def pelvis(self, betas: Float[Tensor, "*batch 10"]) -> Float[Tensor, "*batch 3"]:
-        """Rest position J0 in m of the root joint for body shapes: what a body turns about."""
+        """Rest position J0 of the root joint in m, for given body shapes; a body rotates about it."""
         smpl = self.smpl
         root = smpl.J_regressor[0]
         directions = torch.einsum("v,vck->ck", root, smpl.shapedirs)

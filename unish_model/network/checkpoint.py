@@ -1,7 +1,7 @@
-"""Checkpoints in and out: UniSH, Pi3 and CameraHMR under one strict rule, one named translation for each foreign one.
+"""Reads and writes checkpoints. UniSH, Pi3 and CameraHMR load strictly; each foreign one has one name translation.
 
-Only tensors are read: safetensors, or PyTorch files through the weights-only reader, memory-mapped in both cases, into
-a network without memory of its own. Nothing here trains, infers, or guesses at names.
+Only tensors are read: safetensors, or PyTorch files with the weights-only reader. Both are memory-mapped, into a
+network that is built without memory. Nothing here trains, infers, or guesses names.
 """
 
 from __future__ import annotations
@@ -30,43 +30,43 @@ HUB_FILES = {
     "Murphyyyy/UniSH": "checkpoints/unish_release.safetensors",
     "yyfz233/Pi3": "model.safetensors",
 }
-"""Weights file of the public repositories; any other repository needs `owner/name:file`."""
+"""The weights file in each public repository; any other repository needs `owner/name:file`."""
 
 CAMERAHMR_IGNORED = (
     "smpl_head.deccam.",  # weak-perspective camera: UniSH has AlignNet instead
     "smpl_head.deckp.",  # dense key points: training only
-    "smpl.",  # body models and critics that the training module carried along
+    "smpl.",  # body models and discriminators, which were part of the training module
     "smpl_gt.",
     "smpl_layer.",
     "discriminator.",
 )
-"""Prefixes of CameraHMR tensors that UniSH has no place for."""
+"""Name prefixes of the CameraHMR tensors that UniSH does not use."""
 
 SLICE = 64
-"""Tensors converted between two openings of a file, so that converted pages are given back."""
+"""Tensors converted before a file is opened again, which frees the pages read so far."""
 
 Network = TypeVar("Network", bound=nn.Module)
 
 
 class CheckpointError(Exception):
-    """A checkpoint cannot be found, read, or fitted; the message says what to do."""
+    """A checkpoint cannot be found or read, or does not fit; the message says what to do."""
 
 
 class FetchError(CheckpointError):
-    """A checkpoint exists elsewhere, as far as its name tells, and could not be fetched."""
+    """A checkpoint with a valid remote name could not be downloaded."""
 
 
 class NamesError(CheckpointError):
-    """Names or shapes disagree; the lists say which."""
+    """Names or shapes do not match; the lists name them."""
 
     def __init__(self, what: str, missing: list[str], unexpected: list[str], misshapen: list[str]) -> None:
         self.missing, self.unexpected, self.misshapen = missing, unexpected, misshapen
-        lines = [f"{what} does not fit the network, nothing was loaded."]
+        lines = [f"{what} does not fit the network; nothing was loaded."]
         for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen)):
             if names:
                 more = f" and {len(names) - 8} more" if len(names) > 8 else ""
                 lines.append(f"  {len(names)} {kind}: {', '.join(names[:8])}{more}")
-        lines.append("  Is it the right file, and the configuration it was made with? `unish info` tells.")
+        lines.append("  Check that the file and the configuration belong together: `unish info` shows what it fits.")
         super().__init__("\n".join(lines))
 
 
@@ -74,9 +74,9 @@ class NamesError(CheckpointError):
 
 
 def resolve(source: str | Path) -> Path:
-    """A local file, or a Hugging Face id (`owner/name` where public, else `owner/name:file`), downloaded once.
+    """A local file, or a Hugging Face id (`owner/name` if in HUB_FILES, else `owner/name:file`), downloaded once.
 
-    Raises CheckpointError, and FetchError where the download fails.
+    Raises CheckpointError, and FetchError if the download fails.
     """
     path = Path(source)
     if path.is_file():
@@ -89,7 +89,7 @@ def resolve(source: str | Path) -> Path:
         raise CheckpointError(f"no checkpoint at {source}: give a file, or a Hugging Face id as owner/name:file")
     file = file or HUB_FILES.get(repository, "")
     if not file:
-        raise CheckpointError(f"which file of {repository}? Give {repository}:path/in/the/repository")
+        raise CheckpointError(f"no file of {repository} is named: give {repository}:path/in/the/repository")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -101,17 +101,17 @@ def resolve(source: str | Path) -> Path:
     try:
         return Path(hf_hub_download(repository, file))
     except (HFValidationError, RepositoryNotFoundError) as error:
-        raise CheckpointError(f"there is no public {repository} at Hugging Face ({error})") from error
+        raise CheckpointError(f"there is no public repository {repository} at Hugging Face ({error})") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise FetchError(
-            f"could not fetch {file} of {repository} ({error}): download it by hand and give its path"
+            f"could not download {file} of {repository} ({error}): download it by hand and give its path"
         ) from error
 
 
 class _Inert:
-    """Takes the place of every class in a PyTorch file that has nothing to do with tensors: building it does nothing.
+    """Replaces every class in a PyTorch file that is unrelated to tensors; constructing it has no side effects.
 
-    It builds a plain ordered dictionary, because the weights-only reader fills no other mapping.
+    The result is a plain ordered dictionary, because the weights-only reader fills no other mapping.
     """
 
     def __new__(cls, *_: object, **__: object) -> OrderedDict:  # type: ignore[misc]
@@ -120,7 +120,7 @@ class _Inert:
 
 @dataclass(frozen=True)
 class TensorFile:
-    """The tensors of a checkpoint file: names and shapes at once, values mapped when asked for."""
+    """The tensors of a checkpoint file: names and shapes are loaded, values are mapped on demand."""
 
     path: Path
     shapes: dict[str, tuple[int, ...]]
@@ -128,7 +128,7 @@ class TensorFile:
     metadata: dict[str, str]
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Tensors on the CPU that share the file's pages; writing to them never reaches the file."""
+        """Tensors on the CPU that share the file's pages; writing to them never changes the file."""
         if self.path.suffix == ".safetensors":
             with safe_open(self.path, framework="pt") as archive:
                 for name in names:
@@ -146,21 +146,21 @@ def _torch_tensors(path: Path) -> dict[str, Tensor]:
         with torch.serialization.safe_globals([(_Inert, name) for name in strangers]):
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
-        # PyTorch's own text advises to run what is in the file
+        # PyTorch's own message advises to run the code in the file
         raise CheckpointError(f"{path} holds more than tensors and plain data: convert it to .safetensors") from error
     except (RuntimeError, ValueError, TypeError, EOFError, OSError) as error:
-        raise CheckpointError(f"{path} is no readable PyTorch checkpoint ({error}): get it again") from error
+        raise CheckpointError(f"cannot read {path} as a PyTorch checkpoint ({error}): download it again") from error
     for key in ("state_dict", "model"):
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
             loaded = loaded[key]
             break
     if not isinstance(loaded, Mapping):
-        raise CheckpointError(f"{path} holds no state dict")
+        raise CheckpointError(f"{path} contains no state dict")
     return {name: value for name, value in loaded.items() if isinstance(value, Tensor)}
 
 
 def open_tensors(path: Path) -> TensorFile:
-    """Look into a checkpoint without reading its values. Raises CheckpointError."""
+    """Open a checkpoint without reading its values. Raises CheckpointError."""
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, framework="pt") as archive:
@@ -169,7 +169,7 @@ def open_tensors(path: Path) -> TensorFile:
                 dtypes = {name: str(part.get_dtype()) for name, part in slices.items()}
                 return TensorFile(path, shapes, dtypes, dict(archive.metadata() or {}))
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} is no readable safetensors file ({error}): get it again") from error
+            raise CheckpointError(f"cannot read {path} as a safetensors file ({error}): download it again") from error
     tensors = _torch_tensors(path)
     shapes = {name: tuple(value.shape) for name, value in tensors.items()}
     dtypes = {name: str(value.dtype).removeprefix("torch.") for name, value in tensors.items()}
@@ -179,16 +179,16 @@ def open_tensors(path: Path) -> TensorFile:
 # --- translations ---------------------------------------------------------------------------------------------------
 
 Translation = Callable[[str], str | None]
-"""A foreign name to ours, or None for a tensor on the allow-list of those left behind."""
+"""A foreign name to ours, or None for a tensor on the list of ignored ones."""
 
 
 def unchanged(name: str) -> str | None:
-    """UniSH's names are ours; Pi3's are those of the scene branch, which stands in UniSH under `pi3.`."""
+    """UniSH's names are ours; Pi3's are those of the scene branch, which is `pi3.` in UniSH."""
     return name
 
 
 def from_camerahmr(name: str, ignored: tuple[str, ...] = CAMERAHMR_IGNORED) -> str | None:
-    """CameraHMR's backbone keeps its name, its `smpl_head` is our `human_head`."""
+    """CameraHMR's backbone keeps its name; its `smpl_head` is our `human_head`."""
     if name.startswith(ignored):
         return None
     return name.replace("smpl_head.", "human_head.", 1) if name.startswith("smpl_head.") else name
@@ -198,7 +198,7 @@ def from_camerahmr(name: str, ignored: tuple[str, ...] = CAMERAHMR_IGNORED) -> s
 
 
 def build_empty(build: Callable[[], Network]) -> Network:
-    """A network without memory: its tensors are on the meta device."""
+    """A network whose tensors use no memory: they are on the meta device."""
     with torch.device("meta"):
         return build()
 
@@ -211,10 +211,10 @@ def load_into(
     device: torch.device | str = "cpu",
     dtypes: Mapping[str, torch.dtype] | None = None,
 ) -> Network:
-    """Replace every tensor of `network` by the file's, all or none.
+    """Replace every tensor of `network` by the file's: all or none.
 
-    On the CPU in the file's own type the network shares the mapped file and nothing is copied; otherwise tensors are
-    converted a few at a time. dtypes: types other than the file's, by our names. Raises NamesError.
+    On the CPU, in the file's own types, the network shares the mapped file and nothing is copied; otherwise tensors are
+    converted a few at a time. dtypes: types that differ from the file's, by our names. Raises NamesError.
     """
     expected = {name: tuple(value.shape) for name, value in network.state_dict().items()}
     sources = {ours: name for name in file.shapes if (ours := translate(name)) is not None}
@@ -234,7 +234,7 @@ def load_into(
     for start in range(0, len(names), step):
         part = {sources[name]: name for name in names[start : start + step]}
         state = {
-            # a copy even where nothing changes: one shared tensor would keep the whole file mapped
+            # copy even if nothing changes: one shared tensor would keep the whole file mapped
             part[foreign]: value.to(target, kinds.get(part[foreign]), copy=True) if copied else value
             for foreign, value in file.read(part)
         }
@@ -251,9 +251,9 @@ def load_unish(
 ) -> UniSH:
     """UniSH from a checkpoint, in evaluation mode.
 
-    source: file or Hugging Face id. config: the one stored with the file where there is one, else the released.
-    trunk_dtype: keep the big transformers' weights in this type (see `UniSH.cast_trunks`).
-    Raises CheckpointError, and NamesError for names or shapes that disagree.
+    source: file or Hugging Face id. config: default is the one stored in the file, or else the released one.
+    trunk_dtype: store the large transformers' weights in this type (see `UniSH.cast_trunks`).
+    Raises CheckpointError, and NamesError for names or shapes that do not match.
     """
     file = open_tensors(resolve(source))
     chosen = config or stored_config(file) or UniSHConfig.released()
@@ -286,24 +286,24 @@ def load_camerahmr(
 
 
 def stored_config(file: TensorFile) -> UniSHConfig | None:
-    """The configuration that `save_unish` put beside the tensors, if any. Raises CheckpointError where unreadable."""
+    """The configuration that `save_unish` stored in the file, if any. Raises CheckpointError if it is unreadable."""
     text = file.metadata.get("unish_config")
     if text is None:
         return None
     try:
         return UniSHConfig.from_dict(json.loads(text))
     except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{file.path} carries a configuration this version does not know: {error!r}") from error
+        raise CheckpointError(f"this version cannot read the configuration in {file.path}: {error!r}") from error
 
 
 def check_target(path: Path) -> None:
-    """Raise CheckpointError unless `save_unish` can write under this name."""
+    """Raise CheckpointError unless `save_unish` can write a file of this name."""
     if path.suffix != ".safetensors":
-        raise CheckpointError(f"checkpoints are written as .safetensors, not {path.name}")
+        raise CheckpointError(f"the name of a checkpoint must end in .safetensors: {path.name}")
 
 
 def save_unish(network: UniSH, path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a checkpoint with its configuration, whole or not at all. Raises CheckpointError for another suffix."""
+    """Write a checkpoint with its configuration, atomically. Raises CheckpointError for another suffix."""
     check_target(path)
     state = {name: value.detach().contiguous() for name, value in network.state_dict().items()}
     notes = {"format": "pt", "unish_config": json.dumps(network.config.to_dict()), **(metadata or {})}
@@ -319,7 +319,7 @@ def compose(
     seed: int = 42,
     ignored: tuple[str, ...] = CAMERAHMR_IGNORED,
 ) -> UniSH:
-    """A starting point for training: Pi3 and CameraHMR as they are, AlignNet fresh from `seed`.
+    """A starting point for training: Pi3 and CameraHMR unchanged, AlignNet initialised from `seed`.
 
     AlignNet's copies of the mean body are CameraHMR's, as in the release. Raises CheckpointError.
     """
@@ -335,12 +335,12 @@ def compose(
     return network.eval()
 
 
-# --- looking --------------------------------------------------------------------------------------------------------
+# --- describing -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a checkpoint file is."""
+    """A description of a checkpoint file."""
 
     kind: str
     """UniSH, Pi3, CameraHMR, MoGe-2 or unknown."""
@@ -349,13 +349,13 @@ class Summary:
     """Numbers in all tensors, buffers included."""
     dtypes: tuple[str, ...]
     parts: dict[str, tuple[int, int]]
-    """First part of the names to tensors and numbers."""
+    """First part of the names, to counts of tensors and numbers."""
     fits: str
-    """The named configuration whose names and shapes these are, or why there is none."""
+    """The configuration with these names and shapes, or a sentence that there is none."""
 
 
 def summarise(file: TensorFile) -> Summary:
-    """Tell what a checkpoint is by its names and shapes alone."""
+    """Describe a checkpoint by its names and shapes alone."""
     sizes = {name: int(torch.Size(shape).numel()) for name, shape in file.shapes.items()}
     heads = ("unish", "alignnet."), ("camerahmr", "smpl_head."), ("moge", "points_head."), ("pi3", "point_decoder.")
     kind = next((kind for kind, prefix in heads if any(name.startswith(prefix) for name in sizes)), "unknown")

@@ -1,7 +1,7 @@
-"""Every size of the network as frozen dataclasses: nothing here builds a module or reads a file.
+"""All sizes of the network as frozen dataclasses. Nothing here builds a module or reads a file.
 
-The released weights need `UniSHConfig.released()`. `paper()` follows the supplement where it differs from the release
-(ViTPose-Base instead of ViT-Huge), `tiny()` keeps the topology at a few hundred thousand parameters.
+The released weights need `UniSHConfig.released()`. `paper()` follows the paper's supplement where it differs from the
+release (ViTPose-Base instead of ViT-Huge). `tiny()` has the same topology with a few hundred thousand parameters.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Compat = Literal["default", "released"]
-"""`released` repeats the public inference to the digit, quirks included; `default` repairs them."""
+"""`released` repeats the public inference to the digit, mistakes included; `default` corrects them."""
 
 Preset = Literal["released", "paper", "tiny"]
-"""A network of `UniSHConfig.named`."""
+"""A name that `UniSHConfig.named` takes."""
 
 
 @dataclass(frozen=True)
@@ -43,28 +43,28 @@ class SceneConfig:
 
     encoder: TransformerConfig = TransformerConfig(1024, 16, 24, 4096)
     decoder: TransformerConfig = TransformerConfig(1024, 16, 36, 4096)
-    """Even blocks attend within a frame, odd blocks over all frames."""
+    """Even blocks attend within a frame, odd blocks across all frames."""
     readout: TransformerConfig = TransformerConfig(1024, 16, 5, 4096)
     """Each of the point, confidence and camera decoders."""
     camera_width: int = 512
     patch: int = 14
     position_grid: int = 37
-    """Side of the square grid the learned position embedding was trained on."""
+    """Side of the square grid that the position embedding was trained on."""
     encoder_registers: int = 4
     registers: int = 5
-    """Learned tokens put before the patches of every frame in the cross-frame transformer."""
+    """Learned tokens before the patches of every frame in the cross-frame transformer."""
     rope_base: float = 100.0
 
     @property
     def hidden(self) -> int:
-        """Width of the features handed to the decoders and to AlignNet."""
+        """Width of the features that the decoders and AlignNet get."""
         return 2 * self.decoder.width
 
     def __post_init__(self) -> None:
         if self.decoder.width != self.encoder.width:
             raise ValueError("the cross-frame transformer takes the encoder's tokens, so their widths must be equal")
         if self.decoder.depth % 2:
-            raise ValueError("the cross-frame transformer alternates, so its depth must be even")
+            raise ValueError("the cross-frame transformer alternates two kinds of block, so its depth must be even")
         if self.readout.head_dim != self.decoder.head_dim:
             raise ValueError("the decoders share one table of rotary angles, so their head widths must be equal")
         if self.decoder.head_dim % 4:
@@ -80,9 +80,9 @@ class HumanConfig:
     backbone: TransformerConfig = TransformerConfig(1280, 16, 32, 5120)
     patch: int = 16
     crop: tuple[int, int] = (256, 192)
-    """Height and width of the crop the ViT sees; the network is given (256, 256) and drops the outer columns."""
+    """Height and width of the ViT's crop; the network's input is (256, 256), and its outer columns are cut off."""
     drop_path: float = 0.55
-    """Largest probability of skipping a residual branch in training, growing linearly with depth."""
+    """Largest probability of skipping a residual branch in training; it grows linearly with depth."""
     decoder: TransformerConfig = TransformerConfig(1024, 8, 6, 1024)
     decoder_head_dim: int = 64
     joints: int = 24
@@ -102,7 +102,7 @@ class AlignConfig:
     dropout: float = 0.1
     rope_base: float = 100.0
     rope_table: int = 120
-    """Positions seen in training; longer videos stretch the tables of this length."""
+    """Number of positions in training; for longer videos the tables of this length are stretched."""
     trained_fps: float = 6.0
 
 
@@ -147,7 +147,7 @@ class UniSHConfig:
         """`released`, `paper` or `tiny` by name. Raises ValueError for any other."""
         presets = {"released": cls.released, "paper": cls.paper, "tiny": cls.tiny}
         if name not in presets:
-            raise ValueError(f"no network called {name!r}; choose one of {', '.join(presets)}")
+            raise ValueError(f"there is no network {name!r}; choose one of {', '.join(presets)}")
         return presets[name]()
 
     def to_dict(self) -> dict[str, Any]:

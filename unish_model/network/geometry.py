@@ -1,7 +1,7 @@
 """Rotations, rigid transforms, pinhole cameras, focal and shift recovery, robust alignment. Pure functions of tensors.
 
 Cameras look along +z with x right and y down. `c2w` maps camera coordinates to world coordinates; matrices are row
-major and multiply columns. Nothing here has weights or reads files, and nothing works in place.
+major and multiply column vectors. Nothing here has weights, reads files or changes its inputs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 
 def rotation_from_6d(x: Float[Tensor, "*batch 6"]) -> Float[Tensor, "*batch 3 3"]:
-    """The first three numbers give the first column, the last three the second."""
+    """A rotation from six numbers: the first three give the first column, the last three the second."""
     return roma.special_gramschmidt(x.unflatten(-1, (2, 3)).transpose(-1, -2))
 
 
@@ -30,12 +30,12 @@ def axis_angle(rotation: Float[Tensor, "*batch 3 3"]) -> Float[Tensor, "*batch 3
 
 
 def rotation_from_axis_angle(vector: Float[Tensor, "*batch 3"]) -> Float[Tensor, "*batch 3 3"]:
-    """The rotation about an axis by its length in radians."""
+    """The rotation about `vector` by its length in radians."""
     return roma.rotvec_to_rotmat(vector)
 
 
 def _horn(m: Tensor) -> Tensor:
-    """The 4x4 symmetric matrix whose top eigenvector is the quaternion (w, x, y, z) of the rotation nearest to m."""
+    """The symmetric 4x4 matrix whose top eigenvector is the quaternion (w, x, y, z) of the rotation nearest to m."""
     (xx, yx, zx), (xy, yy, zy), (xz, yz, zz) = ([m[..., i, j] for i in range(3)] for j in range(3))
     rows = (
         (xx + yy + zz, zy - yz, xz - zx, yx - xy),
@@ -47,7 +47,7 @@ def _horn(m: Tensor) -> Tensor:
 
 
 def rotation_from_quaternion(q: Float[Tensor, "*batch 4"]) -> Float[Tensor, "*batch 3 3"]:
-    """The rotation of a quaternion (w, x, y, z) of any length but zero."""
+    """The rotation of a quaternion (w, x, y, z) of any nonzero length."""
     w, x, y, z = F.normalize(q, dim=-1).unbind(-1)
     rows = (
         (1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)),
@@ -60,14 +60,14 @@ def rotation_from_quaternion(q: Float[Tensor, "*batch 4"]) -> Float[Tensor, "*ba
 def nearest_rotation(m: Float[Tensor, "*batch 3 3"]) -> Float[Tensor, "*batch 3 3"]:
     """The rotation nearest to m in the Frobenius norm: U diag(1, 1, det) V^T of its singular values.
 
-    A singular value decomposition synchronises a CUDA device with its host and exists in no exchange format, so the
-    dominant eigenvector of Horn's matrix is found by repeated squaring in float64. One Newton step on the result
-    carries the gradient, which is that of the decomposition.
+    A singular value decomposition synchronises a CUDA device with its host and cannot be exported to ONNX. Instead,
+    repeated squaring in float64 finds the dominant eigenvector of Horn's matrix. One Newton step on the result carries
+    the gradient, which equals that of the decomposition.
     """
     wide = m.double()
     with torch.no_grad():
         horn = _horn(wide)
-        # lifted by at least the nuclear norm, so that the largest eigenvalue is the largest in magnitude
+        # shifted by at least the nuclear norm, so that the largest eigenvalue is also the largest in magnitude
         lift = math.sqrt(3.0) * wide.square().sum((-1, -2), keepdim=True).sqrt()
         power = horn + lift * torch.eye(4, dtype=wide.dtype, device=m.device)
         for _ in range(20):
@@ -89,7 +89,7 @@ def nearest_rotation(m: Float[Tensor, "*batch 3 3"]) -> Float[Tensor, "*batch 3 
 
 
 def solve_3x3(a: Float[Tensor, "*batch 3 3"], b: Float[Tensor, "*batch 3"]) -> Float[Tensor, "*batch 3"]:
-    """Solve a x = b by cofactors; zero where a is singular."""
+    """Solve a x = b by cofactors; x is zero where a is singular."""
     first, second, third = a.unbind(-1)
     adjugate = torch.stack(
         (
@@ -110,20 +110,20 @@ def solve_3x3(a: Float[Tensor, "*batch 3 3"], b: Float[Tensor, "*batch 3"]) -> F
 
 
 def se3(rotation: Float[Tensor, "*batch 3 3"], translation: Float[Tensor, "*batch 3"]) -> Float[Tensor, "*batch 4 4"]:
-    """The rigid transform that turns, then moves."""
+    """The rigid transform that rotates, then translates."""
     top = torch.cat((rotation, translation[..., None]), -1)
     return torch.cat((top, F.pad(torch.zeros_like(top[..., :1, :3]), (0, 1), value=1.0)), -2)
 
 
 def compose(a: Float[Tensor, "*#batch n n"], b: Float[Tensor, "*#batch n n"]) -> Float[Tensor, "*#batch n n"]:
-    """The product of small matrices, by elements: autocast would round an ordinary product."""
+    """The product of small matrices, computed elementwise because autocast would round an ordinary product."""
     return (a[..., :, :, None] * b[..., None, :, :]).sum(-2)
 
 
 def rotate_points(
     rotation: Float[Tensor, "*#batch 3 3"], points: Float[Tensor, "*#batch 3"]
 ) -> Float[Tensor, "*#batch 3"]:
-    """Turn points; leading dimensions broadcast without a copy of the matrix for every point."""
+    """Rotate points; leading dimensions broadcast without a copy of the matrix for every point."""
     first, second, third = rotation.unbind(-1)
     x, y, z = points[..., :1], points[..., 1:2], points[..., 2:]
     return first * x + second * y + third * z
@@ -138,7 +138,7 @@ def inverse_se3(transform: Float[Tensor, "*batch 4 4"]) -> Float[Tensor, "*batch
 def transform_points(
     transform: Float[Tensor, "*#batch 4 4"], points: Float[Tensor, "*#batch 3"]
 ) -> Float[Tensor, "*#batch 3"]:
-    """Turn and move points; leading dimensions broadcast."""
+    """Rotate and translate points; leading dimensions broadcast."""
     return rotate_points(transform[..., :3, :3], points) + transform[..., :3, 3]
 
 
@@ -157,9 +157,9 @@ def body_to_world(
 ) -> tuple[Float[Tensor, "*batch J 3 3"], Float[Tensor, "*batch 3"]]:
     """A posed SMPL body from camera to world coordinates.
 
-    Returns the rotations with the root turned, and the translation. SMPL turns about its rest pelvis: with `pelvis` the
-    result is exact,
-    t_w = R (J0 + t) + T - J0; without it t_w = R t + T, the released formula, off by (R - 1) J0.
+    Returns the rotations with the root rotated, and the translation. SMPL rotates about its rest pelvis, so with
+    `pelvis` the result is exact: t_w = R (J0 + t) + T - J0. Without it, t_w = R t + T, the released formula, which is
+    off by (R - 1) J0.
     """
     turn = c2w[..., :3, :3]
     root = compose(turn, rotations[..., 0, :, :])[..., None, :, :]
@@ -180,7 +180,7 @@ def pixel_grid(height: int, width: int, device: torch.device | None = None) -> F
 def unproject(
     depth: Float[Tensor, "*batch H W"], intrinsics: Float[Tensor, "*#batch 3 3"]
 ) -> Float[Tensor, "*batch H W 3"]:
-    """Depth and intrinsics in pixels to points in the camera; z is the depth."""
+    """Depth and intrinsics in pixels to points in the camera frame; z is the depth."""
     height, width = depth.shape[-2:]
     grid = pixel_grid(height, width, depth.device)
     focal = torch.stack((intrinsics[..., 0, 0], intrinsics[..., 1, 1]), -1)[..., None, None, :]
@@ -191,7 +191,7 @@ def unproject(
 def project(
     points: Float[Tensor, "*batch N 3"], intrinsics: Float[Tensor, "*#batch 3 3"]
 ) -> Float[Tensor, "*batch N 2"]:
-    """Points in the camera to pixels; z must be positive."""
+    """Points in the camera frame to pixels; z must be positive."""
     image = rotate_points(intrinsics[..., None, :, :], points)
     return image[..., :2] / image[..., 2:]
 
@@ -211,27 +211,27 @@ def intrinsics_matrix(focal: Float[Tensor, "*batch"], height: int, width: int) -
 # --- focal length and depth shift -----------------------------------------------------------------------------------
 
 GRID = 64
-"""Side of the nearest-neighbour sample grid that focal and shift are fitted on."""
+"""Side of the grid of nearest-neighbour samples that focal and shift are fitted to."""
 
 
 @dataclass(frozen=True)
 class FocalShift:
-    """Focal length and depth shift that make a point map project onto its own pixels."""
+    """The focal length and depth shift with which a point map projects onto its own pixels."""
 
     focal: Float32[Tensor, "*batch"]
     """Focal length in half image diagonals."""
     shift: Float32[Tensor, "*batch"]
     """Added to z, in the unit of the points."""
     valid: Bool[Tensor, "*batch"]
-    """False where the points say nothing about the camera; focal is then 1 and shift 0."""
+    """False where the points do not determine the camera; focal is then 1 and shift 0."""
 
 
 def _trust_region_damping(
     slope: Tensor, curvature: Tensor, scale: Tensor, radius: Tensor, damping: Tensor, done: Tensor
 ) -> Tensor:
-    """MINPACK's `lmpar`: the damping whose step is as long as the trust region, within ten per cent.
+    """MINPACK's `lmpar`: the damping with which the step is as long as the trust region, within ten per cent.
 
-    All (N,). Zero where the undamped step stays inside; `damping` is the last step's, to begin with.
+    All (N,). Zero where the undamped step stays inside. `damping`: that of the last step, the starting value.
     """
     tiny = torch.finfo(slope.dtype).tiny
     newton = slope / curvature.square()
@@ -266,11 +266,11 @@ def levenberg_marquardt(
     ftol: float,
     steps: int = 60,
 ) -> Float64[Tensor, " N"]:
-    """Minimise the sum of squares of residual(x) over every x by itself. No gradient.
+    """Minimise the sum of squares of residual(x) for N independent problems, each with one parameter. No gradient.
 
-    One-parameter MINPACK `lmder` as SciPy drives it (forward differences, column-norm scaling, factor 100), run for all
-    problems side by side; a problem that has converged keeps its x. Trial points with an infinite residual are refused.
-    Each step: the slope, a damped move, what it gained against what was foreseen, the next trust region.
+    MINPACK's `lmder` as SciPy calls it (forward differences, column-norm scaling, factor 100), for all problems in
+    parallel; a problem that has converged keeps its x. Trial points with an infinite residual are rejected. Each step:
+    the slope, a damped move, its actual against its predicted gain, the next trust region.
     """
     tol = 1e-8  # SciPy's xtol and gtol
     x, r = start, residual(start)
@@ -329,7 +329,7 @@ def image_plane(height: int, width: int, device: torch.device | None = None) -> 
 
 
 def _sample(x: Tensor) -> Tensor:
-    """Nearest neighbours of (N, C, H, W) on the fitting grid: (N, GRID * GRID, C)."""
+    """Samples (N, C, H, W) on the fitting grid by nearest neighbour: (N, GRID * GRID, C)."""
     return F.interpolate(x, (GRID, GRID), mode="nearest").flatten(2).transpose(1, 2)
 
 
@@ -350,12 +350,12 @@ def recover_focal_shift(
 ) -> FocalShift:
     """Fit each frame's focal length and depth shift: minimise |f xy / (z + s) - uv|^2 (MoGe).
 
-    points: in the camera, x right, y down, known up to a shift of z.
-    mask: points to use. Fewer than two leave focal 1 and shift 0, not valid.
-    intrinsics: in pixels, or focal: in half diagonals: then only the shift is fitted. The focal
-        returned is the given one (for intrinsics the mean of its two).
-    guarded: refuse shifts that put a used point behind the camera and focal lengths that are not positive, and
-        converge fully; otherwise do what the released code does, which stops early and guards nothing.
+    points: in the camera frame, x right, y down, known up to a shift of z.
+    mask: points to use. With fewer than two, focal is 1 and shift 0, not valid.
+    intrinsics: in pixels; or focal: in half diagonals. With either, only the shift is fitted, and the returned
+        focal is the given one (for intrinsics, the mean of fx and fy).
+    guarded: reject shifts that put a used point behind the camera and focal lengths that are not positive, and
+        converge fully; otherwise do as the released code, which stops early and checks nothing.
     """
     lead, (height, width) = points.shape[:-3], points.shape[-3:-1]
     flat = points.float().reshape(-1, height, width, 3)
@@ -397,12 +397,12 @@ def recover_focal_shift(
     enough = keep.sum(-1) >= 2
     start = torch.zeros(count, dtype=torch.float64, device=points.device)
     if guarded:
-        # begin in front of the camera even where some points do not
+        # start with all points in front of the camera, even if some of them are behind it
         nearest = torch.where(keep, sampled[..., 2], float("inf")).amin(-1).double()
         farthest = torch.where(keep, sampled[..., 2], -float("inf")).amax(-1).double()
         start = torch.where(nearest > 0, start, 0.1 * (farthest - nearest) - nearest)
         start = torch.where(enough, start, 0)
-    # unlike a network's forward pass this may ask the device how far it is: a fit takes a handful of steps
+    # unlike the forward pass, this may synchronise with the device: a fit takes only a few steps
     shift = levenberg_marquardt(residual, start, *((1e-10, 30) if guarded else (1e-3, 100))).float()
     if known is None:
         found = _best_focal(sampled[..., :2] / (sampled[..., 2:] + shift[:, None, None]), uv, keep[..., None].float())
@@ -421,9 +421,9 @@ def recover_focal_shift(
 
 
 def weighted_median(values: Float[Tensor, "*batch N"], weights: Float[Tensor, "*batch N"]) -> Float[Tensor, "*batch"]:
-    """The x that minimises sum w |x - v| over the last dimension. Zero weights are ignored.
+    """The x that minimises sum w |x - v| over the last dimension. Values of zero weight are ignored.
 
-    Where all weights are zero the result is the smallest value.
+    If all weights are zero, the result is the smallest value.
     """
     order = values.argsort(-1)
     total = weights.gather(-1, order).cumsum(-1)
@@ -437,7 +437,7 @@ def roe_scale(
 ) -> Float[Tensor, "*#batch"]:
     """The s that minimises sum w |s source - target|_1 exactly. No gradient.
 
-    source, target: (*batch, N) depths or (*batch, N, 3) points; weight: zero leaves a sample out.
+    source, target: (*batch, N) depths or (*batch, N, 3) points; weight: zero excludes a sample.
     """
     if source.ndim == weight.ndim + 1:
         weight = weight[..., None].expand_as(source).flatten(-2)
@@ -457,8 +457,8 @@ def roe_affine(
 ) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
     """The (s, t) that minimise sum w |s source + t - target| exactly. No gradient.
 
-    Zero weight leaves a sample out. Returns s and t, s = 1 and t = 0 where fewer than two samples are used. An L1 line
-    passes through a sample, so each is tried as that anchor, `step` at a time: O(N^2 log N) time, O(step N) memory.
+    Zero weight excludes a sample. Returns s and t; s = 1 and t = 0 if fewer than two samples are used. The best line
+    passes through a sample, so every sample is tried as anchor, `step` at a time: O(N^2 log N) time, O(step N) memory.
     """
     count = source.shape[-1]
     best_cost = torch.full_like(source[..., 0], float("inf"))

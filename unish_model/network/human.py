@@ -1,6 +1,6 @@
-"""The human branch (CameraHMR): a person crop to SMPL pose and shape, knowing where in the image the crop was taken.
+"""The human branch (CameraHMR): a person crop, and its position in the image, to SMPL pose and shape.
 
-The crop enters as raw RGB in [0, 1]: the released model was tuned on that, so nothing here normalises it.
+The crop is raw RGB in [0, 1]: the released model was fine-tuned on that, so nothing here normalises it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from unish_model.network.layers import Block, Branch, by_frames, full_precision
 from unish_model.network.scene import PatchEmbed
 
 CROP_SIDE = 256
-"""Side of the square crop the branch is given."""
+"""Side of the branch's square input crop."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class HumanOutput:
     rotations: Float32[Tensor, "B S J 3 3"]
     """Joint rotations; joint 0 is the root in camera coordinates."""
     frame_betas: Float32[Tensor, "B S betas"]
-    """SMPL shape seen in each frame."""
+    """SMPL shape estimated from each frame."""
     tokens: Float32[Tensor, "B S width"]
     """Body features for AlignNet."""
 
@@ -39,7 +39,7 @@ class HumanOutput:
 
 
 class HumanBackbone(Branch):
-    """ViT without class token over the middle of the crop."""
+    """ViT without class token, applied to the middle columns of the crop."""
 
     def __init__(self, config: HumanConfig) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class HumanBackbone(Branch):
 
 
 class HeadAttention(nn.Module):
-    """Attention of the SMPL decoder: over itself, or over a context of another width."""
+    """Attention of the SMPL decoder: self-attention, or cross-attention to a context of another width."""
 
     def __init__(self, width: int, heads: int, head_dim: int, context: int | None = None) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class HeadAttention(nn.Module):
 
 
 class HeadFeedForward(nn.Module):
-    """Linear, exact GELU, Linear; the gaps in the numbering are where the released code had dropout of zero."""
+    """Linear, exact GELU, Linear; the identities keep the released indices, where that code has a dropout of zero."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class PreNorm(nn.Module):
 
 
 class CrossLayer(nn.ModuleList):
-    """Self-attention, cross-attention, feed-forward, under the names 0, 1 and 2."""
+    """Self-attention, cross-attention and feed-forward, named 0, 1 and 2."""
 
     def __init__(self, config: TransformerConfig, head_dim: int, context: int) -> None:
         width, heads = config.width, config.heads
@@ -123,7 +123,7 @@ class CrossLayer(nn.ModuleList):
 
 
 class CrossDecoder(Branch):
-    """A query that reads a context, layer by layer."""
+    """Layers in which a query attends to a context."""
 
     def __init__(self, config: TransformerConfig, head_dim: int, context: int) -> None:
         super().__init__()
@@ -138,7 +138,7 @@ class CrossDecoder(Branch):
 
 
 class TokenDecoder(nn.Module):
-    """One query token per frame that reads the crop's tokens."""
+    """One query token per frame, which attends to the crop's tokens."""
 
     def __init__(self, config: HumanConfig, inputs: int) -> None:
         super().__init__()
@@ -185,7 +185,7 @@ class HumanHead(nn.Module):
 
 
 class Human(nn.Module):
-    """The branch by itself, under the names of a CameraHMR checkpoint; `run_human` runs its parts."""
+    """The branch alone, for loading a CameraHMR checkpoint; `run_human` runs its parts."""
 
     def __init__(self, config: HumanConfig) -> None:
         super().__init__()
@@ -194,7 +194,7 @@ class Human(nn.Module):
 
 
 def register_mean_body(module: nn.Module, config: HumanConfig) -> None:
-    """Buffers `init_body_pose`, `init_betas`, `init_cam`: an upright mean body until a checkpoint says otherwise."""
+    """Buffers `init_body_pose`, `init_betas`, `init_cam`: an upright mean body until a checkpoint is loaded."""
     module.register_buffer("init_body_pose", torch.tensor([1.0, 0, 0, 0, 1, 0]).repeat(config.joints)[None])
     module.register_buffer("init_betas", torch.zeros(1, config.betas))
     module.register_buffer("init_cam", torch.tensor([[0.9, 0.0, 0.0]]))
@@ -208,10 +208,10 @@ def run_human(
     bbox_info: Float[Tensor, "B S 3"],
     frame_step: int | None = None,
 ) -> HumanOutput:
-    """The whole branch.
+    """Run the whole branch.
 
     patches: RGB in [0, 1]; bbox_info: divided by the focal length in pixels.
-    frame_step: crops at a time in the backbone. Raises ValueError for wrong shapes.
+    frame_step: crops per step in the backbone. Raises ValueError for wrong shapes.
     """
     if patches.ndim != 5 or tuple(patches.shape[2:]) != (3, CROP_SIDE, CROP_SIDE):
         raise ValueError(f"patches must be (B, S, 3, {CROP_SIDE}, {CROP_SIDE}), not {tuple(patches.shape)}")

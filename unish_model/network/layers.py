@@ -1,7 +1,7 @@
-"""Blocks shared by the branches: attention through PyTorch's fused kernels, rotary embedding, activation checkpointing.
+"""Blocks shared by the branches: attention with PyTorch's fused kernels, rotary embedding, activation checkpointing.
 
-Parameter names are those of the released checkpoints. Nothing here synchronises with the host or builds an attention
-matrix where the device has a fused kernel for it.
+Parameter names are those of the released checkpoints. Nothing here synchronises with the host, or builds an attention
+matrix if the device has a fused kernel.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ class Rotary(NamedTuple):
 
 
 def autocast_type(device: torch.device) -> torch.dtype | None:
-    """The type autocast computes in on a device, or None where it is off."""
+    """The type that autocast uses on a device, or None if it is off."""
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
 
 
 def full_precision(device: torch.device) -> AbstractContextManager:
-    """Switch autocast off for a float32 part, whatever device autocast was switched on for."""
+    """A context that disables autocast on a device, for a float32 part."""
     if autocast_type(device) is not None:
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
@@ -56,11 +56,11 @@ def grid_rotary(
     device: torch.device,
     round_angles: bool = False,
 ) -> Rotary:
-    """Two-axis tables for `specials` unrotated tokens followed by a row-major grid counted from one.
+    """Two-axis tables for `specials` unrotated tokens followed by a row-major grid that counts from one.
 
-    The first half of a head's channels turns by the row, the second by the column. Angles are float32;
-    `round_angles` rounds them to `dtype` before cosine and sine, as the released code does: in bfloat16 that moves an
-    angle by up to 0.125 rad.
+    The row rotates the first half of a head's channels, the column the second. Angles are float32; `round_angles`
+    rounds them to `dtype` before cosine and sine, as the released code does, which in bfloat16 changes an angle by up
+    to 0.125 rad.
     """
     row = torch.arange(1, rows + 1, device=device).repeat_interleave(columns)
     column = torch.arange(1, columns + 1, device=device).repeat(rows)
@@ -72,7 +72,7 @@ def grid_rotary(
 
 
 def rotate(x: Float[Tensor, "*batch tokens channels"], rotary: Rotary) -> Float[Tensor, "*batch tokens channels"]:
-    """Turn channel pairs (k, k + half) of every axis, in the type of `x`."""
+    """Rotate channel pairs (k, k + half) of every axis, in the type of `x`."""
     cos, sin = rotary
     first, second = x.unflatten(-1, (cos.shape[-2], 2, cos.shape[-1])).unbind(-2)
     return torch.stack((first * cos - second * sin, second * cos + first * sin), -2).flatten(-3)
@@ -93,7 +93,7 @@ class Attention(nn.Module):
         self, x: Float[Tensor, "*batch tokens width"], rotary: Rotary | None = None
     ) -> Float[Tensor, "*batch tokens width"]:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).transpose(-2, -4).unbind(-3)
-        # autocast gives float32 norms; the kernel wants one type
+        # under autocast the norms return float32, but the kernel needs a single type
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
@@ -124,7 +124,7 @@ class LayerScale(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Skip a residual branch for whole samples while training (stochastic depth)."""
+    """Skip a residual branch for whole samples in training (stochastic depth)."""
 
     def __init__(self, probability: float) -> None:
         super().__init__()
@@ -138,7 +138,7 @@ class DropPath(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: the one block of every trunk."""
+    """Pre-norm transformer block, used by every trunk."""
 
     def __init__(
         self,
@@ -169,12 +169,12 @@ class Block(nn.Module):
 
 
 class Branch(nn.Module):
-    """A part whose blocks can recompute their activations in the backward pass instead of keeping them."""
+    """A part whose blocks can recompute their activations in the backward pass instead of storing them."""
 
     checkpointing: bool = False
 
     def run(self, block: Callable[..., Tensor], *inputs: object) -> Tensor:
-        """Call a block, under activation checkpointing where that is switched on and gradients are recorded."""
+        """Call a block, with activation checkpointing if it is enabled and gradients are recorded."""
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
@@ -183,7 +183,7 @@ class Branch(nn.Module):
 def by_frames(
     function: Callable[[Tensor], Tensor], x: Float[Tensor, " frames *rest"], step: int | None
 ) -> Float[Tensor, " frames *out"]:
-    """Apply a function of independent frames, `step` frames at a time: the same result with smaller temporaries."""
+    """Apply a function of independent frames to `step` frames at a time: the same result with less memory."""
     if step is None or x.shape[0] <= step:
         return function(x)
     return torch.cat([function(part) for part in x.split(step)])

@@ -1,7 +1,7 @@
-"""The UniSH network: `forward` for training, `infer` for use, one dataclass out of each.
+"""The UniSH network: `forward` for training, `infer` for inference; each returns one dataclass.
 
 Cameras look along +z with x right and y down; the world is the first frame's camera. `compat="released"` repeats the
-public inference, slips included; the default repairs it. Nothing here reads files, stitches windows or draws.
+public inference, mistakes included; the default corrects it. Nothing here reads files, stitches windows or draws.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from unish_model.network.scene import Scene, SceneOutput
 
 @dataclass(frozen=True)
 class NetworkOutput:
-    """What `UniSH.forward` returns: the raw read-outs that training works on, in the scene branch's unit of length."""
+    """The result of `UniSH.forward`: the raw outputs that training uses, in the scene branch's unit of length."""
 
     scene: SceneOutput
     human: HumanOutput
@@ -52,14 +52,14 @@ class NetworkOutput:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Clips in metres.
+    """The predictions for clips, in metres.
 
-    `focal`, `intrinsics` and everything made with them are one value per clip by default; under
-    `compat="released"` one per frame. There `local_points`, `world_points` and `trans_world` lack the depth shift.
+    By default `focal`, `intrinsics` and everything derived from them have one value per clip; with `compat="released"`
+    they have one per frame, and `local_points`, `world_points` and `trans_world` lack the depth shift.
     """
 
     local_points: Float32[Tensor, "B S H W 3"]
-    """m, each frame's camera, as the network drew them, shift included."""
+    """m, each frame's camera: the network's points, with the depth shift."""
     world_points: Float32[Tensor, "B S H W 3"]
     """m, the same points in the first frame's camera."""
     point_map: Float32[Tensor, "B S H W 3"]
@@ -77,7 +77,7 @@ class Prediction:
     intrinsics: Float32[Tensor, "B S 3 3"]
     """In pixels of the input images."""
     focal_shift: FocalShift
-    """(B, S): focal in half diagonals, shift in m, and whether the frame's points told them."""
+    """(B, S): focal in half diagonals, shift in m, and whether the frame's points determine them."""
     pose_cam: Float32[Tensor, "B S J 3 3"]
     """SMPL joint rotations, root in each frame's camera."""
     pose_world: Float32[Tensor, "B S J 3 3"]
@@ -85,7 +85,7 @@ class Prediction:
     betas: Float32[Tensor, "B S betas"]
     """SMPL shape, the same in all frames of a clip."""
     frame_betas: Float32[Tensor, "B S betas"]
-    """SMPL shape as seen in each frame."""
+    """SMPL shape estimated from each frame."""
     trans_cam: Float32[Tensor, "B S 3"]
     """m, SMPL translation in each frame's camera."""
     trans_world: Float32[Tensor, "B S 3"]
@@ -97,12 +97,12 @@ class Prediction:
 
     @property
     def w2c(self) -> Float32[Tensor, "B S 4 4"]:
-        """The first frame's camera to each camera."""
+        """First frame's camera to each camera."""
         return inverse_se3(self.c2w)
 
 
 class UniSH(nn.Module):
-    """Scene branch, human branch and AlignNet, under the released parameter names."""
+    """Scene branch, human branch and AlignNet, with the released parameter names."""
 
     def __init__(self, config: UniSHConfig | None = None) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class UniSH(nn.Module):
     # --- switches ---------------------------------------------------------------------------------------------------
 
     def checkpoint_activations(self, *, scene: bool = False, human: bool = False, align: bool = False) -> None:
-        """Recompute, or keep, the activations of each branch's blocks in the backward pass."""
+        """Recompute the activations of the chosen branches' blocks in the backward pass; store those of the others."""
         groups = ((scene, (self.pi3,)), (human, (self.backbone, self.human_head)), (align, (self.alignnet,)))
         for active, parts in groups:
             for part in parts:
@@ -124,7 +124,7 @@ class UniSH(nn.Module):
                         module.checkpointing = active
 
     def float32_parts(self) -> tuple[nn.Module, ...]:
-        """Everything that always computes in float32: the read-outs, the SMPL decoder and AlignNet."""
+        """The parts that always compute in float32: the scene's heads, the SMPL decoder and AlignNet."""
         return *self.pi3.float32_parts(), self.human_head, self.alignnet
 
     def trunk_names(self) -> frozenset[str]:
@@ -133,9 +133,9 @@ class UniSH(nn.Module):
         return frozenset(name for name, parameter in self.named_parameters() if id(parameter) not in exact)
 
     def cast_trunks(self, dtype: torch.dtype, *, released_rounding: bool = False) -> UniSH:
-        """Keep the big transformers' weights in `dtype`; buffers and `float32_parts` stay float32.
+        """Store the large transformers' weights in `dtype`; buffers and `float32_parts` stay float32.
 
-        released_rounding: also round the float32 parts' weights through `dtype`, as the released loader does.
+        released_rounding: also round the weights of the float32 parts to `dtype`, as the released loader does.
         """
         trunk = self.trunk_names()
         for name, parameter in self.named_parameters():
@@ -155,7 +155,7 @@ class UniSH(nn.Module):
         fps: float = 6.0,
         compat: Compat = "default",
     ) -> NetworkOutput:
-        """The raw network, without focal recovery, scaling or shift, and without waiting for the device.
+        """The raw network: no focal recovery, scaling or shift, and no synchronisation with the device.
 
         images: RGB in [0, 1], H and W multiples of 14. patches: person crops.
         bbox_info: crop centre from the image centre and crop side, in pixels over the focal length.
@@ -183,23 +183,23 @@ class UniSH(nn.Module):
         frame_step: int | None = None,
         autocast: torch.dtype | None = None,
     ) -> Prediction:
-        """Predict a clip in metres: its scene, the camera that saw it, the bodies through that camera, then the metre.
+        """Predict a clip in metres: first the scene, then its camera, the bodies seen by it, and the metric scale.
 
         images: RGB in [0, 1], H and W multiples of 14.
         patches: person crops in [0, 1]; bbox_info: crop centre from the image centre and
             crop side, in pixels of `images`.
         fps: of the given frames; the network was trained at 6.
-        intrinsics: in pixels of `images`, honoured everywhere; estimated where not given.
-        body: an SMPL body, for a world translation that is exact about the pelvis; without one `trans_world` is
+        intrinsics: in pixels of `images`, used everywhere; estimated if not given.
+        body: an SMPL body, for the exact rotation about its pelvis in `trans_world`; without it `trans_world` is
             R t + T, off by (R - 1) J0. The released mode ignores it.
-        confidence: points below it neither set the scale nor the focal length.
-        frame_step: frames at a time in the per-frame parts: the same result, less memory.
-        autocast: compute type of the transformers where the weights are float32.
-        Raises ValueError for wrong shapes, in training mode, and for intrinsics under `compat="released"`, which
-        ignored them.
+        confidence: points with less confidence affect neither the scale nor the focal length.
+        frame_step: frames per step in the per-frame parts: the same result with less memory.
+        autocast: compute type of the transformers if the weights are float32.
+        Raises ValueError for wrong shapes, in training mode, and for intrinsics with `compat="released"`, because the
+        released inference ignores them.
         """
         if self.training:
-            raise ValueError("the network is in training mode, where it drops things at random: call eval() first")
+            raise ValueError("the network is in training mode, which applies random dropout: call eval() first")
         if compat == "released" and intrinsics is not None:
             raise ValueError("the released inference cannot use given intrinsics; leave compat at its default")
         device = images.device
@@ -212,7 +212,7 @@ class UniSH(nn.Module):
         conf = scene.conf_logits.sigmoid()
         mask = conf > confidence
         used = mask
-        if compat != "released":  # a clip without one confident point still has a size
+        if compat != "released":  # a clip without any confident point still needs a scale
             used = mask | ~mask.any(3).any(2).any(1)[:, None, None, None]
         fit = _fit_camera(scene.local_points, used, intrinsics, compat)
         cameras = intrinsics_matrix(fit.focal * half_diagonal(height, width), height, width)
@@ -238,7 +238,7 @@ class UniSH(nn.Module):
             fit = dataclasses.replace(fit, shift=fit.shift * per_frame)
         depth = local[..., 2] + fit.shift[..., None, None]
         forward = F.pad(fit.shift[..., None], (2, 0))
-        if compat == "released":  # its points and its world translation never see the shift
+        if compat == "released":  # its points and world translation do not get the shift
             rotations, trans_world = _to_world(human.rotations, trans_cam, c2w, compat)
             trans_cam = trans_cam + forward
         else:
@@ -268,13 +268,13 @@ class UniSH(nn.Module):
 
 
 def _to_world(rotations: Tensor, translation: Tensor, c2w: Tensor, compat: Compat) -> tuple[Tensor, Tensor]:
-    """A body in the first frame's camera, with the released slip in the root rotation where that is asked for."""
+    """A body in the first frame's camera, in the released mode with the released mistake in the root rotation."""
     right, moved = body_to_world(rotations, translation, c2w)
     return (released.mistaken_root(rotations, c2w), moved) if compat == "released" else (right, moved)
 
 
 def _box_rays(bbox_info: Tensor, intrinsics: Tensor, height: int, width: int) -> Tensor:
-    """(B, S, 3) boxes in pixels from the image centre to boxes from the principal point, over the focal length."""
+    """(B, S, 3) boxes in pixels from the image centre, to boxes from the principal point over the focal length."""
     centre = intrinsics.new_tensor((width / 2, height / 2)) - intrinsics[..., :2, 2]
     focal = (intrinsics[..., 0, 0] + intrinsics[..., 1, 1]) / 2
     return (bbox_info.float() + F.pad(centre, (0, 1))) / focal[..., None]
@@ -294,10 +294,10 @@ def _fit_camera(points: Tensor, mask: Tensor, intrinsics: Tensor | None, compat:
 
 
 def concatenate(parts: Sequence[Prediction], body: Body | None = None, compat: Compat = "default") -> Prediction:
-    """Put windows of one video behind each other, each in its own first camera's world: no stitching.
+    """Concatenate windows of one video along time. Each stays in the world of its own first camera: no stitching.
 
-    By default the body shape becomes the mean over all frames of the video. The body's world pose is made again from
-    the cameras, in the released mode by the released formulas of its video driver, which passes through axis-angle.
+    By default the body shape becomes the mean over all frames of the video. The body's world pose is computed again
+    from the cameras; the released mode uses the formulas of the released video driver, which convert to axis-angle.
     """
 
     def join(values: Sequence[Tensor]) -> Tensor:

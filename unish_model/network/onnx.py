@@ -1,4 +1,4 @@
-"""The scene branch as an ONNX file of one fixed size, for runtimes without PyTorch. Needs `onnxscript` to write."""
+"""The scene branch as an ONNX file for one input shape, for runtimes without PyTorch. Writing needs `onnxscript`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ OUTPUTS = ("local_points", "conf_logits", "c2ws", "hidden")
 
 
 class FixedScene(nn.Module):
-    """The scene branch with the position table of one image size, returning a plain tuple in the order of OUTPUTS."""
+    """The scene branch with the position table of one image size; returns a plain tuple in the order of OUTPUTS."""
 
     positions: Tensor
 
@@ -23,7 +23,7 @@ class FixedScene(nn.Module):
         self.scene = scene
         patch = scene.config.patch
         with torch.no_grad():
-            # resized here once: antialiased bicubic resizing differs between runtimes
+            # resized once here, because antialiased bicubic resizing differs between runtimes
             table = scene.encoder.positions(height // patch, width // patch).detach()
         self.register_buffer("positions", table)
 
@@ -34,7 +34,7 @@ class FixedScene(nn.Module):
 
 
 def export_scene(scene: Scene, images: Float[Tensor, "B S 3 H W"], path: Path) -> None:
-    """Write the branch for inputs of exactly the shape of `images`, under that name."""
+    """Write the branch to `path`, for inputs of exactly the shape of `images`."""
     fixed = FixedScene(scene, *images.shape[-2:]).eval()
     with torch.no_grad():
         program = torch.export.export(fixed, (images,))

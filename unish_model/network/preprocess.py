@@ -1,4 +1,4 @@
-"""Video frames and person boxes to what the network eats. Arrays in, tensors out; no decoding and no detection."""
+"""Video frames and person boxes to the network's inputs. Arrays in, tensors out; no decoding and no detection."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from unish_model.network.human import CROP_SIDE
 
 
 def network_size(height: int, width: int, longer_side: int = 518, patch: int = 14) -> tuple[int, int]:
-    """Height and width the network gets: the longer side as given, the other rounded to a multiple of the patch.
+    """Height and width of the network's input: the longer side as given, the other a multiple of the patch.
 
-    Raises ValueError where `longer_side` is not such a multiple itself.
+    Raises ValueError if `longer_side` is not a multiple of the patch.
     """
     if longer_side % patch:
         raise ValueError(f"the longer side must be a multiple of {patch}, not {longer_side}")
@@ -42,9 +42,9 @@ def resize_frames(
 def crop_people(
     images: Float[Tensor, "B S 3 H W"], boxes: Float[Tensor, "B S 4"], box_scale: float = 1.0
 ) -> tuple[Float32[Tensor, "B S 3 256 256"], Float32[Tensor, "B S 3"]]:
-    """Square person crops and where they were taken.
+    """Square person crops and their positions.
 
-    images: in [0, 1]; boxes: left, top, right, bottom as fractions of the image. Returns crops, black outside the
+    images: in [0, 1]; boxes: left, top, right, bottom as fractions of the image. Returns the crops, black outside the
     image, and bbox_info: box centre from the image centre and side of the square, in pixels.
     """
     height, width = images.shape[-2:]
@@ -55,7 +55,7 @@ def crop_people(
     squares = zip(images.flatten(0, 1), centre.flatten(0, 1).tolist(), side.flatten().tolist(), strict=True)
     for image, (x, y), length in squares:
         half, target = length / 2, CROP_SIDE / 2
-        # three points fix the map: centre, centre and below, centre and right; no half-pixel shift
+        # three points determine the map: the centre, one below it, one right of it; no half-pixel shift
         source = np.asarray([[x, y], [x, y + half], [x + half, y]], np.float32)
         destination = np.asarray([[target, target], [target, CROP_SIDE], [CROP_SIDE, target]], np.float32)
         matrix = cv2.getAffineTransform(source, destination)

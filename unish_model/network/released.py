@@ -1,6 +1,6 @@
-"""What only the released inference does, kept apart from what is right: formulas with its branches and its slips.
+"""Formulas of the released inference only, with its branches and mistakes, kept apart from the correct ones.
 
-`compat="released"` uses these; nothing else should.
+Only `compat="released"` uses these.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from unish_model.network.geometry import compose, rotation_from_axis_angle
 
 
 def quaternion(matrix: Float[Tensor, "*batch 3 3"]) -> Float[Tensor, "*batch 4"]:
-    """Quaternion (w, x, y, z) by the released branches, defined off the rotations too."""
+    """Quaternion (w, x, y, z) with the released branches; also defined for matrices that are not rotations."""
     m = matrix
     d0, d1, d2 = m[..., 0, 0], m[..., 1, 1], m[..., 2, 2]
     a, b, c = m[..., 2, 1] - m[..., 1, 2], m[..., 0, 2] - m[..., 2, 0], m[..., 1, 0] - m[..., 0, 1]
@@ -38,7 +38,7 @@ def quaternion(matrix: Float[Tensor, "*batch 3 3"]) -> Float[Tensor, "*batch 4"]
 
 
 def axis_angle(matrix: Float[Tensor, "*batch 3 3"]) -> Float[Tensor, "*batch 3"]:
-    """Axis times angle, also of matrices that are not quite rotations."""
+    """Axis times angle; also defined for matrices that are not exactly rotations."""
     q = quaternion(matrix)
     square = q[..., 1:].square().sum(-1, keepdim=True)
     sine, cosine = (square + 1e-8).sqrt(), q[..., :1]
@@ -49,7 +49,7 @@ def axis_angle(matrix: Float[Tensor, "*batch 3 3"]) -> Float[Tensor, "*batch 3"]
 def mistaken_root(
     rotations: Float[Tensor, "*batch J 3 3"], c2w: Float[Tensor, "*batch 4 4"]
 ) -> Float[Tensor, "*batch J 3 3"]:
-    """The released world pose: row 0 of the root matrix is taken for an axis-angle vector and turned as one.
+    """The released world pose: it treats row 0 of the root matrix as an axis-angle vector and rotates that.
 
     The root of the result is not a rotation.
     """

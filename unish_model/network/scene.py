@@ -1,6 +1,6 @@
-"""The scene branch (Pi3): images to point maps, confidences, cameras and features; all frames equal, none first.
+"""The scene branch (Pi3): images to point maps, confidences, cameras and features. All frames are treated alike.
 
-Only `first_camera_frame` singles out a frame. Nothing here knows metres: lengths are in the network's own unit.
+Only `first_camera_frame` depends on which frame is first. Lengths are in the network's own unit, not in metres.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ IMAGE_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class SceneOutput:
-    """What the scene branch says about a clip. Float32, the network's own unit of length, cameras x right, y down."""
+    """The scene branch's output for clips: float32, in the network's own unit of length, cameras x right, y down."""
 
     local_points: Float32[Tensor, "B S H W 3"]
     """Points in each frame's camera."""
     conf_logits: Float32[Tensor, "B S H W"]
-    """Logit of "this point is right"."""
+    """Logit of the probability that the point is right."""
     c2ws: Float32[Tensor, "B S 4 4"]
     """Camera to the network's own world."""
     hidden: Float[Tensor, "B S tokens hidden"]
@@ -72,7 +72,7 @@ class Encoder(Branch):
             nn.init.trunc_normal_(token, std=0.02)
 
     def positions(self, rows: int, columns: int) -> Float[Tensor, "1 1+{rows}*{columns} width"]:
-        """Class token and patches: the learned grid, resized in float32 with antialiased bicubic weights."""
+        """Positions of class token and patches: the learned grid, resized in float32, bicubic with antialiasing."""
         if rows == columns == self.grid:
             return self.pos_embed
         cls, table = self.pos_embed.float().split([1, self.grid**2], 1)
@@ -94,7 +94,7 @@ class Encoder(Branch):
 
 
 class Readout(Branch):
-    """A small decoder on one frame's tokens."""
+    """A small decoder for one frame's tokens."""
 
     def __init__(self, config: TransformerConfig, hidden: int, out: int) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ class Readout(Branch):
 
 
 class PixelHead(nn.Module):
-    """A linear layer that gives every pixel of a patch its own numbers."""
+    """A linear layer that predicts `channels` values for every pixel of a patch."""
 
     def __init__(self, width: int, channels: int, patch: int) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ class PixelHead(nn.Module):
 
 
 class ResidualUnit(nn.Module):
-    """Three linear layers, each followed by ReLU, beside the identity."""
+    """Three linear layers, each followed by ReLU, with a skip connection."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -138,7 +138,7 @@ class ResidualUnit(nn.Module):
 
 
 class CameraHead(nn.Module):
-    """Patch tokens of a frame to its camera-to-world transform."""
+    """A frame's patch tokens to its camera-to-world transform."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -156,7 +156,7 @@ class CameraHead(nn.Module):
 
 
 class Scene(Branch):
-    """The whole scene branch; parameter names are Pi3's own."""
+    """The whole scene branch, with Pi3's parameter names."""
 
     image_mean: Tensor
     image_std: Tensor
@@ -180,11 +180,11 @@ class Scene(Branch):
         self.register_buffer("image_std", torch.tensor(IMAGE_STD).view(1, 3, 1, 1))
 
     def float32_parts(self) -> tuple[nn.Module, ...]:
-        """Heads that always run, and therefore stay, in float32."""
+        """The heads, whose weights and arithmetic are always float32."""
         return self.point_head, self.conf_head, self.camera_head
 
     def rotary(self, rows: int, columns: int, device: torch.device, dtype: torch.dtype, rounded: bool) -> Rotary:
-        """The cross-frame transformer's tables for one grid, the same for every frame and block."""
+        """The cross-frame transformer's tables for one grid; all frames and blocks use them."""
         config = self.config
         return grid_rotary(
             rows,
@@ -198,11 +198,11 @@ class Scene(Branch):
         )
 
     def mix(self, tokens: Float[Tensor, "B S patches width"], rotary: Rotary) -> Float[Tensor, "B S tokens 2*width"]:
-        """Cross-frame transformer; it puts registers before the patches."""
+        """The cross-frame transformer; it adds registers before the patches."""
         batch, frames, _, width = tokens.shape
         x = torch.cat((self.register_token.to(tokens.dtype).expand(batch, frames, -1, -1), tokens), 2)
         count = x.shape[2]
-        # every frame has the same positions, so the global blocks repeat the frame's table
+        # every frame has the same positions, so the global blocks repeat one frame's table
         everywhere = Rotary(rotary.cos.repeat(frames, 1, 1), rotary.sin.repeat(frames, 1, 1))
         before = x
         for index, block in enumerate(self.decoder):
@@ -217,7 +217,7 @@ class Scene(Branch):
     def read(
         self, decoder: Readout, hidden: Float[Tensor, "B S tokens hidden"], rotary: Rotary, frame_step: int | None
     ) -> Float32[Tensor, "frames patches out"]:
-        """A decoder's features of every patch, `frame_step` frames at a time."""
+        """A decoder's features for every patch, `frame_step` frames at a time."""
         x = by_frames(lambda part: decoder(part, rotary), hidden.flatten(0, 1), frame_step)
         return x[:, self.config.registers :].float()
 
@@ -233,8 +233,8 @@ class Scene(Branch):
 
         images: RGB in [0, 1], H and W multiples of the patch.
         round_angles: round rotary angles to the token type, as the released code does (matters below float32).
-        frame_step: frames at a time in the per-frame parts; the result is the same, the peak memory smaller.
-        positions: `encoder.positions(h, w)` where it was computed before.
+        frame_step: frames per step in the per-frame parts: the same result with less peak memory.
+        positions: `encoder.positions(h, w)` if already computed.
         Raises ValueError for a wrong shape.
         """
         patch = self.config.patch

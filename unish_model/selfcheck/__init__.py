@@ -1,5 +1,5 @@
-"""The proof that this network is the released one: golden numbers of theirs, made with weights that need no checkpoint.
+"""Proves that this network equals the released one, with golden files whose weights need no checkpoint.
 
-`run` checks a folder, `network` computes each output, `compare` says how far two values are apart, `weights` makes the
-numbers to fill a network with. All of it stands above `unish_model.network`, which knows nothing of it.
+`run` checks a folder, `network` computes each output, `compare` measures the difference of two values, `weights` makes
+the weights of a network. All of it uses `unish_model.network`, which does not depend on it.
 """

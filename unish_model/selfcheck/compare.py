@@ -1,4 +1,4 @@
-"""How far our values are from golden ones, and how far they may be."""
+"""The errors of our values against golden ones, and their gates."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Found = Iterator[tuple[str, float, float]]
 
 
 class GoldenError(Exception):
-    """A golden folder cannot be checked as it is; the message says what is missing or unknown."""
+    """A golden folder cannot be checked; the message says what is missing or unknown."""
 
 
 @dataclass(frozen=True)
@@ -36,17 +36,17 @@ class Check:
     file: str
     output: str
     error: float
-    """Largest difference over the largest magnitude; for masks the share of pixels that differ."""
+    """Largest difference over the largest magnitude; for masks, the share of pixels that differ."""
     gate: float
 
     @property
     def passed(self) -> bool:
-        """Whether the error is within its gate; not a number never is."""
+        """Whether the error is within its gate; NaN never is."""
         return self.error <= self.gate
 
 
 def relative_error(ours: Any, golden: np.ndarray, scale: float | None = None) -> float:
-    """max |ours - golden| / max |golden| over finite golden values; infinite where shapes or finiteness disagree.
+    """max |ours - golden| / max |golden| over finite golden values; infinite if shapes or finite entries differ.
 
     scale: another magnitude to divide by, for sums whose terms cancel.
     """
@@ -72,7 +72,7 @@ def flips(ours: Tensor, golden: np.ndarray) -> float:
 
 
 def rotation_error(ours: Any, golden: np.ndarray) -> float:
-    """Axis-angle vectors (..., 3 n), compared as matrices."""
+    """The error of axis-angle vectors (..., 3 n), compared as matrices."""
 
     def matrices(x: Any) -> Tensor:
         return geometry.rotation_from_axis_angle(torch.as_tensor(x).double().unflatten(-1, (-1, 3)))
@@ -81,12 +81,12 @@ def rotation_error(ours: Any, golden: np.ndarray) -> float:
 
 
 def load_arrays(path: Path) -> Arrays:
-    """Every array of an .npz file. Raises GoldenError where it cannot be read."""
+    """Every array of an .npz file. Raises GoldenError if it cannot be read."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise GoldenError(f"{path} is no readable .npz file of plain arrays ({error}): get it again") from error
+        raise GoldenError(f"cannot read {path} as an .npz file of plain arrays ({error}): download it again") from error
 
 
 def tensors(arrays: Arrays) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
-"""What this network gives for the inputs of each golden file, beside what the released one gave.
+"""Computes this network's outputs for the inputs of each golden file, and compares them with the released ones.
 
-One check for each kind of file: it yields every output with its error and its gate.
+There is one check for each kind of file; it yields every output with its error and its gate.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def check_rope(arrays: Arrays, _: Context) -> Found:
     for name, value in arrays.items():
         match = re.fullmatch(r"([a-z]+)(\d+d?)", name)
         if match is None:
-            raise GoldenError(f"cannot read the case of the rotary tables' {name!r}")
+            raise GoldenError(f"cannot read the case from the name of the rotary table {name!r}")
         kind, number = match.groups()
         if kind in ("cos", "sin"):
             length, width = value.shape
@@ -69,7 +69,7 @@ def check_rope(arrays: Arrays, _: Context) -> Found:
 
 
 def check_rotations(arrays: Arrays, _: Context) -> Found:
-    """Conversions between six numbers, matrices, quaternions and axis-angle, ours and the released ones."""
+    """Conversions between six numbers, matrices, quaternions and axis-angle: ours and the released ones."""
     golden = tensors(arrays)
     matrix = geometry.rotation_from_6d(golden["rot6d"])
     yield "rotmat", relative_error(matrix, arrays["rotmat"]), NETWORK_GATE
@@ -114,7 +114,7 @@ def check_transform(arrays: Arrays, _: Context) -> Found:
 
 
 def check_focal_shift(arrays: Arrays, _: Context) -> Found:
-    """Focal and shift as the released solver stops, with and without a mask, and with a given focal."""
+    """Focal and shift where the released solver stops, with and without a mask, and with a given focal."""
     golden = tensors(arrays)
     for name, mask in (("nomask", None), ("mask", golden["mask"])):
         fit = geometry.recover_focal_shift(golden["points"], mask, guarded=False)
@@ -126,7 +126,7 @@ def check_focal_shift(arrays: Arrays, _: Context) -> Found:
 
 
 def check_unprojection(arrays: Arrays, _: Context) -> Found:
-    """Depth along the rays of intrinsics that are given as fractions of the image."""
+    """Unprojection of depth with intrinsics given as fractions of the image."""
     golden = tensors(arrays)
     height, width = golden["depth"].shape[-2:]
     pixels = golden["K"] * torch.tensor([width, height, 1.0])[:, None]
@@ -159,7 +159,7 @@ def check_alignnet(arrays: Arrays, context: Context) -> Found:
     for case in sorted({name.rpartition("_")[0] for name in arrays}):
         match = re.fullmatch(r"B(\d+)_L(\d+)_T(\d+)_fps([\d.]+)", case)
         if match is None:
-            raise GoldenError(f"cannot read the sizes of AlignNet's case {case!r}")
+            raise GoldenError(f"cannot read the sizes from the name of AlignNet's case {case!r}")
         batch, frames, tokens = map(int, match.groups()[:3])
         width, body = config.scene.hidden, config.human.decoder.width
         hidden = input_array(context.salt, f"align/hidden/{batch}x{frames}x{tokens}", (batch, frames, tokens, width))
@@ -209,7 +209,7 @@ def _clip(arrays: Arrays) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Recorder(ExitStack):
-    """Keeps what named modules returned, in call order."""
+    """Stores the inputs and outputs of named modules."""
 
     def __init__(self, **modules: nn.Module) -> None:
         super().__init__()
@@ -226,7 +226,7 @@ class Recorder(ExitStack):
 
 
 def _thinned(full: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Every k-th entry of each dimension that a golden copy holds fewer of."""
+    """Every k-th entry of each dimension, to the shape of a golden array that stores fewer."""
     steps = (max(1, round(have / want)) for have, want in zip(full.shape, shape, strict=True))
     return full[tuple(slice(None, None, step) for step in steps)]
 
@@ -254,7 +254,7 @@ def _fields(prediction: Prediction) -> dict[str, Tensor]:
 
 
 def check_unish(arrays: Arrays, context: Context) -> Found:
-    """The whole inference in its released form, with its inner values."""
+    """The whole released inference, with its intermediate values."""
     net = context.unish()
     pi3 = net.pi3
     with Recorder(
@@ -320,7 +320,7 @@ def check_unish(arrays: Arrays, context: Context) -> Found:
 
 
 def check_right_root(arrays: Arrays, context: Context) -> Found:
-    """The world pose without the released slip, for the clip of the file named alike."""
+    """The world pose without the released mistake, for the clip in the file with the same name ending."""
     images, patches, box = _clip(context.clip(arrays["pose_world_right"].shape[1]))
     prediction = context.unish().infer(images, patches, box, compat="released")
     pose, _ = geometry.body_to_world(prediction.pose_cam, prediction.trans_cam, prediction.c2w)
@@ -329,7 +329,7 @@ def check_right_root(arrays: Arrays, context: Context) -> Found:
 
 
 def check_forward(arrays: Arrays, context: Context) -> Found:
-    """The raw network, with boxes as they are, on the clip of the file named alike."""
+    """The raw network, with boxes as given, on the clip in the file with the same name ending."""
     net = context.unish()
     images, patches, box = _clip(context.clip(arrays["trans_cam"].shape[1]))
     out = net(images, patches, box, compat="released")
@@ -347,7 +347,7 @@ def check_forward(arrays: Arrays, context: Context) -> Found:
 
 
 def check_chunks(arrays: Arrays, context: Context) -> Found:
-    """The released video driver: windows without overlap, laid behind each other."""
+    """The released video driver: windows without overlap, concatenated."""
     net = context.unish()
     match = re.search(r"chunk(\d+)", context.path.stem)
     size = int(match[1]) if match else 30
@@ -377,7 +377,7 @@ def check_chunks(arrays: Arrays, context: Context) -> Found:
 
 
 def check_pi3(arrays: Arrays, context: Context) -> Found:
-    """Pi3 by itself, under its own names, without a first frame."""
+    """Pi3 alone, with its own names and without a first frame."""
     net = context.pi3()
     with Recorder(enc=net.encoder) as recorder, torch.no_grad():
         out = net(_images(arrays))
@@ -396,7 +396,7 @@ def check_pi3(arrays: Arrays, context: Context) -> Found:
 
 
 def check_moge(arrays: Arrays, context: Context) -> Found:
-    """MoGe-2 as the `moge` package runs it: the teacher we use is the released one."""
+    """MoGe-2 as the `moge` package runs it: shows that our teacher is the released one."""
     try:
         net = context.moge()
     except ImportError:
@@ -411,7 +411,7 @@ def check_moge(arrays: Arrays, context: Context) -> Found:
     for name, golden in arrays.items():
         match = re.fullmatch(r"(B\d+_\d+x\d+_n(\d+))_([a-z]+)_(\w+)", name)
         if match is None:
-            raise GoldenError(f"cannot read the case of MoGe's {name!r}")
+            raise GoldenError(f"cannot read the case from the name of MoGe's {name!r}")
         case, tokens, mode, output = match.groups()
         if mode == "image":
             continue
@@ -460,7 +460,7 @@ def moge_vitl_normal() -> dict[str, Any]:
 
 
 class Context:
-    """What a check may need besides its own file. Holds one big network at a time."""
+    """What a check may need besides its own file. Holds one large network at a time."""
 
     def __init__(self, folder: Path, salt: str, config: UniSHConfig) -> None:
         self.folder = folder
@@ -471,24 +471,24 @@ class Context:
 
     def _hold(self, name: str, build: Callable[[], nn.Module]) -> Any:
         if self._held is None or self._held[0] != name:
-            self._held = None  # give the memory back before the next network takes its own
+            self._held = None  # free the memory before the next network needs it
             module = build().eval()
             fill(module, self.salt)
             self._held = name, module
         return self._held[1]
 
     def unish(self) -> UniSH:
-        """The whole network with this salt's weights."""
+        """The whole network, with this salt's weights."""
         return self._hold("unish", lambda: build_empty(lambda: UniSH(self.config)).to_empty(device="cpu"))
 
     def pi3(self) -> Scene:
-        """Pi3 under its own names."""
+        """Pi3, with its own names."""
         return self._hold("pi3", lambda: build_empty(lambda: Scene(self.config.scene)).to_empty(device="cpu"))
 
     def moge(self) -> Any:
-        """The `moge` package's network, as a configuration in or beside the folder says, or as published.
+        """The `moge` package's network: with the configuration in the folder or its parent, or as published.
 
-        Raises ImportError where the package is missing.
+        Raises ImportError if the package is missing.
         """
         from moge.model.v2 import MoGeModel
 
@@ -498,7 +498,7 @@ class Context:
         return self._hold("moge", lambda: MoGeModel(**options))
 
     def clip(self, frames: int, size: tuple[int, int] | None = None) -> Arrays:
-        """The UniSH file with inputs for the current one: that many frames, that image size; same ending preferred."""
+        """The UniSH file with the inputs of the current one: these frames, this size; same name ending preferred."""
         ending = self.path.stem.partition("_")[2]
         paths = self.folder.glob("unish_*.npz")
         for path in sorted(paths, key=lambda path: (not ending.startswith(path.stem.partition("_")[2]), path)):

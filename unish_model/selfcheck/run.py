@@ -1,7 +1,7 @@
-"""Every golden file of a folder, each output against its gate.
+"""Checks every golden file of a folder: each output against its gate.
 
-A file is recognised by its name, and every size is read from its arrays, so that other salts, image sizes and frame
-counts are checked by the same code.
+A file is recognised by its name, and its arrays give all sizes, so the same code checks other salts, image sizes and
+frame counts.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ CHECKS: dict[str, Callable[[Arrays, network.Context], Found]] = {
     r"pi3": network.check_pi3,
     r"moge": network.check_moge,
 }
-"""File name to its check, in the order of running: the first that matches the whole stem, small things first."""
+"""Pattern of the whole file stem to its check. The first match counts; checks run in this order, small ones first."""
 
 
 def _rank(path: Path) -> int:
-    """The position in CHECKS that claims a file; one past the end where none does."""
+    """The position of a file's check in CHECKS; one past the end if there is none."""
     for rank, pattern in enumerate(CHECKS):
         if re.fullmatch(pattern + r"\w*", path.stem):
             return rank
@@ -50,9 +50,9 @@ def run_selfcheck(
 ) -> Iterator[Check]:
     """Check every golden file in a folder, yielding each output as it is compared.
 
-    folder: *.npz files; salt: what their weights were made with; config: the network's sizes, the released by default;
-    only: a regular expression that file names (without .npz) must match. What nothing here knows, a file, an array or
-    an output, is a miss. Raises GoldenError where there is no such file, and for inputs that are missing.
+    folder: *.npz files; salt: that of their weights; config: the network's sizes, released by default; only: a regular
+    expression that file names (without .npz) must match. An unknown file, array or output counts as a miss. Raises
+    GoldenError if there is no such file, and for missing inputs.
     """
     paths = [path for path in folder.glob("*.npz") if only is None or re.search(only, path.stem)]
     if not paths:

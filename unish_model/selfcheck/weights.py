@@ -1,7 +1,7 @@
-"""Weights and inputs that depend only on a salt, a tensor's name and its shape; no file is needed to repeat them.
+"""Weights and inputs that depend only on a salt, a tensor's name and its shape; no file is needed to reproduce them.
 
-Golden vectors of the released networks were made with such weights: whoever keeps the released names can repeat every
-number without any checkpoint. Each tensor is a PCG64 normal stream seeded by SHA-256, scaled by the kind of tensor.
+The golden files of the released networks were made with such weights, so a network with the released names reproduces
+every number without a checkpoint. Each tensor is a PCG64 normal stream seeded by SHA-256, scaled by the kind of tensor.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ READ_OUTS = ("decpose", "trans_head", "scale_head", "decshape", "deccam", "deckp
 
 
 def normal(salt: str, name: str, shape: Sequence[int]) -> np.ndarray:
-    """Float32 standard normal numbers of this salt and name."""
+    """Float32 standard normal numbers for this salt and name."""
     seed = int.from_bytes(hashlib.sha256((salt + name).encode()).digest()[:8], "big")
     generator = np.random.Generator(np.random.PCG64(seed))
     return generator.standard_normal(math.prod(shape), dtype=np.float32).reshape(tuple(shape))
 
 
 def input_array(salt: str, name: str, shape: Sequence[int]) -> np.ndarray:
-    """Standard normal input of this name."""
+    """Standard normal input for this name."""
     return normal(salt, f"input/{name}", shape)
 
 
 def _offset_and_spread(name: str, shape: Sequence[int]) -> tuple[np.ndarray | float, float]:
-    """Mean and standard deviation of a tensor, by what its name says it is."""
+    """Mean and standard deviation of a tensor, according to its name."""
     *_, leaf = parts = name.split(".")
     owner = parts[-2] if len(parts) > 1 else ""
     is_points = ".".join(parts[-3:-1]).endswith("point_head.proj")
@@ -56,7 +56,7 @@ def _offset_and_spread(name: str, shape: Sequence[int]) -> tuple[np.ndarray | fl
     if leaf == "weight":
         return 1.0, 0.1
     if leaf == "bias" and is_points and shape[0] == 3 * 196:
-        # a saw-tooth in x and y inside each patch, so that focal recovery sees points that follow the image plane
+        # a sawtooth in x and y inside each patch, so that focal recovery gets points that follow the image plane
         saw = ((np.arange(14, dtype=np.float32) + 0.5) / 7 - 1) * np.float32(1.5)
         teeth = np.zeros((3, 14, 14), np.float32)
         teeth[0], teeth[1] = saw[None, :], saw[:, None]
@@ -65,7 +65,7 @@ def _offset_and_spread(name: str, shape: Sequence[int]) -> tuple[np.ndarray | fl
 
 
 def weight_array(salt: str, name: str, shape: Sequence[int]) -> np.ndarray:
-    """The float32 tensor of this salt, name and shape."""
+    """The float32 tensor for this salt, name and shape."""
     offset, spread = _offset_and_spread(name, shape)
     values = normal(salt, name, shape) if spread else np.zeros(tuple(shape), np.float32)
     values *= np.float32(spread)
@@ -75,6 +75,6 @@ def weight_array(salt: str, name: str, shape: Sequence[int]) -> np.ndarray:
 
 @torch.no_grad()
 def fill(module: nn.Module, salt: str, prefix: str = "") -> None:
-    """Give every tensor of a module its value in place, one at a time; names start with `prefix`."""
+    """Fill every tensor of a module in place, one at a time; `prefix` comes before its name."""
     for name, tensor in module.state_dict().items():
         tensor.copy_(torch.from_numpy(weight_array(salt, prefix + name, tensor.shape)))
