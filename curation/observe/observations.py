@@ -6,9 +6,9 @@ Nothing is judged here. Every threshold is in a policy, so judging again decodes
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pyarrow as pa
@@ -58,7 +58,7 @@ class Observations:
     dissolve: NDArray[np.float32]
     sample_times_s: NDArray[np.float64]
     box_sample: NDArray[np.int32]
-    box_xyxy: NDArray[np.float32]
+    box_xyxy: Annotated[NDArray[np.float32], 4]
     box_class: tuple[str, ...]
     box_confidence: NDArray[np.float32]
     box_track: NDArray[np.int32]
@@ -70,33 +70,20 @@ class Observations:
         return self.end_s - self.start_s
 
 
-_F32, _F64, _I32 = pa.list_(pa.float32()), pa.list_(pa.float64()), pa.list_(pa.int32())
+def _column(hint: Any) -> pa.DataType:
+    """The Parquet type of a field; a number beside an array's type is the length of its second dimension."""
+    kind, *width = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+    if get_origin(kind) is np.ndarray:
+        item = pa.from_numpy_dtype(get_args(get_args(kind)[1])[0])
+        return pa.list_(pa.list_(item, *width) if width else item)
+    if get_origin(kind) is tuple:
+        items = get_args(kind)
+        return pa.list_(pa.string()) if items[-1] is Ellipsis else pa.list_(pa.float64(), len(items))
+    return {int: pa.int32(), float: pa.float64()}.get(kind, pa.string())
+
+
 SCHEMA = pa.schema(
-    [
-        ("clip_id", pa.string()),
-        ("kind", pa.string()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        ("transfer", pa.string()),
-        ("start_s", pa.float64()),
-        ("end_s", pa.float64()),
-        ("surround", pa.string()),
-        ("active", pa.list_(pa.float64(), 4)),
-        ("times_s", _F64),
-        ("content", _F32),
-        ("luma", _F32),
-        ("contrast", _F32),
-        ("gap", _F32),
-        ("person_gap", _F32),
-        ("dissolve", _F32),
-        ("sample_times_s", _F64),
-        ("box_sample", _I32),
-        ("box_xyxy", pa.list_(pa.list_(pa.float32(), 4))),
-        ("box_class", pa.list_(pa.string())),
-        ("box_confidence", _F32),
-        ("box_track", _I32),
-        ("provenance", pa.string()),
-    ],
+    {name: _column(hint) for name, hint in get_type_hints(Observations, include_extras=True).items()},
     metadata={"unish.observations": str(OBSERVATION_VERSION)},
 )
 
@@ -133,18 +120,16 @@ def read_observations(path: Path) -> Observations:
     if version != str(OBSERVATION_VERSION):
         raise UsageError(f"The observations {path.name} have version {version}; delete the file and run again.")
     values: dict[str, Any] = {}
-    for field in fields(Observations):
+    for field in SCHEMA:
         scalar = table[field.name][0]
-        kind = SCHEMA.field(field.name).type
         if field.name == "provenance":
             values[field.name] = json.loads(scalar.as_py())
-        elif field.name == "box_xyxy":
-            flat = scalar.values.flatten() if len(scalar.values) else pa.array([], pa.float32())
-            values[field.name] = flat.to_numpy(zero_copy_only=False).reshape(-1, 4)
-        elif field.name in ("active", "box_class"):
-            values[field.name] = tuple(scalar.as_py())
-        elif pa.types.is_list(kind):
-            values[field.name] = scalar.values.to_numpy(zero_copy_only=False)
+        elif not pa.types.is_list(field.type) or pa.types.is_string(field.type.value_type):
+            value = scalar.as_py()
+            values[field.name] = tuple(value) if isinstance(value, list) else value
+        elif pa.types.is_fixed_size_list(field.type.value_type):
+            flat = scalar.values.flatten() if len(scalar.values) else pa.array([], field.type.value_type.value_type)
+            values[field.name] = flat.to_numpy(zero_copy_only=False).reshape(-1, field.type.value_type.list_size)
         else:
-            values[field.name] = scalar.as_py()
+            values[field.name] = scalar.values.to_numpy(zero_copy_only=False)
     return Observations(**values)

@@ -210,6 +210,4 @@ def detector_for(settings: ObserveSettings, weights: str) -> Detector:
 
 def detector_ready(weights: str, settings: ObserveSettings) -> None:
     """Export the detector once, before workers start and all wait for it; a bad file fails here, at once."""
-    from curation.people.detector import detector_for
-
     detector_for(settings, weights)

@@ -101,9 +101,3 @@ def depth_preview(depth_m: NDArray[np.float32], valid: NDArray[np.bool_]) -> NDA
     level = np.clip((nearness - low) / max(high - low, 1e-9), 0, 1)
     colour = cv2.applyColorMap(np.rint(level * 255).astype(np.uint8), cv2.COLORMAP_TURBO)
     return np.where(valid[..., None], colour[..., ::-1], 0).astype(np.uint8)
-
-
-# MoGe-2's weights
-
-
-# depth folders

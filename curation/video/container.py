@@ -12,15 +12,12 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from curation.failures import ClipFailure, FailureCode
 from curation.settings import VideoLimits
 from curation.video.bounded import UNDECODED, too_many_frames, too_many_tracks
 from curation.video.scrub import boxes
-
-if TYPE_CHECKING:
-    pass
 
 _PICTURES = {
     b"GIF8": "GIF",

@@ -19,7 +19,7 @@ from curation.settings import VideoLimits
 from curation.video.bounded import READ_ONLY, UNDECODED, decoder_pixels
 from curation.video.decode import decode_key_frames
 from curation.video.ffmpeg import ffmpeg_exe
-from curation.video.index import VideoIndex, index_video
+from curation.video.index import VideoIndex, index_video, with_index
 
 # The containers to try for each kind of source: the first that holds the stream without a change of its times is used.
 _TARGETS = {
@@ -107,10 +107,8 @@ def _same_frames(index: VideoIndex, source_format: str, written: Path, *, held: 
     If the index of the source was made by decoding, the copy is decoded too. If the packets of a copy from AVI
     contradict its decoder, its times are in the wrong order.
     """
-    import numpy as np
 
     from curation.video.decode import decode
-    from curation.video.index import index_video, with_index
 
     def settle(copy: VideoIndex) -> None:
         if index.decoded:
