@@ -205,10 +205,10 @@ def _conclude(settings: Settings, refs: list[ClipRef], unfinished: list[str]) ->
 
 
 def _failures(settings: Settings, funnel: Funnel, unfinished: list[str]) -> str:
-    lines = ["| failure | clips | retried by the next run | what to do |", "|---|---|---|---|"]
+    lines = ["| failure | clips | does a retry help | what to do |", "|---|---|---|---|"]
     for code, clips in sorted(funnel.failed_by_code.items(), key=lambda item: (-item[1], item[0])):
         known = FailureCode(code)
-        again = f"up to {TRIES} times" if Trait.THRICE in known.traits else "may work" if known.transient else "no"
+        again = f"up to {TRIES} times" if Trait.THRICE in known.traits else "it may" if known.transient else "no"
         lines.append(f"| `{code}` | {clips} | {again} | {known.advice} |")
     if not funnel.failed_by_code:
         lines = ["No clip failed."]

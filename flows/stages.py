@@ -72,7 +72,7 @@ _stage = partial(
 
 @_stage(name="download")
 async def download(settings: Settings, batch: Batch, bar: Bar, check: work.Check = work.nobody_else) -> StageReport:
-    """Fetch and verify the batch's videos."""
+    """Download and verify the batch's videos."""
     return await _in_thread(partial(work.download, settings, batch, check=check), bar)
 
 
