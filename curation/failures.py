@@ -122,6 +122,13 @@ class FailureCode(StrEnum):
         return frozenset(code for code in cls if trait in code.traits)
 
     @property
+    def retried(self) -> str:
+        """Whether the next run tries again, in a few words."""
+        if Trait.THRICE in self.traits:
+            return f"yes, {TRIES} times"
+        return "yes" if self.traits & (Trait.TRANSIENT | Trait.SETTINGS) else f"with `--retry {self.value}`"
+
+    @property
     def transient(self) -> bool:
         """True where another attempt, without anyone doing anything, may succeed."""
         return Trait.TRANSIENT in self.traits

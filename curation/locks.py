@@ -172,7 +172,7 @@ def _acquire(path: Path, what: str, deadline: float, timeout_s: float, lease_s: 
             named = "another process" if by is None else str(by)
             raise LockTimeoutError(
                 f"{what} is still locked by {named} after {timeout_s:.0f} s; let it finish, or end it, and run "
-                "again: what is done is kept."
+                "again: finished work is kept."
             )
         time.sleep(_POLL_S)
 

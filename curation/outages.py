@@ -88,7 +88,7 @@ def wait_for(what: str, work: Callable[[], T], passing: Callable[[BaseException]
             raise
         # the error's own text names hosts, users and paths, which must not reach a log
         raise OutageError(
-            f"{what} was away for longer than {limit_s:.0f} s ({reason}); what is done is kept: run again when it is "
+            f"{what} was away for longer than {limit_s:.0f} s ({reason}); finished work is kept: run again when it is "
             "back."
         ) from None
     if last:

@@ -283,7 +283,7 @@ class Store:
             raise
         except OSError as error:
             if error.errno in _FULL:
-                raise OutageError("The disk is full; free some space and run again: what is done is kept.") from None
+                raise OutageError("The disk is full; free some space and run again: finished work is kept.") from None
             raise self._unusable(error) from None
         except Exception as error:  # each storage library has its own exceptions
             raise self._unusable(error) from None
@@ -292,7 +292,7 @@ class Store:
         # the libraries' messages may name hosts and keys
         return UsageError(
             f"The storage {self._scheme} failed ({type(error).__name__}); check its address and the credentials, and "
-            "run again: what is done is kept."
+            "run again: finished work is kept."
         )
 
     def _spread(self, work: Callable[[str], T], names: Sequence[str]) -> list[T]:

@@ -10,16 +10,9 @@ DOCS = Path(__file__).parent
 
 def failures() -> str:
     """docs/failures.md: every failure code, from its one declaration."""
-    from curation.failures import TRIES, FailureCode, Trait
+    from curation.failures import FailureCode, Trait
 
-    def again(code: FailureCode) -> str:
-        if Trait.THRICE in code.traits:
-            return f"yes, {TRIES} times"
-        if Trait.TRANSIENT in code.traits or Trait.SETTINGS in code.traits:
-            return "yes"
-        return f"with `--retry {code.value}`"
-
-    rows = [f"| `{code.value}` | {code.said} | {again(code)} | {code.advice} |" for code in FailureCode]
+    rows = [f"| `{code.value}` | {code.said} | {code.retried} | {code.advice} |" for code in FailureCode]
     blocking = ", ".join(f"`{code.value}`" for code in FailureCode if Trait.BLOCKS in code.traits)
     resumed = ", ".join(f"`{code.value}`" for code in FailureCode if Trait.KEEPS_PART in code.traits)
     return "\n".join(

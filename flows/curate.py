@@ -24,7 +24,7 @@ from pydantic import Field
 
 from curation import pipeline
 from curation.catalog import Funnel
-from curation.failures import TRIES, FailureCode, LostError, OutageError, Trait, UsageError
+from curation.failures import FailureCode, LostError, OutageError, UsageError
 from curation.manifest import read_manifest
 from curation.options import Option, options, parameters, settings_of
 from curation.records import ClipRef
@@ -205,11 +205,10 @@ def _conclude(settings: Settings, refs: list[ClipRef], unfinished: list[str]) ->
 
 
 def _failures(settings: Settings, funnel: Funnel, unfinished: list[str]) -> str:
-    lines = ["| failure | clips | does a retry help | what to do |", "|---|---|---|---|"]
+    lines = ["| failure | clips | tried again by the next run | what to do |", "|---|---|---|---|"]
     for code, clips in sorted(funnel.failed_by_code.items(), key=lambda item: (-item[1], item[0])):
         known = FailureCode(code)
-        again = f"up to {TRIES} times" if Trait.THRICE in known.traits else "it may" if known.transient else "no"
-        lines.append(f"| `{code}` | {clips} | {again} | {known.advice} |")
+        lines.append(f"| `{code}` | {clips} | {known.retried} | {known.advice} |")
     if not funnel.failed_by_code:
         lines = ["No clip failed."]
     if unfinished:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from curation.failures import FailureCode
+from curation.failures import FailureCode, Trait
 
 DOCS = Path(__file__).parent.parent / "docs"
 spec = importlib.util.spec_from_file_location("docs_generate", DOCS / "generate.py")
@@ -25,3 +25,9 @@ def test_every_failure_code_has_its_sentences():
         assert FailureCode(code.value) is code
         for sentence in (code.said, code.advice):
             assert sentence.endswith(".") and "|" not in sentence
+
+
+def test_what_the_next_run_tries_again_is_said_to_be():
+    for code in FailureCode:
+        again = Trait.TRANSIENT in code.traits or Trait.SETTINGS in code.traits
+        assert code.retried.startswith("yes") == again and code.transient == (Trait.TRANSIENT in code.traits)

@@ -335,7 +335,7 @@ def _refusal(error: DatabaseError) -> UsageError | OutageError:
     """The error with a message of our own, because the driver's message names host, user and path."""
     said = str(error.orig).lower()
     if any(sign in said for sign in ("is full", "no space left", "disk i/o error")):
-        return OutageError("The catalog's disk is full; free some space and run again: what is done is kept.")
+        return OutageError("The catalog's disk is full; free some space and run again: finished work is kept.")
     for sign, advice in (
         ("readonly", "it is read-only; make the file and its folder writable, or choose another --out"),
         ("read-only", "it is read-only; use a server that accepts writes and a user with write access"),

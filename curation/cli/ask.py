@@ -23,7 +23,7 @@ from curation.cli.app import (
     say,
     show_table,
 )
-from curation.failures import FailureCode, UsageError
+from curation.failures import FailureCode, Trait, UsageError
 from curation.options import options, parameters
 from curation.settings import ObserveSettings, Settings
 
@@ -101,7 +101,8 @@ def failures(
     rows = [(attempt.clip_id, attempt.stage, str(attempt.code), attempt.message) for attempt in found]
     show_table(counted(len(found), "failure", "failures"), ("clip", "stage", "code", "what"), rows)
     for each, transient in sorted({(attempt.code, attempt.transient) for attempt in found if attempt.code}):
-        again = "the next run tries again" if transient else f"tried again only with --retry {each.value}"
+        tried = transient or Trait.SETTINGS in each.traits
+        again = "the next run tries again" if tried else f"tried again only with --retry {each.value}"
         say(f"{each.value} ({again}): {each.advice}")
     _say_blocks(catalog)
 

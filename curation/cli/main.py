@@ -30,7 +30,7 @@ def main() -> None:
         if ended.code != INTERRUPTED:
             raise
         # At once: whatever still runs may die anywhere, and nothing is lost by it.
-        console(stderr=True).print("stopped; run again, what is done is kept.")
+        console(stderr=True).print("stopped; run again, finished work is kept.")
         os._exit(INTERRUPTED)
     except UsageError as error:
         _fail(str(error), MISTAKE)

@@ -232,7 +232,7 @@ def test_a_storage_that_stays_away_is_an_outage_and_no_fault_of_the_set_up(
     store = Store(tmp_path / "a", f"{url}/run")
     write(store, "x", b"x")
     server.stop()
-    with pytest.raises(OutageError, match="what is done is kept") as raised, patience(0.5):
+    with pytest.raises(OutageError, match="finished work is kept") as raised, patience(0.5):
         store.put("x")
     assert not isinstance(raised.value, UsageError) and str(server.port) not in str(raised.value)
     assert raised.value.__suppress_context__, "the library's text names the host"
