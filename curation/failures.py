@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 from dataclasses import dataclass
 from enum import Flag, StrEnum, auto
+from typing import Any
 
 TRIES = 3
 
@@ -28,6 +29,8 @@ class Trait(Flag):
     """Permanent under these settings only, and cheap to find again: every run tries it."""
     REFETCH = auto()
     """The file itself is bad: `--retry` with this code downloads the video again."""
+    FINAL = auto()
+    """Nothing tries again, `--retry` neither."""
 
 
 _LATER = Trait.TRANSIENT
@@ -74,7 +77,7 @@ class FailureCode(StrEnum):
     # this machine or this file
     DISK_FULL = ("disk_full", "There is no room for the file on the disk.",
                  "The disk is full; free some space or choose another --out, and run again.", _LATER)
-    CORRUPT = ("corrupt", "The server sent no data.",
+    CORRUPT = ("corrupt", "The file is damaged or incomplete.",
                "The file is damaged or incomplete; repair its source, or download it again with --retry corrupt.",
                Trait.REFETCH)
     NO_VIDEO = ("no_video", "The file has no moving picture.",
@@ -93,7 +96,7 @@ class FailureCode(StrEnum):
                "The address or path is not allowed; allow its host or folder explicitly if you trust it.",
                Trait.SETTINGS)
     FORGOTTEN = ("forgotten", "Removal of this video was requested.",
-                 "Removal of this video was requested; drop the row.")
+                 "Removal of this video was requested; drop the row.", Trait.FINAL)
     # a defect in this program, or a worker that died or did not come back
     TOO_SLOW = ("too_slow", "The work on the clip did not end in time.",
                 "The clip took longer than the limit; raise --clip-timeout-s, or run on a faster machine.", _THRICE)
@@ -126,7 +129,9 @@ class FailureCode(StrEnum):
         """Whether the next run tries again, in a few words."""
         if Trait.THRICE in self.traits:
             return f"yes, {TRIES} times"
-        return "yes" if self.traits & (Trait.TRANSIENT | Trait.SETTINGS) else f"with `--retry {self.value}`"
+        if self.traits & (Trait.TRANSIENT | Trait.SETTINGS):
+            return "yes"
+        return "no" if Trait.FINAL in self.traits else f"with `--retry {self.value}`"
 
     @property
     def transient(self) -> bool:
@@ -150,6 +155,9 @@ class ClipFailure(Exception):
 
     def __str__(self) -> str:
         return f"{self.code.value}: {self.message}"
+
+    def __reduce__(self) -> tuple[Any, ...]:  # Exception's own forgets what was given by keyword
+        return ClipFailure, (self.code, self.message, self.retry_after_s)
 
 
 class UsageError(Exception):

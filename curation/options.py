@@ -89,8 +89,8 @@ def settings_of(out: Path, values: Mapping[str, Any], *, flat: bool = False) -> 
     shown: dict[tuple[str, ...], str] = {}
     for option in options(flat=flat).values():
         value = values.get(option.name)
-        if value is None and option.env is not None:
-            value = os.environ.get(option.env) or None
+        if option.env is not None:  # an empty field of a form is none
+            value = value or os.environ.get(option.env) or None
         for path in option.paths:
             shown[path] = option.flag if flat else option.name
             if value is not None:

@@ -172,8 +172,7 @@ class Settings(BaseModel):
     catalog_url: str | None = Field(
         None,
         repr=False,
-        description="SQLAlchemy URL of a catalog that machines share; SQLite in the output folder by default. Put no "
-        "password into a parameter: Prefect shows it.",
+        description="SQLAlchemy URL of a catalog that machines share; SQLite in the output folder by default.",
         json_schema_extra={"env": "UNISH_CATALOG_URL"},
     )
     lease_s: float = Field(

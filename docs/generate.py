@@ -13,8 +13,8 @@ def failures() -> str:
     from curation.failures import FailureCode, Trait
 
     rows = [f"| `{code.value}` | {code.said} | {code.retried} | {code.advice} |" for code in FailureCode]
-    blocking = ", ".join(f"`{code.value}`" for code in FailureCode if Trait.BLOCKS in code.traits)
-    resumed = ", ".join(f"`{code.value}`" for code in FailureCode if Trait.KEEPS_PART in code.traits)
+    blocking = " or ".join(f"`{code.value}`" for code in FailureCode if Trait.BLOCKS in code.traits)
+    resumed = " or ".join(f"`{code.value}`" for code in FailureCode if Trait.KEEPS_PART in code.traits)
     return "\n".join(
         [
             "# Failures",
@@ -27,10 +27,10 @@ def failures() -> str:
             "|---|---|---|---|",
             *rows,
             "",
-            f"After {blocking} no worker asks that platform again until its time is over; its other clips are",
+            f"After {blocking}, no worker asks that platform again until its time is over; its other clips are",
             "postponed, which is no failure.",
             "",
-            f"After {resumed} what was received stays on the disk, and the next attempt resumes it if the server",
+            f"After {resumed}, what was received stays on the disk, and the next attempt resumes it if the server",
             "still reports the same ETag or Last-Modified.",
             "",
         ]
@@ -48,7 +48,7 @@ def settings() -> str:
         if isinstance(option.default, bool) or option.default in (None, []):
             return ""
         if isinstance(option.default, list | tuple):
-            return f"`{' '.join(map(str, option.default))}`"
+            return f"`{', '.join(map(str, option.default))}`"
         return f"`{option.default}`"
 
     def row(option: Option, parameter: str) -> str:
@@ -68,7 +68,7 @@ def settings() -> str:
     flat = options(flat=True)
     for option in options().values():
         if option.field.annotation is VideoLimits:
-            rows += [row(flat[name], f"{option.name}.{name}") for name in VideoLimits.model_fields]
+            rows += [row(flat[name], f"{option.name}: {name}") for name in VideoLimits.model_fields]
         else:
             rows.append(row(option, option.name))
     return "\n".join(
@@ -79,6 +79,10 @@ def settings() -> str:
             "(`prefect deployment run curate --param name=value`), the options of `curation run` and this page are",
             "made from there; `make docs` writes this page.",
             "",
+            "For the flow, lists, pairs and limits are JSON: `--param 'pause_s=[5, 10]'`,",
+            "`--param 'limits={\"max_fps\": 60}'` (other limits keep their defaults). On the command line, an option",
+            "with several values is repeated, and a pair follows its option:",
+            "`--http-host a.org --http-host b.org --pause 5 10`.",
             "`--teacher` takes one word: a MoGe-2 Hugging Face id or local file, a folder of depth, or `none`.",
             "",
             "| parameter of the flow | option of `curation run` | default | meaning |",

@@ -39,12 +39,20 @@ _PATHS = ("local_root", "cookies", "proxy_file", "debug_file")
 def _parameter(option: Option) -> Any:
     """The type of an option with its bounds, for Prefect's form and parameter validation."""
     kind = list[FailureCode] if option.name == "retry" else option.type
-    return Annotated[(kind, *option.field.metadata)] if option.field.metadata else kind
+    bounds = [] if option.env else option.field.metadata  # an empty text takes the variable
+    return Annotated[(kind, *bounds)] if bounds else kind
 
 
 def _described(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options to the docstring, from which Prefect takes the description of each parameter."""
-    lines = [f"        {option.name}: {option.field.description}\n" for option in options().values()]
+    lines = []
+    for option in options().values():
+        said = f"{option.field.description}"
+        if option.env:
+            said += (
+                f" Empty takes {option.env} of the worker's environment: put passwords there, Prefect shows parameters."
+            )
+        lines.append(f"        {option.name}: {said}\n")
     before, mark, after = (function.__doc__ or "").partition("        parallel_batches:")
     function.__doc__ = "".join([before, *lines, mark, after])
     return function

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import pickle
 from pathlib import Path
 
 import pytest
 
-from curation.failures import FailureCode, Trait
+from curation.failures import ClipFailure, FailureCode, Trait
 
 DOCS = Path(__file__).parent.parent / "docs"
 spec = importlib.util.spec_from_file_location("docs_generate", DOCS / "generate.py")
@@ -25,6 +26,12 @@ def test_every_failure_code_has_its_sentences():
         assert FailureCode(code.value) is code
         for sentence in (code.said, code.advice):
             assert sentence.endswith(".") and "|" not in sentence
+
+
+def test_a_failure_survives_the_way_between_processes():
+    failure = ClipFailure(code=FailureCode.RATE_LIMITED, retry_after_s=3.0)
+    again = pickle.loads(pickle.dumps(failure))
+    assert (again.code, again.message, again.retry_after_s) == (failure.code, failure.code.said, 3.0)
 
 
 def test_what_the_next_run_tries_again_is_said_to_be():

@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from curation.cli.app import app
+from curation.settings import DownloadSettings, ObserveSettings, Settings, TeacherSettings
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -61,5 +62,14 @@ def test_the_commands_and_snippets_work_in_their_order(
     values: dict = {}
     exec(re.sub(r"data/shards/[\w.-]+", str(folder), reading), values)
     assert values["window"].rgb.shape[0] == 5
+    (running,) = [code for code in PYTHON if "pipeline.run" in code]
+    settings = Settings(
+        out=tmp_path / "data",
+        policy=tolerant,
+        download=DownloadSettings(local_root=tmp_path),
+        observe=ObserveSettings(detector=str(seer)),
+        teacher=TeacherSettings(kind="none"),
+    )
+    exec(running.replace('Settings(out=Path("data"))', "settings"), {"settings": settings})
     for code in PYTHON:
         compile(code, "README.md", "exec")

@@ -19,7 +19,12 @@ from unish_model.network.config import Preset, UniSHConfig
 
 FAILED, MISTAKE, INTERRUPTED = 1, 2, 130
 
-app = typer.Typer(help="Check the UniSH network, and compose and describe its checkpoints.", no_args_is_help=True)
+app = typer.Typer(
+    help="Check the UniSH network, and compose and describe its checkpoints.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+)
 console = Console()
 errors = Console(stderr=True)
 

@@ -32,7 +32,8 @@ class CommandFailedError(Exception):
 
 def option_of(option: Option) -> Any:
     """An option of Settings as Typer understands it."""
-    shown = typer.Option(option.flag, help=option.field.description, envvar=option.env)
+    said = f"{option.field.description} May be repeated." if option.many else option.field.description
+    shown = typer.Option(option.flag, help=said, envvar=option.env)
     return Annotated[option.type, shown]
 
 

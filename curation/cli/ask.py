@@ -49,7 +49,7 @@ def judge(out: Out, policy: PolicyOption = Path("default"), *, catalog_url: Cata
         judged = stages.judge_all(settings, lambda done, total: show("judge", done, total))
     rule = load_policy(policy)
     counts = Catalog(settings.database).funnel(None, rule.hash)
-    say(f"{counted(judged, 'clip', 'clips')} judged under {rule.name} ({rule.hash})")
+    say(f"{counted(judged, 'clip', 'clips')} newly judged under {rule.name} ({rule.hash})")
     rows = [("accept", "", str(counts.accepted))]
     rows += [("reject", reason, str(clips)) for reason, clips in sorted(counts.rejected_by.items())]
     rows += [("unknown", reason, str(clips)) for reason, clips in sorted(counts.unknown_by.items())]

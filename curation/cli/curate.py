@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from curation.cli.app import CommandFailedError, Manifest, Out, app, option_of, progress_bars, say, show_table
+from curation.cli.app import CommandFailedError, Manifest, Out, app, counted, option_of, progress_bars, say, show_table
 from curation.failures import UsageError
 from curation.options import options, parameters, settings_of
 from curation.settings import TeacherSettings
@@ -32,7 +32,7 @@ def check_manifest(manifest: Manifest, **values: Any) -> None:
     if not refs:
         raise UsageError(f"{manifest.name} lists no clips; add a row.")
     videos = len({ref.video_key for ref in refs})
-    say(f"{manifest.name} is good: {len(refs)} clips of {videos} videos")
+    say(f"{manifest.name} is good: {counted(len(refs), 'clip', 'clips')} of {counted(videos, 'video', 'videos')}")
 
 
 @app.command()

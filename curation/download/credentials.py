@@ -23,7 +23,7 @@ def check_settings(settings: DownloadSettings) -> None:
     """Raise UsageError for settings that would make every download fail."""
     least, most = settings.pause_s
     if not 0 <= least <= most:
-        raise UsageError("The setting pause_s takes two numbers of seconds, the smaller one first; correct it.")
+        raise UsageError("The pause between videos (pause_s, --pause) is two numbers of seconds, the smaller first.")
     if settings.cookies is not None:
         cookie_text(settings.cookies)
     if settings.proxy_file is not None:

@@ -148,7 +148,8 @@ def _fetch(
         wait = min(wait, MAX_WAIT_S) if outcome.retry_after_s is None else max(wait, outcome.retry_after_s)
         if not outcome.again or attempt >= settings.retries or wait > MAX_WAIT_S:
             # Raised outside any handler: yt-dlp's error, with a title in its text, must not become the context.
-            raise ClipFailure(outcome.code, retry_after_s=outcome.retry_after_s)
+            said = "The server sent no data." if outcome.code is FailureCode.CORRUPT else ""
+            raise ClipFailure(outcome.code, said, outcome.retry_after_s)
         sleep(wait)
     raise AssertionError("unreachable")
 

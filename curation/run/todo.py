@@ -86,13 +86,13 @@ def clips_before(context: RunContext, refs: Sequence[ClipRef], stage: Stage) -> 
         videos = videos_here(context, stored)
         read = readable(context, [each.observation for each in known.values() if each.observation is not None])
         for ref in refs:
-            fact, found = facts[ref.clip_id], read.get(ref.clip_id)
+            fact, found, file = facts[ref.clip_id], read.get(ref.clip_id), known[ref.clip_id].observation
+            # A crash can leave a full file behind a row that still says key frames: it is measured again.
+            sparse = found is not None and file is not None and "keyframes" in (found.kind, file.kind)
             facts[ref.clip_id] = replace(
                 fact,
                 measured=fact.measured and found is not None,
-                undecided=found is not None
-                and found.kind == "keyframes"
-                and _decision(context, fact, found) == "unknown",
+                undecided=sparse and _decision(context, fact, found) == "unknown",
                 video=ref.video_key in videos,
             )
     if stage in ("download", "teach"):

@@ -84,6 +84,7 @@ def test_the_flow_takes_every_option_with_bounds_and_description():
     assert all(schema[name]["description"] for name in schema)
     assert schema["max_height"]["minimum"] == 144 and schema["lease_s"]["maximum"] == 86400
     assert schema["device"]["pattern"] == DEVICE
+    curate.validate_parameters({"manifest": "m.csv", "out": "x", "storage": "", "catalog_url": ""})
     with pytest.raises(Exception, match="budget_mb"):
         curate.validate_parameters({"manifest": "m.csv", "out": "x", "budget_mb": 0})
 
@@ -103,4 +104,5 @@ def test_a_variable_stands_in_for_what_is_not_given(monkeypatch):
     monkeypatch.setenv("UNISH_STORAGE", "s3://from/environment")
     assert settings_of(Path("x"), {}).storage == "s3://from/environment"
     assert settings_of(Path("x"), {"storage": "s3://given/here"}).storage == "s3://given/here"
+    assert settings_of(Path("x"), {"storage": "", "catalog_url": ""}).storage == "s3://from/environment"
     assert settings_of(Path("x"), {"limits": VideoLimits(max_fps=7)}).observe.limits.max_fps == 7

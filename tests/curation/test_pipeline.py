@@ -23,7 +23,7 @@ from curation.files import sha256_file
 from curation.manifest import write_manifest
 from curation.observe.frames import sample_frames, write_frames
 from curation.observe.sampling import SAMPLER
-from curation.records import ClipRef
+from curation.records import ClipRef, Verdict
 from curation.run import stages
 from curation.run.batches import read_batches
 from curation.run.context import context_of
@@ -239,6 +239,18 @@ def test_what_another_sampler_measured_is_measured_anew_and_never_mixed(settings
     assert not finished(context, batch.refs)
     steps = [clip.step for clip in clips_before(context, batch.refs, "teach")]
     assert steps == ["observe"], "the old samples would go under the new name"
+
+
+def test_a_file_that_a_crash_left_ahead_of_its_row_is_measured_again(settings: Settings):
+    pipeline.run(settings, REFS[:1])
+    ready = pipeline.preflight(settings)
+    context, (batch,) = context_of(ready), read_batches(REFS[:1], ready)
+    file = context.catalog.observations(REFS[:1])[REFS[0].clip_id]
+    context.catalog.record_observations([replace(file, kind="keyframes")])  # the file is full: its row was not written
+    undecided = Verdict(file.clip_id, context.policy.name, context.policy.hash, "unknown", ())
+    context.catalog.record_verdicts([undecided], {file.clip_id: file.sha256})
+    assert not finished(context, batch.refs)
+    assert [clip.step for clip in clips_before(context, batch.refs, "observe")] == ["observe"]
 
 
 def test_a_depth_folder_is_another_teacher_in_a_data_set_of_its_own(settings: Settings, tmp_path: Path):
