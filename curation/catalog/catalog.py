@@ -79,6 +79,9 @@ class Catalog(Leases, Turns):
 
     Safe to share between threads, to pickle and to use after a fork. Arguments that name clips accept ClipRefs and
     clip ids. Raises UsageError if the database cannot be opened or written, or is of a newer version.
+
+    Its methods in order: what a run writes, what a run reads, and what is forgotten. Each is one transaction per 500
+    clips; leases and turns are in their own modules.
     """
 
     def __init__(self, url: str) -> None:
