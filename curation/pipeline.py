@@ -19,9 +19,11 @@ from functools import partial
 from queue import SimpleQueue
 
 from curation.catalog import Catalog, Funnel
+from curation.download.credentials import check_settings
 from curation.failures import FailureCode, LostError, UsageError
 from curation.judge.policy import find_policy, load_policy
 from curation.last_resort import check_debug_file
+from curation.people.detector import detector_ready
 from curation.people.weights import find_weights
 from curation.records import ClipRef
 from curation.run import stages
@@ -33,6 +35,8 @@ from curation.run.files import FOLDERS
 from curation.run.todo import finished
 from curation.settings import Settings
 from curation.storage import Store
+from curation.teach.teacher import check_teacher
+from curation.video.ffmpeg import ffmpeg_exe
 
 POLL_S = 2.0  # how often a worker asks for batches that other workers hold
 _AHEAD = 2  # batches fetched before they are observed: enough to hide the network, few enough to bound disk use
@@ -44,11 +48,6 @@ def preflight(settings: Settings) -> Settings:
     Raises UsageError for the policy, detector or teacher weights, ffmpeg, or an output folder or debug file that is not
     writable.
     """
-    from curation.download.credentials import check_settings
-    from curation.people.detector import detector_ready
-    from curation.teach.teacher import check_teacher
-    from curation.video.ffmpeg import ffmpeg_exe
-
     forget_cached()
     out = settings.out.expanduser().absolute()
     try:

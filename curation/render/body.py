@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from curation.failures import UsageError
+from curation.files import atomic_path
 
 Array = NDArray[np.float64]
 VERTEX_COUNT, FACE_COUNT, JOINT_COUNT, SHAPE_COUNT, POSE_COUNT = 6890, 13776, 24, 10, 207
@@ -123,8 +124,6 @@ def load_body(path: Path | None = None) -> Body:
 
 def save_body(body: Body, path: Path) -> None:
     """Write a body as .npz with SMPL's array names, for any tool that reads that format."""
-    from curation.files import atomic_path
-
     with atomic_path(path) as temporary, temporary.open("wb") as stream:
         np.savez_compressed(stream, **body.arrays())  # type: ignore[arg-type]
 

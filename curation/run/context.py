@@ -13,7 +13,9 @@ from curation.judge.policy import Policy, describe, load_policy
 from curation.observe.sampling import SAMPLER
 from curation.people.weights import find_weights
 from curation.settings import Settings
+from curation.shards.schema import SCHEMA_VERSION
 from curation.storage import Store
+from curation.teach.teacher import load_teacher, teacher_identity
 from curation.video.hdr import OPERATOR
 
 
@@ -32,8 +34,6 @@ class RunContext:
     @cached_property
     def dataset(self) -> dict[str, Any]:
         """What all clips of the data set have in common: policy, measurements and teacher."""
-        from curation.shards.schema import SCHEMA_VERSION
-
         return {
             "schema": SCHEMA_VERSION,
             "policy": describe(self.policy) | {"detector": Path(self.policy.detector).name},
@@ -54,8 +54,6 @@ class RunContext:
 
     def _teacher_identity(self) -> dict[str, Any]:
         """The teacher's properties that change its results; not its number format, so that machines can share work."""
-        from curation.teach.teacher import teacher_identity
-
         return _cached_identity(teacher_identity, self.settings.teacher)
 
     def _identity(self) -> dict[str, Any]:
@@ -71,8 +69,6 @@ class RunContext:
 
     def teacher(self) -> Any:
         """The teacher, loaded when the first clip needs it."""
-        from curation.teach.teacher import load_teacher
-
         if self._teacher is None:
             self._teacher = load_teacher(self.settings.teacher)
         return self._teacher

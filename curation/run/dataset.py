@@ -12,6 +12,9 @@ from curation.records import ClipRef
 from curation.run.claims import Claims
 from curation.run.context import RunContext
 from curation.shards.index import Index, ShardEntry, ShardFolder, newest_index
+from curation.shards.index import heal as heal_index
+from curation.shards.remote import RemoteShardFolder, add_shards
+from curation.shards.writer import drop_clips, rewrite
 
 _INDEX_LEASE_S = 30.0
 
@@ -21,7 +24,6 @@ def shard_folder(context: RunContext, name: str | None = None) -> ShardFolder:
     name = name or context.shards
     if not context.store.has_url or name.startswith("staging/"):
         return ShardFolder(context.store.path(name))
-    from curation.shards.remote import RemoteShardFolder
 
     number = partial(context.catalog.next_index_version, name)
     return RemoteShardFolder(context.store, name, partial(_index_turn, context, name), number)
@@ -36,8 +38,6 @@ def _index_turn(context: RunContext, folder: str) -> Iterator[None]:
 
 def publish(context: RunContext, staging: Path, entries: Sequence[ShardEntry]) -> None:
     """Upload shards from the folder they were written to; the index last."""
-    from curation.shards.remote import RemoteShardFolder, add_shards
-
     folder = shard_folder(context)
     assert isinstance(folder, RemoteShardFolder)
     add_shards(folder, staging, entries, context.catalog.forgotten_clips)
@@ -48,14 +48,11 @@ def heal(context: RunContext) -> Index:
 
     The files decide which clips exist; the catalog decides which of them are forgotten and must go.
     """
-    from curation.shards.index import heal
-    from curation.shards.writer import drop_clips, rewrite
-
     if not (context.store.has_url or context.store.path("shards").is_dir()):
         return Index.empty()
     catalog, folder = context.catalog, shard_folder(context)
     noted = catalog.clips_of_dataset(context.dataset_hash)  # before the index: clips noted later are already in it
-    index = heal(folder, rewrite, catalog.forgotten_clips)
+    index = heal_index(folder, rewrite, catalog.forgotten_clips)
     here = frozenset(index.table["clip_id"].to_pylist())
     catalog.drop_outputs(noted - here, context.dataset_hash)
     if unnoted := here - noted:

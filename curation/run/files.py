@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from curation.catalog import ObservationFile, StoredVideo
+from curation.download.resume import discard
 from curation.files import sha256_file
 from curation.observe.observations import Observations, read_observations
 from curation.records import ClipRef, VideoFile
@@ -81,8 +82,6 @@ def announce(context: RunContext, *kinds: str) -> None:
 
 def drop_traces(context: RunContext, refs: Iterable[ClipRef]) -> None:
     """Delete any files of these forgotten clips, and of the videos they belong to."""
-    from curation.download.resume import discard
-
     refs = list(refs)
     for key in {ref.video_key for ref in refs}:
         discard(context.settings.out / "videos", key)

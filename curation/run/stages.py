@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from curation.catalog import Attempt, ObservationFile, Output
 from curation.deadlines import time_limit
+from curation.download.politeness import Gate
 from curation.failures import ENDS_THE_RUN, ClipFailure, FailureCode, UsageError
 from curation.files import sha256_file
 from curation.judge.criteria import judge as judge_observations
@@ -39,6 +40,8 @@ from curation.run.files import (
 )
 from curation.run.todo import clips_before
 from curation.settings import Settings
+from curation.shards.schema import ShardError
+from curation.shards.writer import drop_clips, encode_clip, write_tables
 from curation.storage import Store
 
 if TYPE_CHECKING:
@@ -63,8 +66,6 @@ def download(
 
     The clips of a blocked platform are postponed. check: called before each video.
     """
-    from curation.download.politeness import Gate
-
     context = context_of(settings)
     log = _Log(context, "download", len(batch.refs), progress)
     announce(context, "videos", "unfinished videos", *(["debug"] if settings.debug_file else []))
@@ -115,7 +116,7 @@ def _refuse_forgotten(context: RunContext, log: _Log, refs: Sequence[ClipRef]) -
 
 def _fetch_video(context: RunContext, gate: Gate, ref: ClipRef) -> None:
     """Fetch one video, store it and record it in the catalog."""
-    from curation.download.fetch import download as fetch
+    from curation.download.fetch import download as fetch  # loads PyAV, which a run without downloads does not need
 
     try:
         _make_room(context)
@@ -272,9 +273,6 @@ def teach(
 
     check: called before each clip goes into a shard, before the last shard is closed, and before clips are recorded.
     """
-    from curation.shards.schema import ShardError
-    from curation.shards.writer import encode_clip, write_tables
-
     context = context_of(settings)
     log = _Log(context, "teach", len(batch.refs), progress)
     clips = {clip.ref: clip for clip in clips_before(context, batch.refs, "teach") if clip.step == "teach"}
@@ -327,8 +325,6 @@ def teach(
         written = [clip for shard in shards for clip in shard.clips if clip.clip_id in refs]
         left_out = context.catalog.record_outputs(Output(clip.clip_id, digest, clip.frames) for clip in written)
         if left_out:  # forgotten in the meantime: nothing of them may stay
-            from curation.shards.writer import drop_clips
-
             drop_clips(shard_folder(context), left_out)
             _refuse_forgotten(context, log, [refs.pop(clip_id) for clip_id in left_out])
         for clip in (clip for clip in written if clip.clip_id in refs):

@@ -22,6 +22,7 @@ from curation.records import Frames, TeacherDepth
 from curation.settings import TeacherSettings
 from curation.shards.codec import decode_jpeg
 from curation.shards.schema import ShardError
+from curation.teach.small_backbone import register
 
 WEIGHTS_FILE = "model.pt"  # the one file of a MoGe repository
 HUB_TIMEOUT_S = 10.0
@@ -147,8 +148,6 @@ def read_network(path: Path, *, mmap: bool = False) -> Any:
         raise _wrong_weights(path, "is damaged, or contains more than plain weights: fetch it again") from error
     config, state = _checkpoint_parts(path, checkpoint)
     if config["encoder"]["backbone"] == "synthetic_vit14":  # not one of MoGe's own sizes
-        from curation.teach.small_backbone import register
-
         register()
     try:
         with torch.device("meta"), _linspace_on_cpu():  # the initial values are replaced at once

@@ -17,9 +17,11 @@ from curation.files import fsync, sha256_file
 from curation.records import VideoFile
 from curation.settings import VideoLimits
 from curation.video.bounded import READ_ONLY, UNDECODED, decoder_pixels
-from curation.video.decode import decode_key_frames
+from curation.video.decode import decode, decode_key_frames
 from curation.video.ffmpeg import ffmpeg_exe
 from curation.video.index import VideoIndex, index_video, with_index
+from curation.video.packets import all_packets
+from curation.video.scrub import scrub
 
 # The containers to try for each kind of source: the first that holds the stream without a change of its times is used.
 _TARGETS = {
@@ -57,9 +59,6 @@ def strip(index: VideoIndex, source_format: str, target: Path) -> Path:
 
 
 def _scrub(index: VideoIndex, written: Path) -> bool:
-
-    from curation.video.packets import all_packets
-    from curation.video.scrub import scrub
 
     source, stream = index.path, index.stream
     try:
@@ -107,8 +106,6 @@ def _same_frames(index: VideoIndex, source_format: str, written: Path, *, held: 
     If the index of the source was made by decoding, the copy is decoded too. If the packets of a copy from AVI
     contradict its decoder, its times are in the wrong order.
     """
-
-    from curation.video.decode import decode
 
     def settle(copy: VideoIndex) -> None:
         if index.decoded:

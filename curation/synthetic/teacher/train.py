@@ -25,10 +25,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from curation.files import atomic_path
+from curation.records import Frames
 from curation.settings import TeacherSettings
+from curation.shards.codec import encode_jpeg
 from curation.synthetic.teacher import NAME, NUM_TOKENS, WEIGHTS, model_config
 from curation.synthetic.teacher.data import Pictures, read_scenes, write_scenes
 from curation.teach.small_backbone import register
+from curation.teach.teacher import load_teacher
 
 HELD_OUT_SEED = 900_000
 BATCH = 16
@@ -137,10 +140,6 @@ def teacher_errors(weights: Path, pictures: Pictures) -> list[dict[str, float]]:
     """The errors of each picture, which `measure` averages."""
     import torch
     from moge.utils.alignment import align_depth_affine, align_depth_scale
-
-    from curation.records import Frames
-    from curation.shards.codec import encode_jpeg
-    from curation.teach.teacher import load_teacher
 
     teacher = load_teacher(
         TeacherSettings(kind="moge", model=str(weights), name=NAME, num_tokens=NUM_TOKENS, device="cpu")

@@ -125,10 +125,13 @@ def test_open_breakers_are_told(curation, catalog: Catalog, tmp_path: Path, comm
     assert printed.count("limiting requests") == 2 and "0123456789ab" not in printed
 
 
-def test_help_is_quick():
-    """Nothing heavy is imported to say what the commands are."""
-    code = "import sys, curation.cli; sys.exit(any(name in sys.modules for name in ('torch', 'ultralytics', 'av')))"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+@pytest.mark.parametrize("module", ["curation.cli", "curation.pipeline"])
+def test_the_start_is_quick(module: str):
+    """Nothing heavy is imported to say what the commands are, or before a stage needs it."""
+    heavy = ("torch", "torchvision", "ultralytics", "av", "yt_dlp", "scenedetect", "prefect", "decord", "moge")
+    code = f"import sys, {module}; sys.exit(', '.join(name for name in {heavy} if name in sys.modules) or 0)"
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_one_word_means_a_teacher(tmp_path: Path):
