@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from io import TextIOWrapper
 from typing import NoReturn
@@ -29,6 +30,7 @@ def main() -> None:
     except SystemExit as ended:
         if ended.code != INTERRUPTED:
             raise
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not turn this into a traceback
         # At once: whatever still runs may die anywhere, and nothing is lost by it.
         console(stderr=True).print("stopped; run again, finished work is kept.")
         os._exit(INTERRUPTED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -173,7 +174,8 @@ def test_ctrl_c_ends_with_130(tmp_path: Path):
         with (tmp_path / "cases.csv").open("w"):  # returns when the command has opened it
             while process.poll() is None:  # a signal just before it reads would not be noticed
                 process.send_signal(signal.SIGINT)
-                time.sleep(0.2)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(5)
         said = process.stderr.read()
     assert process.returncode == 130
     assert "stopped" in said and "Traceback" not in said
