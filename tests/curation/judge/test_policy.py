@@ -68,7 +68,8 @@ def test_a_second_is_a_second_wherever_it_begins(start: float, end: float):
     assert judge(replace(clip, start_s=start, end_s=end - 2e-6), DEFAULT).first_reason == "too_short"
 
 
-@given(start=st.integers(0, 10**9), frames=st.integers(1, 200), fps=st.sampled_from([24, 25, 30, 50, 60]))
+# up to the latest time that a manifest takes: beyond it, adding up frames is itself off by half a microsecond
+@given(start=st.integers(0, 2 * 10**8), frames=st.integers(1, 200), fps=st.sampled_from([24, 25, 30, 50, 60]))
 def test_so_many_frames_last_their_time_to_the_microsecond(start: int, frames: int, fps: int):
     values = DEFAULT.model_dump()
     values["length"] = {"min_duration_s": frames / fps, "min_samples": 1}
