@@ -157,7 +157,7 @@ class ClipFailure(Exception):
         return f"{self.code.value}: {self.message}"
 
     def __reduce__(self) -> tuple[Any, ...]:  # Exception's own forgets what was given by keyword
-        return ClipFailure, (self.code, self.message, self.retry_after_s)
+        return ClipFailure, (self.code, self.message, self.retry_after_s), self.__dict__
 
 
 class UsageError(Exception):

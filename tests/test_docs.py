@@ -30,7 +30,9 @@ def test_every_failure_code_has_its_sentences():
 
 def test_a_failure_survives_the_way_between_processes():
     failure = ClipFailure(code=FailureCode.RATE_LIMITED, retry_after_s=3.0)
+    failure.add_note("where it happened")
     again = pickle.loads(pickle.dumps(failure))
+    assert again.__notes__ == ["where it happened"]
     assert (again.code, again.message, again.retry_after_s) == (failure.code, failure.code.said, 3.0)
 
 
