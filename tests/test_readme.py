@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from curation.cli.app import app
+from curation.cli.main import root
 from curation.settings import DownloadSettings, ObserveSettings, Settings, TeacherSettings
 
 ROOT = Path(__file__).parent.parent
@@ -54,7 +54,7 @@ def test_the_commands_and_snippets_work_in_their_order(
         words = shlex.split(line.replace("WEIGHTS", str(seer)))[1:]
         if "CLIP_ID" in words:
             words[words.index("CLIP_ID")] = next((tmp_path / "data" / "observations").rglob("*.parquet")).stem
-        result = CliRunner().invoke(app, [*words, *extra.get(words[0], [])], catch_exceptions=False)
+        result = CliRunner().invoke(root, [*words, *extra.get(words[0], [])], catch_exceptions=False)
         assert result.exit_code == 0, (line, result.output)
     assert (tmp_path / "results.json").is_file()
     (folder,) = (tmp_path / "data" / "shards").iterdir()

@@ -1,4 +1,4 @@
-"""What all commands share: the application, the options that several take, progress bars and tables."""
+"""What all commands share: where they are registered, the options that several take, progress bars and tables."""
 
 from __future__ import annotations
 
@@ -15,15 +15,7 @@ if TYPE_CHECKING:
 
     from curation.options import Option
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # plain help: drawing it in boxes takes as long as all else together
-    help="Curate clips of people from videos: check a manifest, run the pipeline, judge again, and ask what became of "
-    "each clip. Exit code 0: done; 1: what was asked for failed; 2: a mistake in the command or the set-up; 130: "
-    "interrupted.",
-)
+app = typer.Typer(rich_markup_mode=None)  # plain help: drawing it in boxes takes as long as all else together
 
 
 class CommandFailedError(Exception):

@@ -24,7 +24,6 @@ def shard_folder(context: RunContext, name: str | None = None) -> ShardFolder:
     name = name or context.shards
     if not context.store.has_url or name.startswith("staging/"):
         return ShardFolder(context.store.path(name))
-
     number = partial(context.catalog.next_index_version, name)
     return RemoteShardFolder(context.store, name, partial(_index_turn, context, name), number)
 

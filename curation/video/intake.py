@@ -59,7 +59,6 @@ def strip(index: VideoIndex, source_format: str, target: Path) -> Path:
 
 
 def _scrub(index: VideoIndex, written: Path) -> bool:
-
     source, stream = index.path, index.stream
     try:
         with av.open(str(source), options=UNDECODED, metadata_errors="ignore") as container:

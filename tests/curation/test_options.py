@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from curation.cli import main  # noqa: F401 - adds the commands
 from curation.cli.curate import run
 from curation.failures import UsageError
 from curation.options import options, settings_of
